@@ -1,0 +1,123 @@
+"""Weights of other programs as state dicts of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_FLAX_NAMES = (
+    (r"(^|/)h_embedder/", r"\1r_embedder/"),
+    (r"/embedding_table/_flax_embedding/embedding$", "/embedding_table/weight"),
+    (r"/_flax_linear/", "/"),
+    (r"/layers_(\d+)", r"/\1"),
+)
+
+
+def dit_from_flax(flat: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The MeanFlow authors' JAX weights as a state dict of `DiT`: `net.load_state_dict(dit_from_flax(flat))`.
+
+    Args:
+        flat: '/'-joined names to arrays, such as "net/blocks/layers_0/attn/qkv/_flax_linear/kernel". Dense kernels are
+            (in, out), convolution kernels (kh, kw, in, out). A leading "net/", "params/" or "param/" is dropped.
+
+    Returns:
+        State dict in float32, without the fixed position embedding, which `DiT` fills in by itself.
+
+    Raises:
+        ValueError: a name or shape is not of a MeanFlow DiT; the message names it.
+    """
+    state: dict[str, Tensor] = {}
+    for name, array in flat.items():
+        path = re.sub(r"^(?:params?/|net/)+", "", name)
+        for pattern, replacement in _FLAX_NAMES:
+            path = re.sub(pattern, replacement, path)
+        path, leaf = path.rsplit("/", 1) if "/" in path else ("", path)
+        value = torch.from_numpy(np.array(array, dtype=np.float32))
+        if leaf == "kernel":
+            if value.ndim not in (2, 4):
+                raise ValueError(f"{name}: expected a kernel of 2 or 4 dimensions, got shape {tuple(value.shape)}")
+            value = value.mT if value.ndim == 2 else value.permute(3, 2, 0, 1)
+            leaf = "weight"
+        elif leaf not in ("bias", "weight"):
+            raise ValueError(f"{name}: not a weight of a MeanFlow DiT")
+        state[f"{path}.{leaf}".replace("/", ".")] = value.contiguous()
+    if "x_embedder.proj.weight" not in state or "final_layer.linear.weight" not in state:
+        raise ValueError("flat: expected x_embedder/proj and final_layer/linear among the names of a MeanFlow DiT")
+    return state
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_dit` did: loaded, missing (of the model, kept as they were), left over (of the file), wrong_shape."""
+
+    loaded: list[str]
+    missing: list[str]
+    left_over: list[str]
+    wrong_shape: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"loaded {len(self.loaded)} tensors"]
+        for title, names in (
+            ("missing, kept as initialised", self.missing),
+            ("left over, not used", self.left_over),
+            ("of another shape, not used", self.wrong_shape),
+        ):
+            if names:
+                lines.append(f"{title} ({len(names)}): {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
+    """Load a public DiT or SiT state dict into `model` wherever name and shape agree.
+
+    Wrappers' prefixes ("module.", "_orig_mod.", "model.") and a surrounding {"ema": …} or {"model": …} are removed.
+    DiT predicts noise and SiT the velocity of a path whose time runs the other way; loaded weights are a starting point
+    for training, not a MeanFlow model. The learned-sigma half of `final_layer.linear`, if there is one, is dropped.
+
+    Returns:
+        A `LoadReport`; print it to see what is missing or left over.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    for key in ("ema", "model", "state_dict"):
+        if key in state and isinstance(state[key], Mapping):
+            state = state[key]  # type: ignore[assignment]
+            break
+    theirs = {re.sub(r"^(?:module\.|_orig_mod\.|model\.)+", "", name): value for name, value in state.items()}
+    ours = model.state_dict()
+    _drop_sigma(theirs, ours)
+    loaded, wrong_shape = [], []
+    for name in ours:
+        if name in theirs:
+            if theirs[name].shape == ours[name].shape:
+                loaded.append(name)
+            else:
+                wrong_shape.append(f"{name} {tuple(theirs[name].shape)} instead of {tuple(ours[name].shape)}")
+    if not loaded:
+        raise ValueError(f"state: no tensor fits the model; it has names such as {', '.join(list(theirs)[:3])}")
+    model.load_state_dict({name: theirs[name] for name in loaded}, strict=False)
+    return LoadReport(
+        loaded=loaded,
+        missing=[name for name in ours if name not in theirs],
+        left_over=[name for name in theirs if name not in ours],
+        wrong_shape=wrong_shape,
+    )
+
+
+def _drop_sigma(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    """DiT with learn_sigma has, per pixel of a patch, 2·C outputs: the first C are the mean."""
+    head, proj = "final_layer.linear", "x_embedder.proj.weight"
+    w = theirs.get(f"{head}.weight")
+    if w is None or proj not in ours or w.shape[0] != 2 * ours[f"{head}.weight"].shape[0]:
+        return
+    C = ours[proj].shape[1]
+    for name in (f"{head}.weight", f"{head}.bias"):
+        a = theirs[name]
+        theirs[name] = a.unflatten(0, (-1, 2 * C))[:, :C].flatten(0, 1)

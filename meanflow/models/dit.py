@@ -1,0 +1,238 @@
+"""DiT with adaLN-Zero (arXiv 2212.09748) that predicts the average velocity u(z, r, t, y) of MeanFlow (arXiv 2505.13447).
+
+Run on tensors it is a plain network; run on `mfkernels.Dual`s it also returns its directional derivative.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfkernels import (
+    Attention,
+    Linear,
+    Mlp,
+    PatchEmbed,
+    SiLU,
+    TensorOrDual,
+    TimestepEmbedder,
+    ada_layer_norm,
+    dual_aware,
+    gated_residual,
+    gated_residual_ada_layer_norm,
+    linear_map,
+    split_map,
+)
+
+
+def sincos_2d(dim: int, side: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding of DiT and MAE.
+
+    Args:
+        dim: width D, a multiple of 4.
+        side: patches per side.
+
+    Returns:
+        (side², D) float32: the first half encodes the column, the second the row, each [sin, cos].
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # [D/4]
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # [side, D/4]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, D/2]
+    column = axis[None, :, :].expand(side, side, -1)  # [side, side, D/2]
+    row = axis[:, None, :].expand(side, side, -1)  # [side, side, D/2]
+    return torch.cat([column, row], dim=-1).reshape(side * side, dim).float()
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels to vectors; index `num_classes` means "no label". Parameter name as DiT's (`embedding_table`)."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)  # [B, D]
+
+
+@dual_aware
+class DiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning, on Tensor | Dual."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: TensorOrDual, c: TensorOrDual) -> TensorOrDual:
+        modulation = self.adaLN_modulation(c)  # [B, 6·D]
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = split_map(
+            lambda a: a.chunk(6, dim=1), modulation
+        )  # [B, D] each
+        h = ada_layer_norm(x, shift_attn, scale_attn)  # [B, N, D]
+        x, h = gated_residual_ada_layer_norm(x, self.attn(h), gate_attn, shift_mlp, scale_mlp)  # [B, N, D] both
+        return gated_residual(x, self.mlp(h), gate_mlp)  # [B, N, D]
+
+
+@dual_aware
+class FinalLayer(nn.Module):
+    """Adaptive layer norm and projection to patches, on Tensor | Dual."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: TensorOrDual, c: TensorOrDual) -> TensorOrDual:
+        shift, scale = split_map(lambda a: a.chunk(2, dim=1), self.adaLN_modulation(c))  # [B, D] each
+        return self.linear(ada_layer_norm(x, shift, scale))  # [B, N, p·p·C]
+
+
+@dual_aware
+class DiT(nn.Module):
+    """Diffusion transformer conditioned on t and t − r, on Tensor | Dual.
+
+    State-dict names are DiT's own, plus `r_embedder`, which embeds t − r.
+
+    Args:
+        input_size: side of the (square) image or latent, a multiple of `patch_size`.
+        patch_size: side p of a patch.
+        in_channels: channels C of the image or latent.
+        hidden_size: width D, a multiple of 4 and of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads H.
+        mlp_ratio: hidden width of the MLP over D.
+        num_classes: number of labels; label `num_classes` means "no label".
+
+    Raises:
+        ValueError: a size does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        if patch_size < 1 or input_size < patch_size or input_size % patch_size != 0:
+            raise ValueError(f"input_size: expected a multiple of patch_size = {patch_size}, got {input_size}")
+        if hidden_size % 4 != 0:
+            raise ValueError(f"hidden_size: expected a multiple of 4, got {hidden_size}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        self.config: dict[str, Any] = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
+        }
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes = num_classes
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.r_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        positions = sincos_2d(hidden_size, input_size // patch_size)[None]  # [1, N, D]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.register_load_state_dict_pre_hook(_fill_positions)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: Xavier linears, small embedders, and zeros where a block or the output must start silent."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
+        assert self.x_embedder.proj.bias is not None
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for embedder in (self.t_embedder, self.r_embedder):
+            for i in (0, 2):
+                nn.init.normal_(embedder.mlp[i].weight, std=0.02)
+        silent = [block.adaLN_modulation[1] for block in self.blocks]
+        silent += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        for layer in silent:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> TensorOrDual:
+        """The average velocity over [r, t] at z.
+
+        Args:
+            z: (B, C, H, W) tensor or Dual.
+            r, t: (B,) times in [0, 1], r <= t; tensors or Duals.
+            y: (B,) integer labels in [0, num_classes].
+
+        Returns:
+            (B, C, H, W), a Dual if any argument is one.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        self._check(z, r, t, y)
+        x = self.x_embedder(z) + self.pos_embed  # [B, N, D]
+        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
+        for block in self.blocks:
+            x = block(x, c)  # [B, N, D]
+        x = self.final_layer(x, c)  # [B, N, p·p·C]
+        return linear_map(self._unpatchify, x)  # [B, C, H, W]
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        p, side = self.patch_size, self.input_size // self.patch_size
+        x = x.unflatten(1, (side, side)).unflatten(-1, (p, p, self.in_channels))  # [B, s, s, p, p, C]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, side * p, side * p)
+
+    def _check(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> None:
+        B, image = z.shape[0], (self.in_channels, self.input_size, self.input_size)
+        if tuple(z.shape[1:]) != image:
+            raise ValueError(f"z: expected shape (B, {', '.join(map(str, image))}), got {tuple(z.shape)}")
+        for name, a in (("r", r), ("t", t), ("y", y)):
+            if tuple(a.shape) != (B,):
+                raise ValueError(f"{name}: expected shape ({B},), the batch of z, got {tuple(a.shape)}")
+        if y.is_floating_point():
+            raise TypeError(f"y: expected integer labels, got {y.dtype}")
+
+
+def _fill_positions(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The positions are fixed, so a state dict may leave them out (the JAX programs' weights do)."""
+    assert isinstance(module, DiT)
+    state_dict.setdefault(f"{prefix}pos_embed", module.pos_embed.detach())
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "M": {"hidden_size": 1024, "depth": 16, "num_heads": 16},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+}
+
+NAMED = {
+    f"DiT-{size}/{patch_size}": partial(DiT, patch_size=patch_size, **widths)
+    for size, widths in SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+
+DiT_S_2, DiT_S_4, DiT_S_8 = (NAMED[f"DiT-S/{p}"] for p in (2, 4, 8))
+DiT_B_2, DiT_B_4, DiT_B_8 = (NAMED[f"DiT-B/{p}"] for p in (2, 4, 8))
+DiT_M_2, DiT_M_4, DiT_M_8 = (NAMED[f"DiT-M/{p}"] for p in (2, 4, 8))
+DiT_L_2, DiT_L_4, DiT_L_8 = (NAMED[f"DiT-L/{p}"] for p in (2, 4, 8))
+DiT_XL_2, DiT_XL_4, DiT_XL_8 = (NAMED[f"DiT-XL/{p}"] for p in (2, 4, 8))
+

@@ -1,0 +1,296 @@
+"""MeanFlow (arXiv 2505.13447) and flow matching (arXiv 2210.02747), in the papers' letters.
+
+z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt = (∂u/∂z)·v + ∂u/∂t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mfkernels import jvp, meanflow_loss
+
+from .time_samplers import LogitNormal, TimeSampler
+
+# u = net(z, r, t, y)
+Net = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """What one evaluation of an objective gives, in the caller's row order.
+
+    loss: () mean of `per_sample`, differentiable.
+    per_sample: (B,) weighted loss of each sample, detached.
+    squared_error: (B,) ‖u − u_tgt‖² of each sample before weighting, detached.
+    u: (B, C, H, W) the network's prediction, detached.
+    du_dt: (B, C, H, W) its total derivative, zero where r = t, detached.
+    v: (B, C, H, W) the guided velocity that it is trained towards.
+    t, r: (B,) the times.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    squared_error: Tensor
+    u: Tensor
+    du_dt: Tensor
+    v: Tensor
+    t: Tensor
+    r: Tensor
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """The MeanFlow objective (arXiv 2505.13447, Algorithm 1, with guidance in the target, eqs. 19-21).
+
+    Args:
+        ratio: share of samples with r ≠ t, in [0, 1]; their number is round(B·ratio), the same for every batch.
+        omega: weight ω of the conditional velocity in the guided target v_g = ω·v + κ·u(z,t,t|y) + (1−ω−κ)·u(z,t,t|∅).
+        kappa: weight κ of the network's own class-conditional velocity; the effective scale is ω/(1−κ).
+        guidance_interval: closed interval of t in which the target is guided; outside it v_g = v.
+        label_dropout: probability that a sample is trained without its label, in [0, 1]; such a row is not guided.
+        norm_p: power p of the adaptive weight 1/(‖Δ‖² + norm_eps)^p (eq. 22); 0 is plain squared error.
+        norm_eps: ε in it.
+        time_sampler: how the two times are drawn; the larger is t.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    ratio: float = 0.25
+    omega: float = 1.0
+    kappa: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    label_dropout: float = 0.1
+    norm_p: float = 1.0
+    norm_eps: float = 0.01
+    time_sampler: TimeSampler = field(default_factory=LogitNormal)
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "label_dropout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        low, high = self.guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, got {self.guidance_interval}")
+        if self.kappa >= 1.0 and self.omega != 0.0:
+            raise ValueError(f"kappa: expected less than 1 (the effective scale is ω/(1−κ)), got {self.kappa}")
+        if self.norm_p < 0:
+            raise ValueError(f"norm_p: expected a number >= 0, got {self.norm_p}")
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps: expected a number > 0, got {self.norm_eps}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the target differs from the plain velocity anywhere."""
+        return self.omega != 1.0 or self.kappa != 0.0
+
+    def __call__(
+        self,
+        net: Net,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveOutput:
+        """Draw noise, times, label dropout and the rows with r ≠ t, and evaluate `loss_at`.
+
+        Args:
+            net: u = net(z, r, t, y), with attribute `num_classes` where labels are dropped or the target is guided.
+            x: (B, C, H, W) data.
+            y: (B,) integer labels.
+            generator: source of the draws, on the device of `x`; default: PyTorch's global one.
+        """
+        B, device = x.shape[0], x.device
+        e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)  # [B, C, H, W]
+        pair = self.time_sampler.sample(2 * B, generator=generator, device=device).view(2, B)
+        t, r = pair.amax(dim=0), pair.amin(dim=0)  # [B]
+        drop = torch.rand(B, generator=generator, device=device) < self.label_dropout  # [B]
+        order = torch.randperm(B, generator=generator, device=device)  # rows with r ≠ t first
+        rows = round(B * self.ratio)
+        r = torch.where(order.argsort() < rows, r, t)
+        return self._loss(net, x, e, t, r, y, drop, order, rows)
+
+    def loss_at(
+        self,
+        net: Net,
+        *,
+        x: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        drop: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """The loss at given draws; nothing random inside.
+
+        Args:
+            net: u = net(z, r, t, y).
+            x: (B, C, H, W) data.
+            noise: (B, C, H, W) noise e.
+            t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.
+            y: (B,) integer labels.
+            drop: (B,) bool, True where the label is dropped; default: nowhere.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        if noise.shape != x.shape:
+            raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
+        drop = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device) if drop is None else drop
+        for name, a in (("t", t), ("r", r), ("y", y), ("drop", drop)):
+            if a.shape != x.shape[:1]:
+                raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
+        if drop.dtype != torch.bool:
+            raise TypeError(f"drop: expected bool, got {drop.dtype}")
+        if bool((r > t).any()):
+            raise ValueError("r: expected r <= t in every row")
+        same = r == t  # [B]
+        order = torch.argsort(same.to(torch.uint8), stable=True)  # rows with r ≠ t first
+        return self._loss(net, x, noise, t, r, y, drop, order, int((~same).sum()))
+
+    def _loss(
+        self,
+        net: Net,
+        x: Tensor,
+        e: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        drop: Tensor,
+        order: Tensor,
+        rows: int,
+    ) -> ObjectiveOutput:
+        """`order` puts the `rows` samples with r ≠ t first; only those carry tangents."""
+        back = order.argsort()
+        x, e, t, r, y, drop = (a[order] for a in (x, e, t, r, y, drop))
+        t_, drop_ = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t.to(x.dtype), drop))  # [B, 1, 1, 1]
+        z = (1 - t_) * x + t_ * e  # [B, C, H, W]
+        v = e - x  # [B, C, H, W]
+        y_in = torch.where(drop, net_num_classes(net), y) if self.guided or self.label_dropout > 0 else y
+        v_g, w_cond = self._guided_velocity(net, z, v, t, y, drop_, rows)
+
+        if rows > 0:
+            tangents = (v_g[:rows], torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
+            u, du_dt = jvp(net, (z, r, t), tangents, y=y_in)  # [B, C, H, W], [rows, C, H, W]
+        else:
+            u, du_dt = net(z, r, t, y_in), torch.zeros_like(z[:0])
+        # where r = t and the label is kept, the prediction itself is the u(z,t,t|y) of the guided target (design §5)
+        v_g = torch.cat([v_g[:rows], (v_g + w_cond * u.detach())[rows:]]) if self.kappa != 0 else v_g
+        v_g = v_g.to(x.dtype)
+
+        loss = meanflow_loss(u, du_dt.to(u.dtype), v_g, t, r, norm_p=self.norm_p, norm_eps=self.norm_eps)
+        full_du_dt = torch.cat([du_dt, du_dt.new_zeros(u.shape[0] - rows, *u.shape[1:])])
+        return ObjectiveOutput(
+            loss=loss.per_sample.mean(),
+            per_sample=loss.per_sample.detach()[back],
+            squared_error=loss.squared_error[back],
+            u=u.detach()[back],
+            du_dt=full_du_dt[back],
+            v=v_g[back],
+            t=t[back],
+            r=r[back],
+        )
+
+    @torch.no_grad()
+    def _guided_velocity(
+        self, net: Net, z: Tensor, v: Tensor, t: Tensor, y: Tensor, drop_: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """The guided velocity, and the weight of u(z,t,t|y) that rows `rows`… still lack; both broadcast over (B, …).
+
+        One forward of the network: all rows without label, and the first `rows` with theirs.
+        """
+        if not self.guided:
+            return v, v.new_zeros(())
+        low, high = self.guidance_interval
+        active = ((t >= low) & (t <= high)).view(-1, *[1] * (z.ndim - 1)) & ~drop_  # [B, 1, 1, 1]
+        w_cond = torch.where(active, self.kappa, 0.0).to(v.dtype)
+        w_null = torch.where(active, 1.0 - self.omega - self.kappa, 0.0).to(v.dtype)
+        w_data = torch.where(active, self.omega, 1.0).to(v.dtype)
+        v_g = w_data * v
+        B = z.shape[0]
+        n_null = 0 if self.omega + self.kappa == 1.0 else B
+        n_cond = 0 if self.kappa == 0 else rows
+        if n_null + n_cond > 0:
+            null = torch.full_like(y, net_num_classes(net))
+            z2, t2 = torch.cat([z[:n_null], z[:n_cond]]), torch.cat([t[:n_null], t[:n_cond]])
+            u = net(z2, t2, t2, torch.cat([null[:n_null], y[:n_cond]])).to(v.dtype)
+            if torch.is_autocast_enabled(z.device.type):
+                # autocast would hand the weights it cast here, under no_grad, to the training pass: no gradient then
+                torch.clear_autocast_cache()
+            if n_null:
+                v_g = v_g + w_null * u[:n_null]
+            if n_cond:
+                v_g = torch.cat([v_g[:rows] + w_cond[:rows] * u[n_null:], v_g[rows:]])
+        return v_g, w_cond
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Flow matching: u(z, t, t, y) is trained towards v = e − x (arXiv 2210.02747); MeanFlow with r = t everywhere.
+
+    Args:
+        label_dropout: probability that a sample is trained without its label, in [0, 1].
+        norm_p: power of the adaptive weight; 0 is plain squared error (summed over pixels).
+        norm_eps: ε in it.
+        time_sampler: how t is drawn.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    label_dropout: float = 0.1
+    norm_p: float = 0.0
+    norm_eps: float = 0.01
+    time_sampler: TimeSampler = field(default_factory=lambda: LogitNormal(0.0, 1.0))
+
+    def __post_init__(self) -> None:
+        self._as_meanflow()
+
+    def _as_meanflow(self) -> MeanFlow:
+        return MeanFlow(
+            ratio=0.0,
+            omega=1.0,
+            kappa=0.0,
+            label_dropout=self.label_dropout,
+            norm_p=self.norm_p,
+            norm_eps=self.norm_eps,
+            time_sampler=self.time_sampler,
+        )
+
+    def __call__(
+        self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
+    ) -> ObjectiveOutput:
+        """Draw noise, time and label dropout, and evaluate the loss; arguments as `MeanFlow.__call__`."""
+        B, device = x.shape[0], x.device
+        e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+        t = self.time_sampler.sample(B, generator=generator, device=device)
+        drop = torch.rand(B, generator=generator, device=device) < self.label_dropout
+        return self._as_meanflow()._loss(net, x, e, t, t, y, drop, torch.arange(B, device=device), 0)
+
+    def loss_at(
+        self, net: Net, *, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None
+    ) -> ObjectiveOutput:
+        """The loss at given draws; arguments as `MeanFlow.loss_at`, r = t."""
+        return self._as_meanflow().loss_at(net, x=x, noise=noise, t=t, r=t, y=y, drop=drop)
+
+
+def net_num_classes(net: Net) -> int:
+    """The index that means "no label" for `net`; looks inside wrappers such as DDP.
+
+    Raises:
+        TypeError: neither `net` nor a module it wraps has the attribute `num_classes`.
+    """
+    inner: object = net
+    while inner is not None:
+        n = getattr(inner, "num_classes", None)
+        if isinstance(n, int):
+            return n
+        inner = getattr(inner, "module", None)
+    raise TypeError(
+        "net: expected an attribute num_classes (the index that means \"no label\") because labels are dropped or the "
+        f"target is guided; {type(net).__name__} has none. Set it, or use label_dropout=0, omega=1, kappa=0"
+    )

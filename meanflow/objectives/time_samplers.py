@@ -1,0 +1,44 @@
+"""How the two times of a training sample are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class TimeSampler(Protocol):
+    """Draws n independent times in (0, 1)."""
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """t ~ U(0, 1)."""
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """n float32 times, (n,)."""
+        return torch.rand(n, generator=generator, device=device)
+
+
+@dataclass(frozen=True)
+class LogitNormal:
+    """logit(t) ~ N(mean, std²) (arXiv 2403.03206, §3.1; MeanFlow's default is mean −0.4, std 1).
+
+    Raises:
+        ValueError: std is not positive.
+    """
+
+    mean: float = -0.4
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"std: expected a number > 0, got {self.std}")
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """n float32 times, (n,)."""
+        return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator, device=device))

@@ -1,0 +1,116 @@
+"""From noise to images: MeanFlow sampling in one or a few evaluations, and ODE sampling for flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .objectives.meanflow import net_num_classes
+
+
+def _schedule(steps: int, times: Sequence[float] | Tensor | None) -> list[float]:
+    if times is None:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        return [1.0 - i / steps for i in range(steps + 1)]
+    schedule = [float(a) for a in times]
+    if len(schedule) < 2 or any(a < b for a, b in zip(schedule, schedule[1:], strict=False)):
+        raise ValueError(f"times: expected at least two times that never increase, such as [1, 0.5, 0], got {schedule}")
+    if schedule[0] > 1 or schedule[-1] < 0:
+        raise ValueError(f"times: expected times in [0, 1], got {schedule}")
+    return schedule
+
+
+def _check(noise: Tensor, y: Tensor) -> None:
+    if not noise.is_floating_point():
+        raise TypeError(f"noise: expected a floating-point dtype, got {noise.dtype}")
+    if y.shape != noise.shape[:1]:
+        raise ValueError(f"y: expected shape ({noise.shape[0]},), the batch of noise, got {tuple(y.shape)}")
+
+
+@torch.no_grad()
+def sample(
+    net: Callable[..., Tensor],
+    noise: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 1,
+    times: Sequence[float] | Tensor | None = None,
+    **conditions: Any,
+) -> Tensor:
+    """MeanFlow sampling, z_r = z_t − (t − r)·u(z_t, r, t) (arXiv 2505.13447, Algorithm 2): `steps` network evaluations.
+
+    Args:
+        net: u = net(z, r, t, y, **conditions).
+        noise: (B, C, H, W) standard normal noise, the state at the first time.
+        y: (B,) integer labels; the network's `num_classes` means "no label".
+        steps: number of equal steps from t = 1 to 0; 1 is one-step generation.
+        times: the schedule instead of `steps`, never increasing, such as [1, 0.5, 0].
+        **conditions: passed to `net`.
+
+    Returns:
+        (B, C, H, W), the state at the last time.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    _check(noise, y)
+    schedule = _schedule(steps, times)
+    z = noise
+    for now, after in zip(schedule, schedule[1:], strict=False):
+        t, r = z.new_full((z.shape[0],), now), z.new_full((z.shape[0],), after)  # [B]
+        z = z - (now - after) * net(z, r, t, y, **conditions)  # [B, C, H, W]
+    return z
+
+
+@torch.no_grad()
+def sample_ode(
+    net: Callable[..., Tensor],
+    noise: Tensor,
+    y: Tensor,
+    *,
+    steps: int = 50,
+    times: Sequence[float] | Tensor | None = None,
+    method: Literal["euler", "heun"] = "heun",
+    guidance_scale: float = 1.0,
+    **conditions: Any,
+) -> Tensor:
+    """Integrate dz/dt = u(z, t, t) from noise to data, the sampler of flow matching (arXiv 2210.02747).
+
+    Args:
+        net, noise, y, times, **conditions: as in `sample`.
+        steps: number of equal steps.
+        method: "euler" (one evaluation a step) or "heun" (two; second order, the explicit trapezoidal rule).
+        guidance_scale: classifier-free guidance u_null + scale·(u_label − u_null) (arXiv 2207.12598); 1 is none. It
+            doubles the rows of each evaluation.
+
+    Returns:
+        (B, C, H, W), the state at the last time.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    _check(noise, y)
+    if method not in ("euler", "heun"):
+        raise ValueError(f"method: expected 'euler' or 'heun', got {method!r}")
+    schedule = _schedule(steps, times)
+    null = torch.full_like(y, net_num_classes(net)) if guidance_scale != 1.0 else y
+
+    def velocity(z: Tensor, at: float) -> Tensor:
+        t = z.new_full((z.shape[0],), at)  # [B]
+        if guidance_scale == 1.0:
+            return net(z, t, t, y, **conditions)
+        t2 = torch.cat([t, t])
+        with_label, without = net(torch.cat([z, z]), t2, t2, torch.cat([y, null]), **conditions).chunk(2)
+        return without + guidance_scale * (with_label - without)
+
+    z = noise
+    for now, after in zip(schedule, schedule[1:], strict=False):
+        h = now - after
+        v = velocity(z, now)
+        z_euler = z - h * v
+        z = z_euler if method == "euler" else z - h / 2 * (v + velocity(z_euler, after))
+    return z

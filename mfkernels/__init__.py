@@ -1,0 +1,47 @@
+"""Forward-mode ("dual-number") kernels for transformers: output and directional derivative in one pass.
+
+Every function takes tensors or `Dual`s and returns the same kind; only the primal is on the autograd tape.
+"""
+
+from .ada_layer_norm import ada_layer_norm
+from .attention import Attention, attention
+from .backend import requested_backend, use_backend
+from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
+from .gated_residual import gated_residual, gated_residual_ada_layer_norm
+from .linear import Linear, linear
+from .meanflow_loss import MeanFlowLoss, meanflow_loss
+from .mlp import Mlp, mlp
+from .patch_embed import PatchEmbed, patch_embed
+from .silu import SiLU, silu
+from .timestep_embedding import TimestepEmbedder, timestep_embedding
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "Dual",
+    "Linear",
+    "MeanFlowLoss",
+    "Mlp",
+    "PatchEmbed",
+    "SiLU",
+    "TensorOrDual",
+    "TimestepEmbedder",
+    "ada_layer_norm",
+    "attention",
+    "dual_aware",
+    "gated_residual",
+    "gated_residual_ada_layer_norm",
+    "is_dual_aware",
+    "jvp",
+    "linear",
+    "linear_map",
+    "meanflow_loss",
+    "mlp",
+    "patch_embed",
+    "requested_backend",
+    "silu",
+    "split_map",
+    "timestep_embedding",
+    "use_backend",
+]

@@ -1,0 +1,4 @@
+from .module import Attention
+from .op import attention
+
+__all__ = ["Attention", "attention"]

@@ -1,0 +1,62 @@
+"""Softmax attention and its tangent in plain PyTorch; layout (B, N, H, d).
+
+    S = scale·QKᵀ, P = softmax(S), O = PV
+    Ṡ = scale·(Q̇Kᵀ + QK̇ᵀ),  Ṗ = P∘Ṡ − diag(rowsum(P∘Ṡ)) P,  Ȯ = ṖV + PV̇
+
+The primal is PyTorch's own fused attention, so its backward keeps (q, k, v, o, lse) and nothing else; the tangent
+materialises the scores of the tangent rows only, under no_grad.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> Tensor:
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2),  # [B, H, N_q, d]
+        k.transpose(1, 2),  # [B, H_kv, N_kv, d]
+        v.transpose(1, 2),
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return o.transpose(1, 2)  # [B, N_q, H, d]
+
+
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """All arguments cut to the tangent rows; a tangent of None is zero, not all three are."""
+    B_t, N_q, H, d = q.shape
+    N_kv, dtype = k.shape[1], q.dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype  # statistics are never in half precision
+
+    def heads(x: Tensor) -> Tensor:
+        x = x.to(wide).repeat_interleave(H // x.shape[2], dim=2) if x.shape[2] != H else x.to(wide)
+        return x.transpose(1, 2).reshape(B_t * H, -1, d)  # [B_t·H, N, d]
+
+    Q, K, V = heads(q), heads(k), heads(v)
+    s = torch.bmm(Q * scale, K.mT)  # [B_t·H, N_q, N_kv]
+    if is_causal:
+        visible = torch.ones(N_q, N_kv, dtype=torch.bool, device=q.device).tril()
+        s = s.masked_fill_(~visible, float("-inf"))
+    p = torch.softmax(s, dim=-1)
+    o_dot = torch.zeros_like(Q) if v_dot is None else torch.bmm(p, heads(v_dot))  # [B_t·H, N_q, d]
+    if q_dot is not None or k_dot is not None:
+        s_dot = torch.zeros_like(s) if q_dot is None else torch.bmm(heads(q_dot) * scale, K.mT)
+        if k_dot is not None:
+            s_dot = s_dot.baddbmm_(Q, heads(k_dot).mT, alpha=scale)
+        # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
+        p_dot = torch.ops.aten._softmax_backward_data(s_dot, p, -1, wide)
+        o_dot = o_dot.baddbmm_(p_dot, V)
+    return o_dot.view(B_t, H, N_q, d).transpose(1, 2).to(dtype)  # [B_t, N_q, H, d]

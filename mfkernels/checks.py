@@ -1,0 +1,40 @@
+"""Argument checks shared by the public functions. Each raises a message that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dual import Dual, check_tangent
+
+
+def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) -> None:
+    """`x` is a floating-point tensor, or a Dual whose tangent fits its primal, of the expected rank."""
+    p = x.primal if isinstance(x, Dual) else x
+    if not isinstance(p, Tensor):
+        raise TypeError(f"{name}: expected a tensor or a Dual, got {type(x).__name__}")
+    if not p.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {p.dtype}")
+    if ndim is not None:
+        allowed = (ndim,) if isinstance(ndim, int) else ndim
+        if p.ndim not in allowed:
+            want = " or ".join(map(str, allowed))
+            raise ValueError(f"{name}: expected {want} dimensions, got shape {tuple(p.shape)}")
+    if isinstance(x, Dual) and x.tangent is not None:
+        check_tangent(f"{name}.tangent", p, x.tangent)
+
+
+def check_shape(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> None:
+    """`x` has exactly `shape`, described by `meaning` (for example "(B, D) of x")."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {meaning} = {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_same(name: str, x: Any, like_name: str, like: Any) -> None:
+    """`x` has the device of `like` and, outside autocast (which mixes dtypes by design), its dtype."""
+    if x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {x.device}")

@@ -1,0 +1,364 @@
+"""Dual numbers for batches of tensors: `Dual` and the front door `jvp`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map_only
+
+T = TypeVar("T")
+
+
+class Dual(NamedTuple):
+    """A primal and the tangent (directional derivative) of its first rows.
+
+    A `Dual` is a tuple, so pytrees, DDP, FSDP2, activation checkpointing and torch.compile see through it. Arithmetic
+    (`+ - * /`, unary `-`) works as on tensors; everything else is a function of this package.
+
+    Args:
+        primal: (B, …) an ordinary tensor, on the autograd tape as usual.
+        tangent: (B_t, …) with B_t <= B: the derivative of the FIRST B_t batch rows; the other rows have tangent zero
+            and cost nothing. `None` is a tangent of zero for every row. It has the primal's dtype and device and never
+            requires grad: gradients stop at tangents by design.
+    """
+
+    primal: Tensor
+    tangent: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.primal.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.primal.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.primal.device
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that carry a tangent."""
+        return 0 if self.tangent is None else self.tangent.shape[0]
+
+    # A tuple's own `+` and `*` concatenate and repeat; on duals that would be a silent mistake.
+    def __add__(self, other: Any) -> Dual:  # type: ignore[override]
+        return _add(self, other, 1.0)
+
+    def __radd__(self, other: Any) -> Dual:
+        return _add(self, other, 1.0)
+
+    def __sub__(self, other: Any) -> Dual:
+        return _add(self, other, -1.0)
+
+    def __rsub__(self, other: Any) -> Dual:
+        return _add(-self, other, 1.0)
+
+    def __neg__(self) -> Dual:
+        return linear_map(torch.neg, self)
+
+    def __mul__(self, other: Any) -> Dual:  # type: ignore[override]
+        return _mul(self, other)
+
+    def __rmul__(self, other: Any) -> Dual:  # type: ignore[override]
+        return _mul(self, other)
+
+    def __truediv__(self, other: Any) -> Dual:
+        if isinstance(other, Dual):
+            raise TypeError("other: a Dual can be divided by a tensor or a number, got a Dual")
+        return linear_map(lambda x, rows: x / leading(other, rows, self.primal.ndim), self, pass_rows=True)
+
+
+TensorOrDual = Tensor | Dual
+
+
+def primal_of(x: Any) -> Any:
+    """The primal of a Dual; anything else unchanged."""
+    return x.primal if isinstance(x, Dual) else x
+
+
+def tangent_of(x: Any) -> Tensor | None:
+    """The tangent of a Dual; None (zero) for anything else."""
+    return x.tangent if isinstance(x, Dual) else None
+
+
+def tangent_rows(*xs: Any) -> int | None:
+    """Rows of the longest tangent among `xs`; None when none of them has a tangent."""
+    rows = [x.tangent.shape[0] for x in xs if isinstance(x, Dual) and x.tangent is not None]
+    return max(rows) if rows else None
+
+
+def padded_tangent(x: Any, rows: int) -> Tensor | None:
+    """The tangent of `x` as `rows` rows, the missing ones zero; None when `x` has no tangent."""
+    t = tangent_of(x)
+    if t is None or t.shape[0] == rows:
+        return t
+    return torch.cat([t, t.new_zeros(rows - t.shape[0], *t.shape[1:])])
+
+
+def leading(x: Any, rows: int, ndim: int) -> Any:
+    """The first `rows` batch rows of a tensor that broadcasts against an `ndim`-dimensional batch (numbers pass)."""
+    return x[:rows] if isinstance(x, Tensor) and x.ndim == ndim and x.shape[0] > 1 else x
+
+
+def linear_map(fn: Callable[..., Tensor], x: TensorOrDual, *, pass_rows: bool = False) -> Any:
+    """Apply a map that is linear in `x` and keeps the batch first (reshape, permute, scaling …) to primal and tangent.
+
+    Args:
+        fn: the map, called on the primal and, under no_grad, on the tangent. With `pass_rows` it is called as
+            `fn(x, rows)` so that it can slice other operands to the rows at hand.
+        x: (B, …) tensor or Dual.
+    """
+    if not isinstance(x, Dual):
+        return fn(x, x.shape[0]) if pass_rows else fn(x)
+    y = fn(x.primal, x.primal.shape[0]) if pass_rows else fn(x.primal)
+    if x.tangent is None:
+        return Dual(y)
+    with torch.no_grad():
+        return Dual(y, fn(x.tangent, x.tangent.shape[0]) if pass_rows else fn(x.tangent))
+
+
+def split_map(fn: Callable[[Tensor], Sequence[Tensor]], x: TensorOrDual) -> tuple[Any, ...]:
+    """`linear_map` for a map with several outputs (unbind, chunk, split)."""
+    if not isinstance(x, Dual):
+        return tuple(fn(x))
+    ps = fn(x.primal)
+    if x.tangent is None:
+        return tuple(Dual(p) for p in ps)
+    with torch.no_grad():
+        return tuple(Dual(p, t) for p, t in zip(ps, fn(x.tangent), strict=True))
+
+
+def _add(x: Dual, other: Any, sign: float) -> Dual:
+    p = x.primal + primal_of(other) if sign > 0 else x.primal - primal_of(other)
+    rows = tangent_rows(x, other)
+    if rows is None:
+        return Dual(p)
+    with torch.no_grad():
+        a, b = padded_tangent(x, rows), padded_tangent(other, rows)
+        if a is None:
+            assert b is not None
+            t = b if sign > 0 else -b
+        elif b is None:
+            t = a
+        else:
+            t = torch.add(a, b, alpha=sign)
+        return Dual(p, t.expand(rows, *p.shape[1:]).to(p.dtype))
+
+
+def _mul(x: Dual, other: Any) -> Dual:
+    q = primal_of(other)
+    p = x.primal * q
+    rows = tangent_rows(x, other)
+    if rows is None:
+        return Dual(p)
+    with torch.no_grad():
+        a, b = padded_tangent(x, rows), padded_tangent(other, rows)
+        t = torch.zeros_like(p[:rows])
+        if a is not None:
+            t = t + a * leading(q, rows, p.ndim)
+        if b is not None:
+            t = t + leading(x.primal, rows, p.ndim) * b
+        return Dual(p, t.to(p.dtype))
+
+
+# ------------------------------------------------------------------------------------------------ dual-aware callables
+
+
+def dual_aware(fn: T) -> T:
+    """Mark a module class or function as taking `Dual`s: `jvp` then runs it once, on duals.
+
+    The mark is a promise that every operation inside is one of this package's, or is applied through `linear_map`.
+    """
+    fn.__dual_aware__ = True  # type: ignore[attr-defined]
+    return fn
+
+
+def _unwrapped(fn: Any) -> Any:
+    """The module inside wrappers that only forward their call (DDP, accelerate, torch.compile)."""
+    seen = fn
+    while isinstance(seen, nn.Module):
+        inner = getattr(seen, "_orig_mod", None)
+        if inner is None and isinstance(seen, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = seen.module
+        if inner is None:
+            break
+        seen = inner
+    return seen
+
+
+def is_dual_aware(fn: Any) -> bool:
+    """Whether `jvp` may call `fn` on Duals (see `dual_aware`); sees through DDP and torch.compile wrappers."""
+    return bool(getattr(_unwrapped(fn), "__dual_aware__", False))
+
+
+# ----------------------------------------------------------------------------------------------------------------- jvp
+
+
+def jvp(
+    fn: Callable[..., Any],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+    *,
+    rows: int | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """`fn(*primals, **kwargs)` and its directional derivative, with only the primal on the autograd tape.
+
+    A dual-aware `fn` (a model of this project, or anything marked with `mfkernels.dual_aware`) computes both in one
+    pass. Any other callable or module is evaluated once for the primal and then, under no_grad and on the first `rows`
+    samples only, once more through `torch.func.jvp`: right for every network made of differentiable PyTorch operations
+    that treats samples independently, but it repeats the primal's work on those rows and materialises attention (about
+    2x a plain training step with every row, 1.4x with a quarter of them, against 1.15x or less for a dual-aware one).
+    Dropout draws anew in the second evaluation.
+
+    Args:
+        fn: callable of `len(primals)` positional tensors.
+        primals: tensors (B, …), all with the same B; floating point where a tangent is given.
+        tangents: one per primal, (B, …) or (first rows, …), same trailing shape, dtype and device; `None` is zero.
+        rows: number of leading samples R in [0, B] that carry a tangent; default: as many as `tangents` have.
+        **kwargs: passed to `fn`. In the fallback, tensors whose first size is B are cut to the first R rows.
+
+    Returns:
+        `(out, tangent_out)`: what `fn` returns, and its derivative with R rows. Where `fn` returns several tensors,
+        `tangent_out` has the same structure, with `None` for outputs that carry no tangent.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: `fn` is not dual-aware and contains an operation without a forward-mode rule.
+    """
+    primals, cut, R = _check_jvp(primals, tangents, rows)
+    B = primals[0].shape[0]
+    if is_dual_aware(fn):
+        duals = [p if t is None else Dual(p, t) for p, t in zip(primals, cut, strict=True)]
+        return _split(fn(*duals, **kwargs), R)
+    out = fn(*primals, **kwargs)
+    bare = _unwrapped(fn)
+    with torch.no_grad():
+        first = tree_map_only(Tensor, lambda a: a[:R] if a.ndim > 0 and a.shape[0] == B else a, kwargs)
+        active = [i for i, t in enumerate(cut) if t is not None]
+        leads = [p.detach()[:R] for p in primals]
+
+        def of_active(*xs: Tensor) -> Any:
+            args = list(leads)
+            for i, x in zip(active, xs, strict=True):
+                args[i] = x
+            return bare(*args, **first)
+
+        try:
+            with _RefuseSilentZeros():
+                _, tangent_out = torch.func.jvp(
+                    of_active, tuple(leads[i] for i in active), tuple(t for t in cut if t is not None)
+                )
+        except (NotImplementedError, RuntimeError) as error:
+            raise _explained(error) from error
+    return out, tree_map_only(Tensor, torch.Tensor.detach, tangent_out)
+
+
+def _check_jvp(
+    primals: Sequence[Tensor], tangents: Sequence[Tensor | None], rows: int | None
+) -> tuple[list[Tensor], list[Tensor | None], int]:
+    if isinstance(primals, Tensor) or not isinstance(primals, Sequence) or not primals:
+        raise TypeError(f"primals: expected a non-empty tuple of tensors, got {type(primals).__name__}")
+    if isinstance(tangents, Tensor) or not isinstance(tangents, Sequence):
+        raise TypeError(f"tangents: expected a tuple with one entry per primal, got {type(tangents).__name__}")
+    if len(primals) != len(tangents):
+        raise ValueError(f"tangents: expected one per primal ({len(primals)}), got {len(tangents)}")
+    for i, p in enumerate(primals):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"primals[{i}]: expected a tensor, got {type(p).__name__}")
+        if p.ndim == 0 or p.shape[0] != primals[0].shape[0]:
+            raise ValueError(
+                f"primals[{i}]: expected a batch of {tuple(primals[0].shape)[:1]} rows first, got shape {tuple(p.shape)}"
+            )
+    B = primals[0].shape[0]
+    if rows is not None and not 0 <= rows <= B:
+        raise ValueError(f"rows: expected a number in [0, {B}] (the batch size), got {rows}")
+    for i, (p, t) in enumerate(zip(primals, tangents, strict=True)):
+        if t is not None:
+            check_tangent(f"tangents[{i}]", p, t)
+    given = [t.shape[0] for t in tangents if t is not None]
+    if not given:
+        raise ValueError("tangents: every tangent is None (zero), so there is nothing to differentiate along")
+    R = max(given) if rows is None else rows
+    cut: list[Tensor | None] = []
+    for i, t in enumerate(tangents):
+        if t is not None and t.shape[0] < R:
+            raise ValueError(f"tangents[{i}]: expected at least {R} rows, got {t.shape[0]}")
+        cut.append(None if t is None else t[:R])
+    return list(primals), cut, R
+
+
+def check_tangent(name: str, primal: Tensor, tangent: Tensor) -> None:
+    """Raise unless `tangent` can be the tangent of the first rows of `primal`."""
+    if not isinstance(tangent, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(tangent).__name__}")
+    if not (primal.is_floating_point() or primal.is_complex()):
+        raise TypeError(f"{name}: a {primal.dtype} primal has no tangent")
+    if tangent.dtype != primal.dtype:
+        raise TypeError(f"{name}: expected the primal's dtype {primal.dtype}, got {tangent.dtype}")
+    if tangent.device != primal.device:
+        raise ValueError(f"{name}: expected the primal's device {primal.device}, got {tangent.device}")
+    if tangent.ndim != primal.ndim or tangent.shape[1:] != primal.shape[1:]:
+        raise ValueError(
+            f"{name}: expected shape (rows, {', '.join(map(str, primal.shape[1:]))}) after a primal of shape "
+            f"{tuple(primal.shape)}, got {tuple(tangent.shape)}"
+        )
+    if tangent.shape[0] > primal.shape[0]:
+        raise ValueError(f"{name}: expected at most {primal.shape[0]} rows (the batch), got {tangent.shape[0]}")
+    if tangent.requires_grad:
+        raise ValueError(f"{name}: a tangent must not require grad (gradients stop at tangents); pass it detached")
+
+
+def _split(out: Any, rows: int) -> tuple[Any, Any]:
+    """Separate a (nested) output of Duals and tensors into primals and tangents."""
+    if isinstance(out, Dual):
+        return out.primal, padded_tangent(out, rows) if out.tangent is not None else torch.zeros_like(out.primal[:rows])
+    if isinstance(out, Mapping):
+        pairs = {k: _split(v, rows) for k, v in out.items()}
+        return {k: p for k, (p, _) in pairs.items()}, {k: t for k, (_, t) in pairs.items()}
+    if isinstance(out, (tuple, list)):
+        parts = [_split(v, rows) for v in out]
+        return type(out)(p for p, _ in parts), type(out)(t for _, t in parts)
+    return out, None
+
+
+class _RefuseSilentZeros(TorchFunctionMode):
+    """Custom operators have no forward-mode rule and return a zero tangent without a word: name them instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            name = str(func if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name)
+            has_rule = name.startswith(("aten", "prim")) or not tree_any(_carries_tangent, (args, kwargs))
+            if not has_rule:
+                raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
+        return func(*args, **kwargs)
+
+
+def _carries_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None
+
+
+def _explained(error: Exception) -> Exception:
+    """Turn PyTorch's message about a missing forward-mode rule into one that says what to do."""
+    text = str(error)
+    if "forward AD" not in text and "jvp" not in text:
+        return error
+    found = re.search(r"forward AD with (\S+)", text)
+    op = found.group(1).rstrip(".") if found else "a custom autograd.Function"
+    if "attention" in op or "flash" in op or "attn" in op:
+        cure = "replace it by mfkernels.attention, which computes output and tangent in one pass"
+    else:
+        cure = "give it a jvp rule, or write it with operations of mfkernels and mark the module mfkernels.dual_aware"
+    return NotImplementedError(f"fn: {op} has no forward-mode (JVP) rule, so its tangent cannot be computed; {cure}")
+
+
+__all__ = ["Dual", "TensorOrDual", "dual_aware", "is_dual_aware", "jvp", "linear_map", "split_map"]

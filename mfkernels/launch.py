@@ -1,0 +1,125 @@
+"""Launch configurations from a table, and the launch itself. Every Triton op of the library goes through here.
+
+The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
+`triton` ("3.6") and `dtype` must equal the request, and `max_<size>` must not lie below the request's `<size>`. A condition
+that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that hold, the one
+with the tightest sizes wins, then the one that names more. Rows of the user's own table, written by
+`python -m mfkernels.tune`, go before those of the package wherever one of them holds.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+PACKAGE_TABLE = Path(__file__).parent / "configs" / "launch.json"
+EXACT = ("arch", "triton", "dtype")
+
+Row = Mapping[str, Any]
+Config = Mapping[str, int]
+
+
+def user_table() -> Path:
+    """Where `python -m mfkernels.tune` writes: $MFKERNELS_CACHE_DIR, else $XDG_CACHE_HOME/mfkernels, else ~/.cache."""
+    own = os.environ.get("MFKERNELS_CACHE_DIR")
+    if own:
+        return Path(own) / "launch.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mfkernels" / "launch.json"
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a table; none where the file does not exist; ValueError naming the file where it is not one."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it or run `python -m mfkernels.tune` again") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"op", "config"} <= row.keys() for row in rows):
+        raise ValueError(f'{path} must be a list of {{"op": ..., "config": ...}}; delete it or tune again')
+    return rows
+
+
+def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | None:
+    """The row that holds for the request and fits it most tightly, by the rule above."""
+
+    def holds(row: Row) -> bool:
+        if row["op"] != request["op"] or any(key in row and row[key] != request.get(key) for key in EXACT):
+            return False
+        bounds = {key.removeprefix("max_"): row[key] for key in row if key.startswith("max_")}
+        return all(size in request and request[size] <= bound for size, bound in bounds.items())
+
+    def rank(row: Row) -> tuple[float, ...]:
+        sizes = [row.get(f"max_{key}", math.inf) for key in request if key not in EXACT and key != "op"]
+        return (*sizes, -sum(key in row for key in EXACT))
+
+    return min(filter(holds, rows), key=rank, default=None)
+
+
+def triton_minor() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@functools.cache
+def _tables() -> tuple[list[Row], list[Row]]:
+    return read_table(user_table()), read_table(PACKAGE_TABLE)
+
+
+@functools.cache
+def _lookup(request: tuple[tuple[str, str | int], ...]) -> Config:
+    as_mapping = dict(request)
+    for rows in _tables():
+        row = best_row(rows, as_mapping)
+        if row is not None:
+            return row["config"]
+    raise LookupError(f"no launch configuration for {as_mapping} in {PACKAGE_TABLE}")
+
+
+def clear_cache() -> None:
+    """Forget the tables read so far (they are read once a process)."""
+    _tables.cache_clear()
+    _lookup.cache_clear()
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def launch_config(op: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
+    """Block sizes, warps and stages for one call; on any device but CUDA (the interpreter) the arch is "cpu"."""
+    return find_config(op, _arch(device) if device.type == "cuda" else "cpu", dtype, **sizes)
+
+
+def find_config(op: str, arch: str, dtype: torch.dtype, **sizes: int) -> Config:
+    """The same for an architecture by name."""
+    exact = (("op", op), ("arch", arch), ("triton", triton_minor()), ("dtype", str(dtype).removeprefix("torch.")))
+    return _lookup((*exact, *sizes.items()))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is called with: what runs, what is compiled ahead of time, and what is tuned, alike."""
+
+    kernel: Any
+    grid: Callable[[Config], tuple[int, ...]]
+    arguments: Mapping[str, Any]
+    config: Config
+    device: torch.device
+
+    def run(self) -> None:
+        # torch.cuda.device raises on a CPU device, which the interpreter uses.
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            self.kernel[self.grid(self.config)](**self.arguments, **self.config)

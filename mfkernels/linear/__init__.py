@@ -1,0 +1,4 @@
+from .module import Linear
+from .op import linear
+
+__all__ = ["Linear", "linear"]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import choose
+from ..checks import check_operand, check_shape
+from ..dual import Dual, TensorOrDual
+from . import reference
+
+
+def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> TensorOrDual:
+    """Affine map of the last dimension, y = x Wᵀ + b; ẏ = ẋ Wᵀ.
+
+    Args:
+        x: (B, …, D_in) tensor or Dual.
+        weight: (D_out, D_in).
+        bias: (D_out,) or None.
+
+    Returns:
+        (B, …, D_out), of the kind of `x`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    check_operand("x", x)
+    check_operand("weight", weight, 2)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: expected last size {weight.shape[1]} (D_in of weight), got shape {tuple(x.shape)}")
+    if bias is not None:
+        check_operand("bias", bias, 1)
+        check_shape("bias", bias, (weight.shape[0],), "(D_out,) of weight")
+    choose("linear", x.device, {})
+    if not isinstance(x, Dual):
+        return reference.linear(x, weight, bias)
+    y = reference.linear(x.primal, weight, bias)
+    if x.tangent is None:
+        return Dual(y)
+    with torch.no_grad():
+        return Dual(y, reference.linear_tangent(x.tangent, weight))

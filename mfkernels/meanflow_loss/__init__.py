@@ -1,0 +1,3 @@
+from .op import MeanFlowLoss, meanflow_loss
+
+__all__ = ["MeanFlowLoss", "meanflow_loss"]

@@ -1,0 +1,26 @@
+"""u_tgt = v − (t − r)·du/dt on the rows that have a tangent, v on the others; e = ‖u − u_tgt‖²; loss = sg(e + ε)^(−p)·e."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def meanflow_loss(
+    u: Tensor,
+    du_dt: Tensor,
+    v: Tensor,
+    t: Tensor,
+    r: Tensor,
+    norm_p: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    rows = du_dt.shape[0]
+    wide = torch.float32 if u.dtype in (torch.float16, torch.bfloat16) else u.dtype
+    with torch.no_grad():
+        interval = (t - r)[:rows].to(wide).view(-1, *[1] * (u.ndim - 1))  # [B_t, 1, …]
+        u_tgt = v.to(wide, copy=True)  # [B, …]
+        u_tgt[:rows].addcmul_(interval, du_dt.to(wide), value=-1)
+    squared_error = (u.to(wide) - u_tgt).square().flatten(1).sum(dim=1)  # [B]
+    weight = (squared_error.detach() + norm_eps).pow(-norm_p)  # [B]
+    return weight * squared_error, squared_error.detach()

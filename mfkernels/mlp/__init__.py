@@ -1,0 +1,4 @@
+from .module import Mlp
+from .op import mlp
+
+__all__ = ["Mlp", "mlp"]

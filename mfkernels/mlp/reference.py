@@ -1,0 +1,28 @@
+"""linear → GELU (tanh form) → linear. The backward keeps x, the pre-activation h and the activation a, as a plain MLP does."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..linear.reference import linear, linear_tangent
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    h = linear(x, w1, b1)  # [B, …, D_hidden]
+    a = F.gelu(h, approximate="tanh")  # [B, …, D_hidden]
+    return linear(a, w2, b2), h
+
+
+def mlp_tangent(h: Tensor, x_dot: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    h_dot = linear_tangent(x_dot, w1)  # [B_t, …, D_hidden]
+    # GELU's Jacobian is diagonal: its VJP kernel is its JVP, derivative and product in one pass
+    a_dot = torch.ops.aten.gelu_backward(h_dot, h, approximate="tanh")  # [B_t, …, D_hidden]
+    return linear_tangent(a_dot, w2)  # [B_t, …, D_out]

@@ -1,0 +1,4 @@
+from .module import PatchEmbed
+from .op import patch_embed
+
+__all__ = ["PatchEmbed", "patch_embed"]

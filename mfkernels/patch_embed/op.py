@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import choose
+from ..checks import check_operand, check_shape
+from ..dual import Dual, TensorOrDual
+from . import reference
+
+
+def patch_embed(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> TensorOrDual:
+    """Cut images into non-overlapping patches and project each to a token (arXiv 2010.11929, eq. 1).
+
+    Args:
+        x: (B, C, H, W) images, tensor or Dual.
+        weight: (D, C, p, p), p a divisor of H and W.
+        bias: (D,) or None.
+
+    Returns:
+        (B, H/p · W/p, D) tokens, row by row, of the kind of `x`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    check_operand("x", x, 4)
+    check_operand("weight", weight, 4)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x: expected {weight.shape[1]} channels (as weight has), got shape {tuple(x.shape)}")
+    if x.shape[2] % weight.shape[2] or x.shape[3] % weight.shape[3]:
+        raise ValueError(f"x: expected height and width divisible by {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],), "(D,) of weight")
+    choose("patch_embed", x.device, {})
+    if not isinstance(x, Dual):
+        return reference.patch_embed(x, weight, bias)
+    y = reference.patch_embed(x.primal, weight, bias)
+    if x.tangent is None:
+        return Dual(y)
+    with torch.no_grad():
+        return Dual(y, reference.patch_embed_tangent(x.tangent, weight))

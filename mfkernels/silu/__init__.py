@@ -1,0 +1,4 @@
+from .module import SiLU
+from .op import silu
+
+__all__ = ["SiLU", "silu"]

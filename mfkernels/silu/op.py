@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import torch
+
+from ..backend import choose
+from ..checks import check_operand
+from ..dual import Dual, TensorOrDual
+from . import reference
+
+
+def silu(x: TensorOrDual) -> TensorOrDual:
+    """Sigmoid-weighted linear unit, y = x σ(x); ẏ = ẋ σ(x) (1 + x (1 − σ(x))).
+
+    Args:
+        x: (B, …) tensor or Dual.
+
+    Returns:
+        (B, …), of the kind of `x`.
+
+    Raises:
+        TypeError, ValueError: `x` does not fit; the message says why.
+    """
+    check_operand("x", x)
+    choose("silu", x.device, {})
+    if not isinstance(x, Dual):
+        return reference.silu(x)
+    y = reference.silu(x.primal)
+    if x.tangent is None:
+        return Dual(y)
+    with torch.no_grad():
+        return Dual(y, reference.silu_tangent(x.primal[: x.rows], x.tangent))
