@@ -1,4 +1,4 @@
-"""What ptxas makes of a launch, found without a GPU: registers, spills, shared memory, wgmmas and whether they overlap."""
+"""What ptxas makes of a launch, found without a GPU: registers, spills, shared memory, and whether wgmmas overlap."""
 
 import re
 import subprocess
@@ -73,7 +73,7 @@ def inspect_launch(launch: Launch, arch: str) -> KernelReport:
 
 
 def _source(kernel: JITFunction, arguments: Mapping[str, Any]) -> ASTSource:
-    """The specialisation that a launch with these arguments would compile: 1 and None are constants, 16 divides or not."""
+    """The specialisation that a launch with these arguments compiles: 1 and None are constants, 16 divides or not."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}

@@ -1,10 +1,10 @@
 """Launch configurations from a table, and the launch itself. Every Triton op of the library goes through here.
 
 The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
-`triton` ("3.6") and `dtype` must equal the request, and `max_<size>` must not lie below the request's `<size>`. A condition
-that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that hold, the one
-with the tightest sizes wins, then the one that names more. Rows of the user's own table, written by
-`python -m mfkernels.tune`, go before those of the package wherever one of them holds.
+`triton` ("3.6") and `dtype` must equal the request, and `max_<size>` must not lie below the request's `<size>`. A
+condition that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that
+hold, the one that names more of arch, triton and dtype wins, then the one with the tighter sizes. Rows of the user's
+table, written by `python -m mfkernels.tune`, go before those of the package wherever one of them holds.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | Non
 
     def rank(row: Row) -> tuple[float, ...]:
         sizes = [row.get(f"max_{key}", math.inf) for key in request if key not in EXACT and key != "op"]
-        return (*sizes, -sum(key in row for key in EXACT))
+        return (-sum(key in row for key in EXACT), *sizes)
 
     return min(filter(holds, rows), key=rank, default=None)
 
@@ -110,13 +110,25 @@ def find_config(op: str, arch: str, dtype: torch.dtype, **sizes: int) -> Config:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it is called with: what runs, what is compiled ahead of time, and what is tuned, alike."""
+    """A kernel and all it is called with: the same object is run, compiled ahead of time and tuned."""
 
     kernel: Any
     grid: Callable[[Config], tuple[int, ...]]
-    arguments: Mapping[str, Any]
     config: Config
     device: torch.device
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        grid: Callable[[Config], tuple[int, ...]],
+        config: Config,
+        device: torch.device,
+        /,
+        **arguments: Any,
+    ) -> "Launch":
+        return cls(kernel, grid, config, device, arguments)
 
     def run(self) -> None:
         # torch.cuda.device raises on a CPU device, which the interpreter uses.

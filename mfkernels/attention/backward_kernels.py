@@ -1,0 +1,438 @@
+"""Attention's primal backward from (q, k, v, o, lse): two Triton kernels without atomics, and aten's own backwards."""
+
+# mypy: allow-untyped-defs
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfkernels.attention.kernels import (
+    LOG2_E,
+    as_rows,
+    load_tile,
+    require_supported,
+    row_strides,
+    split_head_dim,
+    store_tile,
+    vector_width,
+)
+from mfkernels.launch import Launch, launch_config
+
+
+@triton.jit
+def _dq_kernel(
+    do_ptr,  # [B, N_q, H, D]
+    q_ptr,  # [B, N_q, H, D]
+    k_ptr,  # [B, N_kv, H_kv, D]
+    v_ptr,  # [B, N_kv, H_kv, D]
+    o_ptr,  # [B, N_q, H, D]
+    lse_ptr,  # [B, H, N_q] contiguous
+    delta_ptr,  # [B, H, N_q] contiguous, written here
+    dq_ptr,  # [B, N_q, H, D] contiguous
+    stride_do_b,  # all strides count vectors of ALIGN elements
+    stride_do_n,
+    stride_do_h,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_ob,
+    stride_on,
+    stride_oh,
+    scale,
+    N_q,
+    N_kv,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries against all keys: dq, and delta = rowsum(do o), which the dk, dv kernel reads."""
+    num_m = tl.cdiv(N_q, BLOCK_M)
+    pid = tl.program_id(0)
+    block_m = pid % num_m
+    if CAUSAL:
+        block_m = num_m - 1 - block_m  # the longest rows start first
+    head = ((pid // num_m) % H).to(tl.int64)
+    batch = (pid // num_m // H).to(tl.int64)
+    head_kv = head // GROUP
+    start_m = block_m * BLOCK_M
+    row_m = start_m.to(tl.int64)
+    left_m = N_q - start_m
+    rows_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_m = start_m + rows_m  # [BLOCK_M]
+    mask_m = rows_m < left_m  # [BLOCK_M]
+
+    stride_do_n = stride_do_n * ALIGN
+    stride_qn = stride_qn * ALIGN
+    stride_kn = stride_kn * ALIGN
+    stride_vn = stride_vn * ALIGN
+    stride_on = stride_on * ALIGN
+    do_ptr += (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
+    q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
+    o_ptr += (batch * stride_ob + head * stride_oh) * ALIGN + row_m * stride_on
+    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN
+    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN
+    offs_row = (batch * H + head) * N_q + row_m
+    dq_ptr += ((batch * N_q + row_m) * H + head) * D
+
+    q = load_tile(q_ptr, stride_qn, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    do = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    o = load_tile(o_ptr, stride_on, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # [BLOCK_M]
+    dq = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
+    if D_TAIL > 0:
+        q_tail = load_tile(q_ptr, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        do_tail = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        o_tail = load_tile(o_ptr, stride_on, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)  # [BLOCK_M]
+        dq_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
+    tl.store(delta_ptr + offs_row + rows_m, delta, mask=mask_m)
+    lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=mask_m, other=0.0) * LOG2_E  # [BLOCK_M]
+
+    scale_log2 = scale * LOG2_E
+    end_n = N_kv
+    if CAUSAL:
+        end_n = tl.minimum(N_kv, start_m + BLOCK_M)
+    for start_n in tl.range(0, end_n, BLOCK_N):
+        left_n = N_kv - start_n
+        row_n = tl.cast(start_n, tl.int64)
+        k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        dp = tl.dot(do, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if D_TAIL > 0:
+            k_tail = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            v_tail = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            dp = tl.dot(do_tail, v_tail.T, dp, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        # Absent keys read as zeros, and exp2(0 - lse) can overflow: inf * 0 would reach dq.
+        if MASK_N:
+            s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))  # [BLOCK_M, BLOCK_N]
+        if CAUSAL:
+            s = tl.where(start_n + rows_n[None, :] <= offs_m[:, None], s, -float("inf"))  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # [BLOCK_M, BLOCK_N]
+        ds = (p * (dp - delta[:, None])).to(k.dtype)  # [BLOCK_M, BLOCK_N]
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+        if D_TAIL > 0:
+            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+
+    store_tile(dq_ptr, H * D, rows_m, left_m, dq * scale, D, 0, D_MAIN)
+    if D_TAIL > 0:
+        store_tile(dq_ptr, H * D, rows_m, left_m, dq_tail * scale, D, D_MAIN, D_TAIL)
+
+
+@triton.jit
+def _dkdv_kernel(
+    do_ptr,  # [B, N_q, H, D]
+    q_ptr,  # [B, N_q, H, D]
+    k_ptr,  # [B, N_kv, H_kv, D]
+    v_ptr,  # [B, N_kv, H_kv, D]
+    lse_ptr,  # [B, H, N_q] contiguous
+    delta_ptr,  # [B, H, N_q] contiguous
+    dk_ptr,  # [B, N_kv, H_kv, D] contiguous
+    dv_ptr,  # [B, N_kv, H_kv, D] contiguous
+    stride_do_b,  # all strides count vectors of ALIGN elements
+    stride_do_n,
+    stride_do_h,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    scale,
+    N_q,
+    N_kv,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of keys against all queries of all heads that share it. Everything is transposed: keys are the rows."""
+    H_kv = H // GROUP
+    num_n = tl.cdiv(N_kv, BLOCK_N)
+    num_m = tl.cdiv(N_q, BLOCK_M)
+    pid = tl.program_id(0)
+    start_n = (pid % num_n) * BLOCK_N
+    head_kv = ((pid // num_n) % H_kv).to(tl.int64)
+    batch = (pid // num_n // H_kv).to(tl.int64)
+    row_n = start_n.to(tl.int64)
+    left_n = N_kv - start_n
+    rows_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_n = start_n + rows_n  # [BLOCK_N]
+
+    stride_do_n = stride_do_n * ALIGN
+    stride_qn = stride_qn * ALIGN
+    stride_kn = stride_kn * ALIGN
+    stride_vn = stride_vn * ALIGN
+    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN + row_n * stride_kn
+    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN + row_n * stride_vn
+    offs_out = ((batch * N_kv + row_n) * H_kv + head_kv) * D
+
+    k = load_tile(k_ptr, stride_kn, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
+    v = load_tile(v_ptr, stride_vn, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
+    dk = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
+    dv = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
+    if D_TAIL > 0:
+        k_tail = load_tile(k_ptr, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
+        v_tail = load_tile(v_ptr, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
+        dk_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
+        dv_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
+
+    scale_log2 = scale * LOG2_E
+    first_m = 0
+    if CAUSAL:
+        first_m = start_n // BLOCK_M  # the first block of queries that see a key of this one
+    blocks = tl.maximum(num_m - first_m, 0)
+    for index in tl.range(0, blocks * GROUP):
+        head = head_kv * GROUP + index // blocks
+        start_m = (first_m + index % blocks) * BLOCK_M
+        row_m = tl.cast(start_m, tl.int64)
+        left_m = N_q - start_m
+        do_row = do_ptr + (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
+        q_row = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
+        offs_row = (batch * H + head) * N_q + row_m
+
+        # Absent queries read as zeros, lse too: p is 1 for them, do and dp - delta are 0, nothing is added.
+        q = load_tile(q_row, stride_qn, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
+        do = load_tile(do_row, stride_do_n, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
+        lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0) * LOG2_E  # [BLOCK_M]
+        delta = tl.load(delta_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0)  # [BLOCK_M]
+        s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if D_TAIL > 0:
+            q_tail = load_tile(q_row, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
+            do_tail = load_tile(do_row, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
+            s = tl.dot(k_tail, q_tail.T, s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp = tl.dot(v_tail, do_tail.T, dp, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if CAUSAL:
+            s = tl.where(offs_n[:, None] <= start_m + rows_m[None, :], s, -float("inf"))  # [BLOCK_N, BLOCK_M]
+        p = tl.exp2(s * scale_log2 - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
+        p_low = p.to(v.dtype)  # [BLOCK_N, BLOCK_M]
+        dv = tl.dot(p_low, do, dv, input_precision=PRECISION)  # [BLOCK_N, D_MAIN]
+        ds = (p * (dp - delta[None, :])).to(v.dtype)  # [BLOCK_N, BLOCK_M]
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)  # [BLOCK_N, D_MAIN]
+        if D_TAIL > 0:
+            dv_tail = tl.dot(p_low, do_tail, dv_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
+            dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
+
+    store_tile(dk_ptr + offs_out, H_kv * D, rows_n, left_n, dk * scale, D, 0, D_MAIN)
+    store_tile(dv_ptr + offs_out, H_kv * D, rows_n, left_n, dv, D, 0, D_MAIN)
+    if D_TAIL > 0:
+        store_tile(dk_ptr + offs_out, H_kv * D, rows_n, left_n, dk_tail * scale, D, D_MAIN, D_TAIL)
+        store_tile(dv_ptr + offs_out, H_kv * D, rows_n, left_n, dv_tail, D, D_MAIN, D_TAIL)
+
+
+def dq_launch(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    precision: str,
+    config: Mapping[str, int] | None = None,
+) -> Launch:
+    """The launch that fills delta and dq."""
+    B, N_q, H, D = q.shape
+    N_kv, H_kv = k.shape[1:3]
+    D_MAIN, D_TAIL = split_head_dim(D)
+    config = config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=N_kv)
+    stride_do_b, stride_do_n, stride_do_h = row_strides(do)
+    stride_qb, stride_qn, stride_qh = row_strides(q)
+    stride_kb, stride_kn, stride_kh = row_strides(k)
+    stride_vb, stride_vn, stride_vh = row_strides(v)
+    stride_ob, stride_on, stride_oh = row_strides(o)
+    return Launch.of(
+        _dq_kernel,
+        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]) * H * B,),
+        config,
+        q.device,
+        do_ptr=do,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        o_ptr=o,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dq_ptr=dq,
+        stride_do_b=stride_do_b,
+        stride_do_n=stride_do_n,
+        stride_do_h=stride_do_h,
+        stride_qb=stride_qb,
+        stride_qn=stride_qn,
+        stride_qh=stride_qh,
+        stride_kb=stride_kb,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vb=stride_vb,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
+        stride_ob=stride_ob,
+        stride_on=stride_on,
+        stride_oh=stride_oh,
+        scale=scale,
+        N_q=N_q,
+        N_kv=N_kv,
+        H=H,
+        GROUP=H // H_kv,
+        D=D,
+        D_MAIN=D_MAIN,
+        D_TAIL=D_TAIL,
+        CAUSAL=causal,
+        MASK_N=N_kv % config["BLOCK_N"] != 0,
+        PRECISION=precision,
+        ALIGN=vector_width(q.dtype),
+    )
+
+
+def dkdv_launch(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    precision: str,
+    config: Mapping[str, int] | None = None,
+) -> Launch:
+    """The launch that fills dk and dv; delta comes from the launch above."""
+    B, N_q, H, D = q.shape
+    N_kv, H_kv = k.shape[1:3]
+    D_MAIN, D_TAIL = split_head_dim(D)
+    config = config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=N_q)
+    stride_do_b, stride_do_n, stride_do_h = row_strides(do)
+    stride_qb, stride_qn, stride_qh = row_strides(q)
+    stride_kb, stride_kn, stride_kh = row_strides(k)
+    stride_vb, stride_vn, stride_vh = row_strides(v)
+    return Launch.of(
+        _dkdv_kernel,
+        lambda config: (triton.cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
+        config,
+        q.device,
+        do_ptr=do,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        stride_do_b=stride_do_b,
+        stride_do_n=stride_do_n,
+        stride_do_h=stride_do_h,
+        stride_qb=stride_qb,
+        stride_qn=stride_qn,
+        stride_qh=stride_qh,
+        stride_kb=stride_kb,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vb=stride_vb,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
+        scale=scale,
+        N_q=N_q,
+        N_kv=N_kv,
+        H=H,
+        GROUP=H // H_kv,
+        D=D,
+        D_MAIN=D_MAIN,
+        D_TAIL=D_TAIL,
+        CAUSAL=causal,
+        MASK_M=N_q % config["BLOCK_M"] != 0,
+        PRECISION=precision,
+        ALIGN=vector_width(q.dtype),
+    )
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    precision: str = "ieee",
+    dq_config: Mapping[str, int] | None = None,
+    dkdv_config: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, in the shapes of q, k, v. Every sum has one owner: the same bits at every run."""
+    require_supported(q, k, scale)
+    dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)  # [B, N_q, H, D]
+    dk = torch.empty(k.shape, device=k.device, dtype=k.dtype)  # [B, N_kv, H_kv, D]
+    dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)  # [B, N_kv, H_kv, D]
+    if dq.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    do, q, k, v, o = (as_rows(x) for x in (do, q, k, v, o))
+    lse = lse.contiguous()  # [B, H, N_q]
+    delta = torch.empty_like(lse)  # [B, H, N_q]
+    dq_launch(
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        delta,
+        dq,
+        scale=scale,
+        causal=causal,
+        precision=precision,
+        config=dq_config,
+    ).run()
+    dkdv_launch(
+        do,
+        q,
+        k,
+        v,
+        lse,
+        delta,
+        dk,
+        dv,
+        scale=scale,
+        causal=causal,
+        precision=precision,
+        config=dkdv_config,
+    ).run()
+    return dq, dk, dv

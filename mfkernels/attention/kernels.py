@@ -1,0 +1,547 @@
+"""Triton attention, forward: output, tangent and log-sum-exp in one sweep over the keys (README.md derives it)."""
+
+# mypy: allow-untyped-defs
+
+import math
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfkernels.launch import Launch, launch_config
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+MAX_HEAD_DIM = 256
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Widths (main, tail) of the two power-of-two column blocks that hold a head; tail is 0 where one is no wider.
+
+    72 is 64 + 16, not 128: 1.35x the tensor time of 64 against 2x. 16 is the least a tensor core takes.
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    main = whole // 2
+    if head_dim <= 16 or head_dim == whole:
+        return whole, 0
+    tail = max(16, triton.next_power_of_2(head_dim - main))
+    return (main, tail) if main + tail < whole else (whole, 0)
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    stride,
+    rows,
+    num_rows,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Columns FIRST .. FIRST + WIDTH of the rows at ptr; what lies past num_rows or past D reads as zero."""
+    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
+    ptrs = ptr + rows[:, None] * stride + cols[None, :]  # [ROWS, WIDTH]
+    if MASK_ROWS:
+        if FIRST + WIDTH > D:
+            return tl.load(ptrs, mask=(rows[:, None] < num_rows) & (cols[None, :] < D), other=0.0)
+        else:
+            return tl.load(ptrs, mask=rows[:, None] < num_rows, other=0.0)
+    else:
+        if FIRST + WIDTH > D:
+            return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
+        else:
+            return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(
+    ptr,
+    stride,
+    rows,
+    num_rows,
+    tile,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
+    mask = rows[:, None] < num_rows  # [ROWS, 1]
+    if FIRST + WIDTH > D:
+        mask = mask & (cols[None, :] < D)  # [ROWS, WIDTH]
+    tl.store(ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sweep(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_dot_ptr,
+    k_dot_ptr,
+    v_dot_ptr,
+    o_ptr,
+    o_dot_ptr,
+    lse_ptr,
+    stride_qn,
+    stride_kn,
+    stride_vn,
+    stride_q_dot_n,
+    stride_k_dot_n,
+    stride_v_dot_n,
+    stride_on,
+    scale,
+    start_m,
+    N_q,
+    N_kv,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK_N: tl.constexpr,
+    DUAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of queries of one head against all its keys. Pointers stand at the head; q, o and lse at the block."""
+    HAS_Q_DOT: tl.constexpr = DUAL and q_dot_ptr is not None
+    HAS_K_DOT: tl.constexpr = DUAL and k_dot_ptr is not None
+    HAS_V_DOT: tl.constexpr = DUAL and v_dot_ptr is not None
+    HAS_S_DOT: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
+
+    rows_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    left_m = N_q - start_m
+    offs_m = start_m + rows_m  # [BLOCK_M]
+
+    q = load_tile(q_ptr, stride_qn, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    if D_TAIL > 0:
+        q_tail = load_tile(q_ptr, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+    if HAS_Q_DOT:
+        q_dot = load_tile(q_dot_ptr, stride_q_dot_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+        if D_TAIL > 0:
+            q_dot_tail = load_tile(q_dot_ptr, stride_q_dot_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)
+
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [BLOCK_M] row maximum, in log2 units
+    l = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] sum of p  # noqa: E741
+    mu = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] sum of p (s_dot - c)
+    c = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] the centre
+    o = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
+    t = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
+    if D_TAIL > 0:
+        o_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
+        t_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
+
+    scale_log2 = scale * LOG2_E
+    end_n = N_kv
+    if CAUSAL:
+        end_n = tl.minimum(N_kv, start_m + BLOCK_M)
+    for start_n in tl.range(0, end_n, BLOCK_N):
+        left_n = N_kv - start_n
+        row_n = tl.cast(start_n, tl.int64)
+        k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if D_TAIL > 0:
+            k_tail = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if MASK_N:
+            s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))  # [BLOCK_M, BLOCK_N]
+        if CAUSAL:
+            s = tl.where(start_n + rows_n[None, :] <= offs_m[:, None], s, -float("inf"))  # [BLOCK_M, BLOCK_N]
+
+        if HAS_S_DOT:
+            s_dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
+            if HAS_Q_DOT:
+                s_dot = tl.dot(q_dot, k.T, s_dot, input_precision=PRECISION)
+                if D_TAIL > 0:
+                    s_dot = tl.dot(q_dot_tail, k_tail.T, s_dot, input_precision=PRECISION)
+            if HAS_K_DOT:
+                k_dot_row = k_dot_ptr + row_n * stride_k_dot_n
+                k_dot = load_tile(k_dot_row, stride_k_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
+                s_dot = tl.dot(q, k_dot.T, s_dot, input_precision=PRECISION)
+                if D_TAIL > 0:
+                    k_dot_tail = load_tile(k_dot_row, stride_k_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+                    s_dot = tl.dot(q_tail, k_dot_tail.T, s_dot, input_precision=PRECISION)
+
+        # Key 0 is visible to every query, so m is finite from the first tile on and no exponent is inf - inf.
+        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+        alpha = tl.exp2(m - m_new)  # [BLOCK_M]
+        p = tl.exp2(s * scale_log2 - m_new[:, None])  # [BLOCK_M, BLOCK_N]
+        l = l * alpha + tl.sum(p, 1)  # [BLOCK_M]  # noqa: E741
+        m = m_new
+
+        v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        p_low = p.to(v.dtype)  # [BLOCK_M, BLOCK_N]
+        o = tl.dot(p_low, v, o * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+        if D_TAIL > 0:
+            v_tail = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            o_tail = tl.dot(p_low, v_tail, o_tail * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+
+        if DUAL:
+            t = t * alpha[:, None]  # [BLOCK_M, D_MAIN]
+            if D_TAIL > 0:
+                t_tail = t_tail * alpha[:, None]  # [BLOCK_M, D_TAIL]
+            if HAS_V_DOT:
+                v_dot_row = v_dot_ptr + row_n * stride_v_dot_n
+                v_dot = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
+                t = tl.dot(p_low, v_dot, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+                if D_TAIL > 0:
+                    v_dot_tail = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+                    t_tail = tl.dot(p_low, v_dot_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+            if HAS_S_DOT:
+                if start_n == 0:
+                    c = tl.sum(p * s_dot, 1) / l * scale  # [BLOCK_M] l >= 1: the largest p of the tile is 1
+                h = p * (s_dot * scale - c[:, None])  # [BLOCK_M, BLOCK_N]
+                mu = mu * alpha + tl.sum(h, 1)  # [BLOCK_M]
+                h_low = h.to(v.dtype)  # [BLOCK_M, BLOCK_N]
+                t = tl.dot(h_low, v, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+                if D_TAIL > 0:
+                    t_tail = tl.dot(h_low, v_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+
+    inv_l = 1.0 / l  # [BLOCK_M]
+    tl.store(lse_ptr + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
+    o = o * inv_l[:, None]  # [BLOCK_M, D_MAIN]
+    store_tile(o_ptr, stride_on, rows_m, left_m, o, D, 0, D_MAIN)
+    if D_TAIL > 0:
+        o_tail = o_tail * inv_l[:, None]  # [BLOCK_M, D_TAIL]
+        store_tile(o_ptr, stride_on, rows_m, left_m, o_tail, D, D_MAIN, D_TAIL)
+    if DUAL:
+        mu = mu * inv_l  # [BLOCK_M]
+        t = t * inv_l[:, None] - mu[:, None] * o  # [BLOCK_M, D_MAIN]
+        store_tile(o_dot_ptr, stride_on, rows_m, left_m, t, D, 0, D_MAIN)
+        if D_TAIL > 0:
+            t_tail = t_tail * inv_l[:, None] - mu[:, None] * o_tail  # [BLOCK_M, D_TAIL]
+            store_tile(o_dot_ptr, stride_on, rows_m, left_m, t_tail, D, D_MAIN, D_TAIL)
+
+
+@triton.jit
+def _attention_forward_kernel(
+    q_ptr,  # [B, N_q, H, D]
+    k_ptr,  # [B, N_kv, H_kv, D]
+    v_ptr,  # [B, N_kv, H_kv, D]
+    q_dot_ptr,  # [B_t, N_q, H, D] or None
+    k_dot_ptr,  # [B_t, N_kv, H_kv, D] or None
+    v_dot_ptr,  # [B_t, N_kv, H_kv, D] or None
+    o_ptr,  # [B, N_q, H, D] contiguous
+    o_dot_ptr,  # [B_t, N_q, H, D] contiguous, or None
+    lse_ptr,  # [B, H, N_q] contiguous
+    stride_qb,  # all strides count vectors of ALIGN elements
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_q_dot_b,
+    stride_q_dot_n,
+    stride_q_dot_h,
+    stride_k_dot_b,
+    stride_k_dot_n,
+    stride_k_dot_h,
+    stride_v_dot_b,
+    stride_v_dot_n,
+    stride_v_dot_h,
+    scale,
+    B_t,
+    N_q,
+    N_kv,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK_N: tl.constexpr,
+    TANGENT_ROWS: tl.constexpr,  # "none", "some", "all"
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    num_m = tl.cdiv(N_q, BLOCK_M)
+    pid = tl.program_id(0)
+    block_m = pid % num_m
+    if CAUSAL:
+        block_m = num_m - 1 - block_m  # the longest rows start first
+    head = ((pid // num_m) % H).to(tl.int64)
+    batch = (pid // num_m // H).to(tl.int64)
+    start_m = block_m * BLOCK_M
+    row_m = start_m.to(tl.int64)
+    head_kv = head // GROUP
+
+    stride_qn = stride_qn * ALIGN
+    stride_kn = stride_kn * ALIGN
+    stride_vn = stride_vn * ALIGN
+    stride_q_dot_n = stride_q_dot_n * ALIGN
+    stride_k_dot_n = stride_k_dot_n * ALIGN
+    stride_v_dot_n = stride_v_dot_n * ALIGN
+    q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
+    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN
+    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN
+    if q_dot_ptr is not None:
+        q_dot_ptr += (batch * stride_q_dot_b + head * stride_q_dot_h) * ALIGN + row_m * stride_q_dot_n
+    if k_dot_ptr is not None:
+        k_dot_ptr += (batch * stride_k_dot_b + head_kv * stride_k_dot_h) * ALIGN
+    if v_dot_ptr is not None:
+        v_dot_ptr += (batch * stride_v_dot_b + head_kv * stride_v_dot_h) * ALIGN
+    stride_on = H * D
+    offs_o = ((batch * N_q + row_m) * H + head) * D
+    o_ptr += offs_o
+    if TANGENT_ROWS != "none":
+        o_dot_ptr += offs_o
+    lse_ptr += (batch * H + head) * N_q + row_m
+
+    # Both calls are inlined: a row without a tangent runs the primal loop, a third of the matmuls.
+    if TANGENT_ROWS != "none" and (TANGENT_ROWS == "all" or batch < B_t):
+        _sweep(
+            q_ptr=q_ptr,
+            k_ptr=k_ptr,
+            v_ptr=v_ptr,
+            q_dot_ptr=q_dot_ptr,
+            k_dot_ptr=k_dot_ptr,
+            v_dot_ptr=v_dot_ptr,
+            o_ptr=o_ptr,
+            o_dot_ptr=o_dot_ptr,
+            lse_ptr=lse_ptr,
+            stride_qn=stride_qn,
+            stride_kn=stride_kn,
+            stride_vn=stride_vn,
+            stride_q_dot_n=stride_q_dot_n,
+            stride_k_dot_n=stride_k_dot_n,
+            stride_v_dot_n=stride_v_dot_n,
+            stride_on=stride_on,
+            scale=scale,
+            start_m=start_m,
+            N_q=N_q,
+            N_kv=N_kv,
+            D=D,
+            D_MAIN=D_MAIN,
+            D_TAIL=D_TAIL,
+            CAUSAL=CAUSAL,
+            MASK_N=MASK_N,
+            DUAL=True,
+            PRECISION=PRECISION,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+        )
+    else:
+        _sweep(
+            q_ptr=q_ptr,
+            k_ptr=k_ptr,
+            v_ptr=v_ptr,
+            q_dot_ptr=None,
+            k_dot_ptr=None,
+            v_dot_ptr=None,
+            o_ptr=o_ptr,
+            o_dot_ptr=None,
+            lse_ptr=lse_ptr,
+            stride_qn=stride_qn,
+            stride_kn=stride_kn,
+            stride_vn=stride_vn,
+            stride_q_dot_n=0,
+            stride_k_dot_n=0,
+            stride_v_dot_n=0,
+            stride_on=stride_on,
+            scale=scale,
+            start_m=start_m,
+            N_q=N_q,
+            N_kv=N_kv,
+            D=D,
+            D_MAIN=D_MAIN,
+            D_TAIL=D_TAIL,
+            CAUSAL=CAUSAL,
+            MASK_N=MASK_N,
+            DUAL=False,
+            PRECISION=PRECISION,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+        )
+
+
+def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
+    """Why the Triton kernels cannot serve these arguments, naming the one at fault; None where they can."""
+    head_dim = q.shape[-1]
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        return f"q: expected a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"q: expected float16, bfloat16 or float32, got {q.dtype}"
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return "q: Triton's CPU interpreter gets bfloat16 products wrong; expected float16 or float32 there"
+    if k.shape[1] == 0:
+        return "k: expected at least one key, got N_kv = 0"
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        return f"k: expected a number of heads that divides that of q, {q.shape[2]}, got {k.shape[2]}"
+    if not 0 < scale < math.inf:
+        return f"scale: expected a positive finite number, got {scale}"
+    return None
+
+
+def require_supported(q: Tensor, k: Tensor, scale: float) -> None:
+    reason = unsupported(q, k, scale)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def vector_width(dtype: torch.dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x itself where its rows load 16 bytes at a time and a block of them spans 32 bits, else a contiguous copy."""
+    width = vector_width(x.dtype)
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    aligned = x.storage_offset() % width == 0 and all(stride % width == 0 for stride in strides)
+    if x.stride(-1) == 1 and aligned and x.stride(1) < 2**23:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def row_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of batch, token and head, in 16-byte vectors, so that a kernel sees that D = 72 keeps rows aligned.
+
+    Of an argument Triton knows at most that 16 divides it, and `tl.multiple_of` adds nothing there (3.6): with plain
+    strides D = 72 loads 2 bytes at a time. A dimension of one has no stride: torch leaves any number there.
+    """
+    if x is None:
+        return 0, 0, 0
+    width = vector_width(x.dtype)
+    b, n, h = (stride // width if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+    return b, n, h
+
+
+def forward_launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    o: Tensor,
+    o_dot: Tensor | None,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    precision: str,
+    config: Mapping[str, int] | None = None,
+) -> Launch:
+    """The launch that fills o, o_dot and lse; inputs as `as_rows` leaves them."""
+    B, N_q, H, D = q.shape
+    N_kv, H_kv = k.shape[1:3]
+    B_t = 0 if o_dot is None else o_dot.shape[0]
+    D_MAIN, D_TAIL = split_head_dim(D)
+    if config is None:
+        config = launch_config(
+            "attention_forward" if B_t else "attention_forward_primal",
+            q.device,
+            q.dtype,
+            head_dim=D,
+            tokens=N_kv,
+        )
+    stride_qb, stride_qn, stride_qh = row_strides(q)
+    stride_kb, stride_kn, stride_kh = row_strides(k)
+    stride_vb, stride_vn, stride_vh = row_strides(v)
+    stride_q_dot_b, stride_q_dot_n, stride_q_dot_h = row_strides(q_dot)
+    stride_k_dot_b, stride_k_dot_n, stride_k_dot_h = row_strides(k_dot)
+    stride_v_dot_b, stride_v_dot_n, stride_v_dot_h = row_strides(v_dot)
+    return Launch.of(
+        _attention_forward_kernel,
+        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]) * H * B,),
+        config,
+        q.device,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        q_dot_ptr=q_dot,
+        k_dot_ptr=k_dot,
+        v_dot_ptr=v_dot,
+        o_ptr=o,
+        o_dot_ptr=o_dot,
+        lse_ptr=lse,
+        stride_qb=stride_qb,
+        stride_qn=stride_qn,
+        stride_qh=stride_qh,
+        stride_kb=stride_kb,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vb=stride_vb,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
+        stride_q_dot_b=stride_q_dot_b,
+        stride_q_dot_n=stride_q_dot_n,
+        stride_q_dot_h=stride_q_dot_h,
+        stride_k_dot_b=stride_k_dot_b,
+        stride_k_dot_n=stride_k_dot_n,
+        stride_k_dot_h=stride_k_dot_h,
+        stride_v_dot_b=stride_v_dot_b,
+        stride_v_dot_n=stride_v_dot_n,
+        stride_v_dot_h=stride_v_dot_h,
+        scale=scale,
+        B_t=B_t,
+        N_q=N_q,
+        N_kv=N_kv,
+        H=H,
+        GROUP=H // H_kv,
+        D=D,
+        D_MAIN=D_MAIN,
+        D_TAIL=D_TAIL,
+        CAUSAL=causal,
+        MASK_N=N_kv % config["BLOCK_N"] != 0,
+        TANGENT_ROWS="none" if B_t == 0 else "all" if B_t == B else "some",
+        PRECISION=precision,
+        ALIGN=vector_width(q.dtype),
+    )
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None = None,
+    k_dot: Tensor | None = None,
+    v_dot: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    precision: str = "ieee",
+    config: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """o [B, N_q, H, d], its tangent [B_t, N_q, H, d] (None without tangents) and lse [B, H, N_q], natural log.
+
+    q is [B, N_q, H, d]; k and v [B, N_kv, H_kv, d]; each tangent is None (zero) or has the first B_t <= B batch rows.
+    `precision` is that of float32 products, "ieee" or "tf32". `config` overrides the table.
+    """
+    require_supported(q, k, scale)
+    B, N_q, H, D = q.shape
+    tangent_rows = {x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None}
+    if len(tangent_rows) > 1:
+        raise ValueError(f"q_dot, k_dot, v_dot: expected the same number of batch rows, got {sorted(tangent_rows)}")
+    o = torch.empty((B, N_q, H, D), device=q.device, dtype=q.dtype)  # [B, N_q, H, D]
+    lse = torch.empty((B, H, N_q), device=q.device, dtype=torch.float32)  # [B, H, N_q]
+    o_dot = None
+    for rows in tangent_rows:
+        o_dot = torch.empty((rows, N_q, H, D), device=q.device, dtype=q.dtype)  # [B_t, N_q, H, D]
+    if o.numel() == 0:
+        return o, o_dot, lse
+    launch = forward_launch(
+        as_rows(q),
+        as_rows(k),
+        as_rows(v),
+        None if q_dot is None else as_rows(q_dot),
+        None if k_dot is None else as_rows(k_dot),
+        None if v_dot is None else as_rows(v_dot),
+        o,
+        o_dot,
+        lse,
+        scale=scale,
+        causal=causal,
+        precision=precision,
+        config=config,
+    )
+    launch.run()
+    return o, o_dot, lse

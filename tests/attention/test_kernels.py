@@ -1,0 +1,287 @@
+"""The Triton kernels against a float64 oracle written independently of them."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from mfkernels.attention.backward_kernels import attention_backward
+from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
+
+# Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch.func.jvp, at first use
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+# Measured in the interpreter, the largest over CASES: float16 o 3.3e-4, o_dot 3.1e-4, gradients 3.6e-4; float32 o
+# 4.7e-7, o_dot 5.1e-7, gradients 5.7e-7; lse 6.0e-8. The bounds are twice that; bfloat16 keeps 3 bits fewer.
+OUTPUT_BOUND = {torch.float16: 6.6e-4, torch.bfloat16: 5.3e-3, torch.float32: 1e-6}
+GRADIENT_BOUND = {torch.float16: 7.2e-4, torch.bfloat16: 5.8e-3, torch.float32: 1.1e-6}
+LSE_BOUND = 1.2e-7
+# At scores of +-80: float16 o_dot 6.8e-4, gradients 1.5e-3 (SDPA's: 1.6e-3); float32 o_dot 2.5e-6, gradients 1.0e-5
+# (SDPA's: 1.1e-5).
+LARGE_SCORE_OUTPUT_BOUND = {torch.float16: 1.4e-3, torch.bfloat16: 1.1e-2, torch.float32: 5e-6}
+LARGE_SCORE_GRADIENT_BOUND = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2, torch.float32: 2e-5}
+LARGE_SCORE_LSE_BOUND = 2.5e-7
+
+
+class Case(NamedTuple):
+    N_q: int
+    N_kv: int
+    D: int
+    B: int = 1
+    B_t: int = 1
+    H: int = 1
+    H_kv: int = 1
+    causal: bool = False
+
+
+CASES = [
+    Case(1, 17, 8, B=2),
+    Case(17, 17, 24, B=2, H=2, H_kv=2),
+    Case(63, 63, 64, B=2, B_t=2),
+    Case(100, 100, 72, B=2, H=2, H_kv=2),
+    Case(276, 276, 72),
+    Case(64, 128, 80),
+    Case(100, 276, 80, H=2, H_kv=1),
+    Case(276, 63, 128, B_t=0),
+    Case(17, 100, 96),
+    Case(63, 17, 48),
+    Case(17, 63, 136),
+    Case(17, 100, 256),
+    Case(100, 100, 64, causal=True),
+    Case(276, 100, 24, causal=True, H=4, H_kv=2),
+    Case(63, 276, 72, causal=True),
+]
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    o, _ = oracle_with_lse(q, k, v, scale, causal)
+    return o
+
+
+def oracle_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)  # [B, N_kv, H, D]
+    s = scale * torch.einsum("bihd,bjhd->bhij", q, k)  # [B, H, N_q, N_kv]
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v), s.logsumexp(-1)
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    assert out.shape == ref.shape
+    return ((out.double() - ref).norm() / ref.norm()).item()
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    shapes = [(case.N_q, case.H, case.D), (case.N_kv, case.H_kv, case.D), (case.N_kv, case.H_kv, case.D)]
+    primals = [draw((case.B, *shape), dtype, seed) for seed, shape in enumerate(shapes)]
+    tangents = [draw((case.B_t, *shape), dtype, 3 + seed) for seed, shape in enumerate(shapes)]
+    return primals, tangents
+
+
+def oracle_tangent(primals: list[Tensor], tangents: list[Tensor | None], scale: float, causal: bool) -> Tensor:
+    rows = next(x.shape[0] for x in tangents if x is not None)
+    primals = [x[:rows].double() for x in primals]
+    pairs = zip(primals, tangents, strict=True)
+    tangents = [torch.zeros_like(x) if x_dot is None else x_dot.double() for x, x_dot in pairs]
+    return torch.func.jvp(lambda q, k, v: oracle(q, k, v, scale, causal), tuple(primals), tuple(tangents))[1]
+
+
+def check_forward(
+    primals: list[Tensor],
+    tangents: list[Tensor | None],
+    scale: float,
+    causal: bool = False,
+    bound: float | None = None,
+    lse_bound: float = LSE_BOUND,
+    **options: object,
+) -> None:
+    o, o_dot, lse = attention_forward(*primals, *tangents, scale=scale, causal=causal, **options)
+    ref, ref_lse = oracle_with_lse(*(x.double() for x in primals), scale, causal)
+    bound = bound or OUTPUT_BOUND[o.dtype]
+    assert o.is_contiguous()
+    assert error(o, ref) < bound
+    assert error(lse, ref_lse) < lse_bound
+    if all(x is None for x in tangents):
+        assert o_dot is None
+    elif next(x for x in tangents if x is not None).shape[0]:
+        assert o_dot.is_contiguous()
+        assert error(o_dot, oracle_tangent(primals, tangents, scale, causal)) < bound
+
+
+def check_backward(
+    primals: list[Tensor],
+    scale: float,
+    causal: bool = False,
+    bound: float | None = None,
+    **options: object,
+) -> None:
+    o, _, lse = attention_forward(*primals, scale=scale, causal=causal)
+    do = draw(tuple(o.shape), o.dtype, 7)
+    gradients = attention_backward(do, *primals, o, lse, scale=scale, causal=causal, **options)
+    leaves = [x.double().requires_grad_() for x in primals]
+    expected = torch.autograd.grad(oracle(*leaves, scale, causal), leaves, do.double())
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.is_contiguous()
+        assert error(gradient, reference) < (bound or GRADIENT_BOUND[o.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case, dtype: torch.dtype) -> None:
+    primals, tangents = inputs(case, dtype)
+    check_forward(primals, tangents, case.D**-0.5, case.causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(case: Case, dtype: torch.dtype) -> None:
+    primals, _ = inputs(case, dtype)
+    check_backward(primals, case.D**-0.5, case.causal)
+
+
+@pytest.mark.parametrize("given", ["q", "k", "v", "qk", "qv", "kv", ""])
+def test_absent_tangents_are_zero(given: str) -> None:
+    primals, tangents = inputs(Case(17, 100, 24, B=2), torch.float32)
+    check_forward(primals, [x if name in given else None for name, x in zip("qkv", tangents, strict=True)], 0.3)
+
+
+def test_no_tangent_rows() -> None:
+    primals, tangents = inputs(Case(17, 17, 8, B=2, B_t=0), torch.float32)
+    o, o_dot, _ = attention_forward(*primals, *tangents, scale=0.3)
+    assert o_dot.shape == (0, 17, 1, 8)
+    assert error(o, oracle(*(x.double() for x in primals), 0.3, False)) < OUTPUT_BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [72, 128])
+def test_views_of_a_packed_buffer(D: int, dtype: torch.dtype) -> None:
+    primals = draw((2, 63, 3, 2, D), dtype, 0).unbind(2)
+    tangents = draw((1, 63, 3, 2, D), dtype, 1).unbind(2)
+    check_forward(list(primals), list(tangents), D**-0.5)
+    check_backward(list(primals), D**-0.5)
+
+
+def test_permuted_and_expanded_strides() -> None:
+    dtype = torch.float32
+    q = draw((2, 3, 17, 24), dtype, 0).transpose(1, 2)  # heads outside tokens
+    k = draw((63, 2, 3, 24), dtype, 1).transpose(0, 1)  # tokens outside the batch
+    v = draw((2, 63, 3, 25), dtype, 2)[..., 1:]  # rows of no aligned length: copied
+    q_dot = draw((1, 17, 1, 24), dtype, 3).expand(2, 17, 3, 24)
+    k_dot = draw((2, 63, 24, 3), dtype, 4).transpose(2, 3)  # the last dimension is not contiguous: copied
+    check_forward([q, k, v], [q_dot, k_dot, None], 0.2)
+    check_backward([q, k, v], 0.2)
+
+
+def test_strides_of_dimensions_of_one_are_ignored() -> None:
+    assert row_strides(torch.zeros(8).as_strided((1, 1, 1, 8), (1, 3, 5, 1))) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 64), (64, 32), (128, 16)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_block_shape(blocks: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
+    config = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 2}
+    primals, tangents = inputs(Case(100, 63, 40), dtype)
+    check_forward(primals, tangents, 0.15, causal, config=config)
+    check_backward(primals, 0.15, causal, dq_config=config, dkdv_config=config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_eighty(dtype: torch.dtype) -> None:
+    """Scores reach +-80: one key takes nearly all the weight of a row, and exp(80) alone would overflow float16."""
+    primals, tangents = inputs(Case(63, 100, 64, B=1), dtype)
+    q, k, v = primals
+    scale = 80 / (q.double().flatten(0, 2) @ k.double().flatten(0, 2).T).abs().max().item()
+    output_bound = LARGE_SCORE_OUTPUT_BOUND[dtype]
+    check_forward([q, k, v], tangents, scale, bound=output_bound, lse_bound=LARGE_SCORE_LSE_BOUND)
+    check_backward([q, k, v], scale, bound=LARGE_SCORE_GRADIENT_BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_key(dtype: torch.dtype) -> None:
+    """With one key o is v, the tangent is v_dot and no gradient reaches q or k: all exactly."""
+    (q, k, v), tangents = inputs(Case(17, 1, 8, B=2, B_t=2), dtype)
+    o, o_dot, lse = attention_forward(q, k, v, *tangents, scale=0.5)
+    assert torch.equal(o, v.expand_as(o))
+    torch.testing.assert_close(o_dot, tangents[2].expand_as(o), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    do = draw(tuple(o.shape), dtype, 7)
+    dq, dk, dv = attention_backward(do, q, k, v, o, lse, scale=0.5)
+    assert dq.abs().max() < 1e-6
+    assert dk.abs().max() < 1e-5
+    assert error(dv, do.double().sum(1, keepdim=True)) < GRADIENT_BOUND[dtype]
+
+
+def test_backward_repeats_bit_for_bit() -> None:
+    primals, _ = inputs(Case(100, 63, 24, H=4, H_kv=2), torch.float16)
+    o, _, lse = attention_forward(*primals, scale=0.3)
+    do = draw(tuple(o.shape), o.dtype, 7)
+    first, second = (attention_backward(do, *primals, o, lse, scale=0.3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_tf32_on_request() -> None:
+    primals, tangents = inputs(Case(17, 63, 64), torch.float32)
+    check_forward(primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None)
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries"])
+def test_empty_results(empty: str) -> None:
+    B, N_q = (0, 17) if empty == "batch" else (2, 0)
+    primals, tangents = inputs(Case(N_q, 17, 8, B=B, B_t=B), torch.float32)
+    o, o_dot, lse = attention_forward(*primals, *tangents, scale=0.3)
+    assert o.shape == o_dot.shape == (B, N_q, 1, 8)
+    assert lse.shape == (B, 1, N_q)
+    dq, dk, dv = attention_backward(o, *primals, o, lse, scale=0.3)
+    assert dq.shape == o.shape
+    assert not dk.any()
+    assert not dv.any()
+
+
+def test_refusals_name_the_argument() -> None:
+    x = torch.zeros(1, 4, 2, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="N_kv = 0"):
+        attention_forward(x, x[:, :0], x[:, :0], scale=1.0)
+    with pytest.raises(ValueError, match=r"q: .*multiple of 8 up to 256, got 12"):
+        attention_forward(*[torch.zeros(1, 4, 2, 12, device=DEVICE)] * 3, scale=1.0)
+    with pytest.raises(ValueError, match=r"k: .*divides that of q, 2, got 3"):
+        attention_forward(x, *[torch.zeros(1, 4, 3, 8, device=DEVICE)] * 2, scale=1.0)
+    with pytest.raises(ValueError, match="scale"):
+        attention_forward(x, x, x, scale=-1.0)
+    with pytest.raises(ValueError, match="q_dot, k_dot, v_dot"):
+        attention_forward(x, x, x, x, x[:0], None, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "parts"),
+    [
+        (8, (16, 0)),
+        (24, (32, 0)),
+        (40, (32, 16)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (104, (128, 0)),
+        (136, (128, 16)),
+        (192, (128, 64)),
+        (200, (256, 0)),
+        (256, (256, 0)),
+    ],
+)
+def test_split_of_the_head(head_dim: int, parts: tuple[int, int]) -> None:
+    assert split_head_dim(head_dim) == parts
