@@ -43,7 +43,7 @@ def attention_tangent(
 
     def heads(x: Tensor) -> Tensor:
         x = x.to(wide).repeat_interleave(H // x.shape[2], dim=2) if x.shape[2] != H else x.to(wide)
-        return x.transpose(1, 2).reshape(B_t * H, -1, d)  # [B_t·H, N, d]
+        return x.transpose(1, 2).reshape(B_t * H, x.shape[1], d)  # [B_t·H, N, d]
 
     Q, K, V = heads(q), heads(k), heads(v)
     s = torch.bmm(Q * scale, K.mT)  # [B_t·H, N_q, N_kv]
