@@ -13,6 +13,7 @@ from mfkernels.attention.kernels import (
     LOG2_E,
     as_rows,
     load_tile,
+    long_head,
     require_supported,
     row_strides,
     split_head_dim,
@@ -57,6 +58,8 @@ def _dq_kernel(
     D_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK_N: tl.constexpr,
+    LONG_HEAD: tl.constexpr,  # rows of one head lie 2^31 elements apart
+    ONE_STRIDE: tl.constexpr,  # k and v have the same
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,6 +87,8 @@ def _dq_kernel(
     stride_kn = stride_kn * ALIGN
     stride_vn = stride_vn * ALIGN
     stride_on = stride_on * ALIGN
+    if ONE_STRIDE:
+        stride_vn = stride_kn
     do_ptr += (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
     q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
     o_ptr += (batch * stride_ob + head * stride_oh) * ALIGN + row_m * stride_on
@@ -112,7 +117,7 @@ def _dq_kernel(
         end_n = tl.minimum(N_kv, start_m + BLOCK_M)
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
-        row_n = tl.cast(start_n, tl.int64)
+        row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
         k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
@@ -170,6 +175,8 @@ def _dkdv_kernel(
     D_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK_M: tl.constexpr,
+    LONG_HEAD: tl.constexpr,  # rows of one head lie 2^31 elements apart
+    ONE_STRIDE: tl.constexpr,  # do and q have the same
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -193,6 +200,8 @@ def _dkdv_kernel(
     stride_qn = stride_qn * ALIGN
     stride_kn = stride_kn * ALIGN
     stride_vn = stride_vn * ALIGN
+    if ONE_STRIDE:
+        stride_do_n = stride_qn
     k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN + row_n * stride_kn
     v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN + row_n * stride_vn
     offs_out = ((batch * N_kv + row_n) * H_kv + head_kv) * D
@@ -215,7 +224,7 @@ def _dkdv_kernel(
     for index in tl.range(0, blocks * GROUP):
         head = head_kv * GROUP + index // blocks
         start_m = (first_m + index % blocks) * BLOCK_M
-        row_m = tl.cast(start_m, tl.int64)
+        row_m = tl.cast(start_m, tl.int64 if LONG_HEAD else tl.int32)
         left_m = N_q - start_m
         do_row = do_ptr + (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
         q_row = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
@@ -314,6 +323,8 @@ def dq_launch(
         D_TAIL=D_TAIL,
         CAUSAL=causal,
         MASK_N=N_kv % config["BLOCK_N"] != 0,
+        LONG_HEAD=long_head(k, v),
+        ONE_STRIDE=k.stride(1) == v.stride(1),
         PRECISION=precision,
         ALIGN=vector_width(q.dtype),
     )
@@ -378,6 +389,8 @@ def dkdv_launch(
         D_TAIL=D_TAIL,
         CAUSAL=causal,
         MASK_M=N_q % config["BLOCK_M"] != 0,
+        LONG_HEAD=long_head(q, do),
+        ONE_STRIDE=q.stride(1) == do.stride(1),
         PRECISION=precision,
         ALIGN=vector_width(q.dtype),
     )

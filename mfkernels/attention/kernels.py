@@ -101,6 +101,7 @@ def _sweep(
     D_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK_N: tl.constexpr,
+    LONG_HEAD: tl.constexpr,
     DUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -141,7 +142,7 @@ def _sweep(
         end_n = tl.minimum(N_kv, start_m + BLOCK_M)
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
-        row_n = tl.cast(start_n, tl.int64)
+        row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
         k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if D_TAIL > 0:
@@ -173,6 +174,11 @@ def _sweep(
         l = l * alpha + tl.sum(p, 1)  # [BLOCK_M]  # noqa: E741
         m = m_new
 
+        # The branch stands where no wgmma is in flight: a few lines down it would make ptxas wait for P V first.
+        if HAS_S_DOT:  # noqa: SIM102 a constant, then a run-time test
+            if start_n == 0:
+                c = tl.sum(p * s_dot, 1) / l * scale  # [BLOCK_M] l >= 1: the largest p of the tile is 1
+
         v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         p_low = p.to(v.dtype)  # [BLOCK_M, BLOCK_N]
         o = tl.dot(p_low, v, o * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
@@ -192,8 +198,6 @@ def _sweep(
                     v_dot_tail = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
                     t_tail = tl.dot(p_low, v_dot_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
             if HAS_S_DOT:
-                if start_n == 0:
-                    c = tl.sum(p * s_dot, 1) / l * scale  # [BLOCK_M] l >= 1: the largest p of the tile is 1
                 h = p * (s_dot * scale - c[:, None])  # [BLOCK_M, BLOCK_N]
                 mu = mu * alpha + tl.sum(h, 1)  # [BLOCK_M]
                 h_low = h.to(v.dtype)  # [BLOCK_M, BLOCK_N]
@@ -257,6 +261,8 @@ def _attention_forward_kernel(
     D_TAIL: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK_N: tl.constexpr,
+    LONG_HEAD: tl.constexpr,  # rows of one head lie 2^31 elements apart: 7 registers more
+    ONE_STRIDE: tl.constexpr,  # k, v and their tangents have the same: their addresses share registers
     TANGENT_ROWS: tl.constexpr,  # "none", "some", "all"
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -280,6 +286,10 @@ def _attention_forward_kernel(
     stride_q_dot_n = stride_q_dot_n * ALIGN
     stride_k_dot_n = stride_k_dot_n * ALIGN
     stride_v_dot_n = stride_v_dot_n * ALIGN
+    if ONE_STRIDE:
+        stride_vn = stride_kn
+        stride_k_dot_n = stride_kn
+        stride_v_dot_n = stride_kn
     q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
     k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN
     v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN
@@ -324,6 +334,7 @@ def _attention_forward_kernel(
             D_TAIL=D_TAIL,
             CAUSAL=CAUSAL,
             MASK_N=MASK_N,
+            LONG_HEAD=LONG_HEAD,
             DUAL=True,
             PRECISION=PRECISION,
             BLOCK_M=BLOCK_M,
@@ -356,6 +367,7 @@ def _attention_forward_kernel(
             D_TAIL=D_TAIL,
             CAUSAL=CAUSAL,
             MASK_N=MASK_N,
+            LONG_HEAD=LONG_HEAD,
             DUAL=False,
             PRECISION=PRECISION,
             BLOCK_M=BLOCK_M,
@@ -412,6 +424,10 @@ def row_strides(x: Tensor | None) -> tuple[int, int, int]:
     width = vector_width(x.dtype)
     b, n, h = (stride // width if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
     return b, n, h
+
+
+def long_head(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
 
 
 def forward_launch(
@@ -492,6 +508,8 @@ def forward_launch(
         D_TAIL=D_TAIL,
         CAUSAL=causal,
         MASK_N=N_kv % config["BLOCK_N"] != 0,
+        LONG_HEAD=long_head(k, v, k_dot, v_dot),
+        ONE_STRIDE=len({x.stride(1) for x in (k, v, k_dot, v_dot) if x is not None}) == 1,
         TANGENT_ROWS="none" if B_t == 0 else "all" if B_t == B else "some",
         PRECISION=precision,
         ALIGN=vector_width(q.dtype),

@@ -13,6 +13,7 @@ from mfkernels.attention.kernels import attention_forward, row_strides, split_he
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
 pytestmark = [
+    pytest.mark.usefixtures("poison_empty"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch.func.jvp, at first use
 ]
