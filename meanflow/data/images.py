@@ -1,0 +1,82 @@
+"""Images with labels: what the trainer is fed and what the evaluation compares with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .order import generator_for
+
+
+class ImageSource(Protocol):
+    """Labelled images in [-1, 1]."""
+
+    labels: Tensor  # [n] int64
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor: ...
+
+
+class TensorImages:
+    """Images held in memory.
+
+    Args:
+        images: (n, C, H, W) float32 in [-1, 1], or uint8.
+        labels: (n,) int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self._images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return to_unit_range(self._images[index]), int(self.labels[index])
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        """(n, C, H, W) float32, all or those of `indices`."""
+        return to_unit_range(self._images if indices is None else self._images[list(indices)])
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [-1, 1]; float images unchanged."""
+    return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: what is trained on, what is kept apart for evaluation (None: nothing), and the labels' names."""
+
+    name: str
+    train: ImageSource
+    held_out: ImageSource | None
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def stratified_split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices to keep apart: `share` of each class (rounded), ascending.
+
+    The split depends on `seed` alone; every run of a data set uses the default, so that their reports compare.
+    """
+    kept: list[Tensor] = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        chosen = torch.randperm(len(members), generator=generator_for(seed, 3, label))
+        kept.append(members[chosen[: round(len(members) * share)]])
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[torch.cat(kept)] = True
+    return (~mask).nonzero().flatten(), mask.nonzero().flatten()

@@ -1,0 +1,88 @@
+"""Batches for one process of a training run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UsageError
+from .digits import load_digits_data
+from .folder import load_folder
+from .images import ImageData, ImageSource, TensorImages
+from .order import StepOrder, StepSampler
+
+
+def load_data(data: str, *, image_size: int, grey: bool, held_out: float) -> ImageData:
+    """The data set called "digits", or the folder of images at that path.
+
+    Raises:
+        UsageError: it cannot be used; the message says why.
+    """
+    if data == "digits":
+        return load_digits_data(held_out)
+    if not data:
+        raise UsageError("data: say what to train on: `meanflow train digits`, or `meanflow train --data FOLDER`")
+    return load_folder(Path(data).expanduser(), image_size=image_size, grey=grey, held_out=held_out)
+
+
+class _Guarded(Dataset[Any]):
+    """Hands an unreadable image back as data: raised in a worker process, its message would drown in a traceback."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | UsageError:
+        try:
+            return self.source[index]
+        except UsageError as error:
+            return error
+
+
+def _collate(items: list[Any]) -> tuple[Tensor, Tensor] | UsageError:
+    for item in items:
+        if isinstance(item, UsageError):
+            return item
+    return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the main one saves first and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def micro_batches(
+    source: ImageSource,
+    order: StepOrder,
+    *,
+    start: int,
+    stop: int,
+    micros: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x, y) of every micro-batch of steps `start` … `stop` − 1 for process `rank` of `world`.
+
+    Args:
+        workers: processes that decode images ahead; images in memory need none.
+    """
+    sampler = StepSampler(order, start=start, stop=stop, micros=micros, rank=rank, world=world)
+    workers = 0 if isinstance(source, TensorImages) else workers
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(source),
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupts,
+    )
+    for batch in loader:
+        if isinstance(batch, UsageError):
+            raise batch
+        yield batch

@@ -1,0 +1,101 @@
+"""What `meanflow info` prints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import mfkernels
+import mfkernels.backend
+
+from .models import DiT
+from .objectives import MeanFlow
+
+PACKAGES = ("meanflow", "torch", "triton", "numpy", "accelerate", "safetensors", "scikit-learn", "tensorboard")
+
+
+@contextmanager
+def _record_choices() -> Iterator[dict[str, str]]:
+    """Note what `mfkernels.backend.choose` answers to each op, wherever it has been imported to."""
+    choose = mfkernels.backend.choose
+    chosen: dict[str, str] = {}
+
+    def noting(op: str, *args: Any, **kwargs: Any) -> str:
+        chosen[op] = choose(op, *args, **kwargs)
+        return chosen[op]
+
+    holders = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("mfkernels") and getattr(module, "choose", None) is choose
+    ]
+    for module in holders:
+        module.choose = noting  # type: ignore[attr-defined]
+    try:
+        yield chosen
+    finally:
+        for module in holders:
+            module.choose = choose  # type: ignore[attr-defined]
+
+
+def served_by(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which backend serves each op in a small training step (head dim 64, 64 tokens) on this device.
+
+    Raises:
+        NotImplementedError: a backend that was asked for cannot serve an op.
+    """
+    net = DiT(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
+    net.to(device=device, dtype=dtype)
+    x = torch.zeros(4, 4, 16, 16, device=device, dtype=dtype)
+    y = torch.zeros(4, dtype=torch.long, device=device)
+    with _record_choices() as chosen:
+        MeanFlow(ratio=0.5)(net, x, y).loss.backward()
+    return chosen
+
+
+def _devices() -> list[tuple[torch.device, str]]:
+    cpu = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    found = [(torch.device("cpu"), cpu)]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        words = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        found.append((torch.device("cuda", index), words))
+    return found
+
+
+def describe(device: str | None = None) -> str:
+    """Versions, devices, and the backend of each op on each device, as text.
+
+    Args:
+        device: "cpu" or "cuda" to look at one kind of device only.
+    """
+    lines = [f"{'python':<16}{platform.python_version()} on {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        lines.append(f"{package:<16}{version}")
+    lines.append(f"{'CUDA of torch':<16}{torch.version.cuda or 'none (CPU build)'}")
+    asked = os.environ.get("MFKERNELS_BACKEND")
+    lines.append(
+        f"{'backends':<16}{', '.join(mfkernels.backend.BACKENDS)}" + (f" (asked for: {asked})" if asked else "")
+    )
+    for place, words in _devices():
+        if device is not None and place.type != device:
+            continue
+        lines += ["", f"{place}: {words}"]
+        for dtype in (torch.float32, torch.bfloat16):
+            lines.append(f"  {str(dtype).removeprefix('torch.')}")
+            try:
+                lines += [f"    {op:<32}{backend}" for op, backend in sorted(served_by(place, dtype).items())]
+            except (NotImplementedError, ValueError) as error:
+                lines.append(f"    {error}")
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""The objects that a configuration names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..data import ImageData
+from ..errors import UsageError
+from ..models import create_model
+from ..objectives import FlowMatching, LogitNormal, MeanFlow, TimeSampler, Uniform
+from .config import TrainConfig
+
+
+def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
+    """The network for this data, with fresh weights.
+
+    Raises:
+        UsageError: the sizes do not fit each other.
+    """
+    sizes: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("hidden_size", "depth", "num_heads", "patch_size")
+        if getattr(config, name) is not None
+    }
+    try:
+        return create_model(
+            config.model,
+            input_size=data.image_size,
+            in_channels=data.channels,
+            num_classes=data.num_classes,
+            **sizes,
+        )
+    except (TypeError, ValueError) as error:  # TypeError: a size that this model does not have
+        raise UsageError(f"model: {config.model} cannot be built for {data.name}: {error}") from error
+
+
+def build_objective(config: TrainConfig) -> MeanFlow | FlowMatching:
+    """The training objective.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    meanflow = config.objective == "meanflow"
+    mean = (-0.4 if meanflow else 0.0) if config.time_mean is None else config.time_mean
+    norm_p = (1.0 if meanflow else 0.0) if config.norm_p is None else config.norm_p
+    try:
+        times: TimeSampler = Uniform() if config.time_sampler == "uniform" else LogitNormal(mean, config.time_std)
+        if not meanflow:
+            return FlowMatching(
+                label_dropout=config.label_dropout, norm_p=norm_p, norm_eps=config.norm_eps, time_sampler=times
+            )
+        return MeanFlow(
+            ratio=config.ratio,
+            omega=config.omega,
+            kappa=config.kappa,
+            guidance_interval=config.guidance_interval,
+            label_dropout=config.label_dropout,
+            norm_p=norm_p,
+            norm_eps=config.norm_eps,
+            time_sampler=times,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error

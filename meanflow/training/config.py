@@ -1,0 +1,103 @@
+"""Everything a training run depends on, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Every value is a flag of `meanflow train` and a key of its YAML file."""
+
+    # data
+    data: str = ""  # "digits" (comes with scikit-learn), or a folder of images with one sub-folder per class
+    image_size: int = 32  # side in pixels: images are scaled to it on their shorter side and cut to the centre
+    grey: bool = False  # one grey channel instead of RGB
+    flip: bool = False  # mirror half of the images, drawn anew each time
+    held_out: float = 0.0  # share of each class kept out of training, for the report's reference values
+    workers: int = 2  # processes that decode images, when there are too many to keep in memory
+
+    # model
+    model: str = "DiT-S/4"  # DiT-{S,B,M,L,XL}/{2,4,8}, "DiT" with every size below, or the baseline "Affine"
+    hidden_size: int | None = None  # width; None: as the model's name says
+    depth: int | None = None  # number of blocks; None: as the model's name says
+    num_heads: int | None = None  # attention heads; None: as the model's name says
+    patch_size: int | None = None  # side of a patch; None: as the model's name says
+    init: str | None = None  # safetensors file of weights to start from (see meanflow convert); None: random
+
+    # objective
+    objective: Literal["meanflow", "flow_matching"] = "meanflow"  # average velocity (one step), or plain velocity (ODE)
+    ratio: float = 0.25  # meanflow: share of samples with r != t
+    omega: float = 1.0  # meanflow: weight of the data's velocity in the guided target; scale is omega / (1 - kappa)
+    kappa: float = 0.0  # meanflow: weight of the network's own class-conditional velocity in the guided target
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # meanflow: times at which the target is guided
+    label_dropout: float = 0.1  # share of samples trained without their label
+    norm_p: float | None = None  # power of the adaptive loss weight; None: 1 for meanflow, 0 for flow_matching
+    norm_eps: float = 0.01  # epsilon of the adaptive loss weight
+    time_sampler: Literal["logit_normal", "uniform"] = "logit_normal"  # how times are drawn
+    time_mean: float | None = None  # of logit(t); None: -0.4 for meanflow, 0 for flow_matching
+    time_std: float = 1.0  # of logit(t)
+
+    # optimiser
+    steps: int = 100_000  # optimiser steps
+    batch_size: int = 256  # samples of one optimiser step, over all processes and accumulated parts
+    accumulate: int = 1  # parts into which each process cuts its share of a batch, to save memory
+    lr: float = 1e-4  # peak learning rate of AdamW
+    warmup_steps: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up: stay, or fall to zero at the last step
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.0  # of AdamW
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    ema_decay: float = 0.9999  # of the averaged weights, min(this, (1 + step) / (10 + step)); 0: no averaging
+
+    # machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds
+    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights, averages and optimiser stay in float32
+
+    # run
+    name: str = "default"  # the run folder is runs/NAME under the working directory
+    seed: int = 0  # of weights, data order and every draw
+    log_every: int = 20  # steps between lines of log.jsonl
+    sample_every: int = 1000  # steps between sample grids; 0: at the end only
+    checkpoint_every: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    tensorboard: bool = False  # also log for TensorBoard, in the run folder
+    evaluate: bool = True  # at the end, write report.json (accuracy and Frechet distance of generated images)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_size",
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("hidden_size", "depth", "num_heads", "patch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("workers", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name in ("held_out", "ema_decay", "beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UsageError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not self.lr > 0.0:
+            raise UsageError(f"lr: expected a number > 0, got {self.lr}")
+        if self.batch_size % self.accumulate != 0:
+            raise UsageError(
+                f"batch_size: expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML and JSON hold them."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

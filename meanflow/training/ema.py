@@ -1,0 +1,38 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_decay_at(step: int, decay: float) -> float:
+    """min(decay, (1 + step) / (10 + step)): the average forgets the first weights quickly."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class EMA:
+    """Averaged parameters in float32, w̄ ← d·w̄ + (1 − d)·w with d = `ema_decay_at(step, decay)`.
+
+    Args:
+        model: whose `named_parameters` are averaged.
+        decay: d after the warm-up, in [0, 1); 0 keeps a copy of the current weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimiser step `step` (counted from 0)."""
+        current = [p.detach().float() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - ema_decay_at(step, self.decay))
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over saved averages of the same names and shapes."""
+        for name, average in self.weights.items():
+            average.copy_(weights[name])

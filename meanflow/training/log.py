@@ -1,0 +1,74 @@
+"""What a run says while it trains: log.jsonl, TensorBoard and a progress bar. Only the main process writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .config import TrainConfig
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Rows of a log.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RunLog:
+    """Log of one process of a run that goes on after `step` steps.
+
+    Args:
+        folder: the run folder.
+        step: steps done so far; rows of later steps, which a crashed run has written, are removed.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator, step: int) -> None:
+        self.accelerator, self.config = accelerator, config
+        self.path = folder / "log.jsonl"
+        self.main = accelerator.is_main_process
+        if self.main:
+            kept = [row for row in read_log(self.path) if row["step"] <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if config.tensorboard:
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        # On a terminal a bar; elsewhere (a pipe, a file) about ten lines a run.
+        self.bar = tqdm(
+            total=config.steps, initial=step, unit="step", desc=config.name, disable=None if self.main else True
+        )
+        self.plain = self.main and self.bar.disable
+        self.line_every = max(1, config.steps // 10)
+        self.next_line = step + self.line_every
+
+    def tick(self) -> None:
+        """One more step is done."""
+        self.bar.update()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Log the means of the steps since the last row."""
+        if self.main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if self.config.tensorboard:
+            values = {key: value for key, value in row.items() if key != "step"}
+            self.accelerator.log(values, step=int(row["step"]))
+        summary = f"loss {row['loss']:.4f}, error {row['squared_error']:.4g}, {row['images_per_second']:.0f} images/s"
+        self.bar.set_postfix_str(summary, refresh=False)
+        if self.plain and row["step"] >= self.next_line:
+            self.next_line += self.line_every
+            left = (self.config.steps - row["step"]) * self.config.batch_size / max(row["images_per_second"], 1e-9)
+            line = f"{self.config.name}: step {row['step']}/{self.config.steps}, {summary}, {left:.0f} s left"
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.config.tensorboard:
+            self.accelerator.end_training()

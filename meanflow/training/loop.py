@@ -1,0 +1,328 @@
+"""The training loop: thin, over `accelerate`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, set_seed
+from torch import Tensor, nn
+
+from ..data import ImageData, StepOrder, generator_for, micro_batches
+from ..data.order import shard
+from ..errors import UsageError
+from .build import build_model, build_objective
+from .checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    load_rng_tensors,
+    load_tensors,
+    load_weights,
+    optimizer_tensors,
+    rng_tensors,
+    save_checkpoint,
+)
+from .config import TrainConfig
+from .ema import EMA
+from .log import RunLog
+from .schedule import learning_rate
+from .signals import StopSignals
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and where its last good checkpoint is."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `Trainer.run` ended.
+
+    step: optimiser steps done, over all calls.
+    seconds: spent in them, over all calls.
+    images_per_second: over this call.
+    checkpoint: the newest one, None where there is none.
+    signal: the signal that ended it early, None where it reached its last step.
+    """
+
+    step: int
+    seconds: float
+    images_per_second: float
+    checkpoint: Path | None
+    signal: int | None
+
+
+def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """Device, precision, gradient accumulation and trackers as the configuration says.
+
+    Raises:
+        UsageError: this machine or installation cannot do that.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
+        )
+    if config.tensorboard and not is_tensorboard_available():
+        raise UsageError('tensorboard: it is not installed: pip install "meanflow[tensorboard]"')
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with="tensorboard" if config.tensorboard else None,
+            project_dir=str(folder),
+        )
+    except ValueError as error:  # fp16 on a CPU, or a second run of this process with another precision
+        raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
+    parts = config.accumulate * accelerator.num_processes
+    if config.batch_size % parts != 0:
+        raise UsageError(
+            f"batch_size: expected a multiple of {parts} ({accelerator.num_processes} processes × accumulate = "
+            f"{config.accumulate}), got {config.batch_size}"
+        )
+    return accelerator
+
+
+class Trainer:
+    """One training run: weights, averages, optimiser and position, and the loop over them.
+
+    Args:
+        config: the run.
+        data: what it trains on.
+        folder: the run folder; nothing is written before `run`.
+        accelerator: from `make_accelerator`.
+        on_samples: called with (net, step), in the main process, when a sample grid is due; `net` holds the averages.
+
+    Raises:
+        UsageError: the configuration does not fit the data or the machine.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        folder: Path,
+        accelerator: Accelerator,
+        on_samples: Callable[[Callable[..., Tensor], int], None] | None = None,
+    ) -> None:
+        self.config, self.data, self.folder, self.accelerator = config, data, folder, accelerator
+        self.on_samples = on_samples
+        set_seed(config.seed)  # the same first weights in every process
+        self.objective = build_objective(config)
+        self.model = build_model(config, data)
+        if config.init is not None:
+            load_weights(self.model, load_tensors(Path(config.init)), Path(config.init))
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+        self.net, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.ema = EMA(self.model, config.ema_decay)
+        self.order = StepOrder(len(data.train), config.batch_size, config.seed)
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint as if the run had never stopped.
+
+        Raises:
+            UsageError: it is damaged, or of another model.
+        """
+        saved = load_checkpoint(path)
+        load_weights(self.model, saved.model, path)
+        self.ema.load(saved.ema)
+        load_optimizer_tensors(self.net, self.optimizer.optimizer, saved.optimizer)
+        if self.accelerator.scaler is not None and saved.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        rank = f"{self.accelerator.process_index}."
+        load_rng_tensors({key.removeprefix(rank): v for key, v in saved.rng.items() if key.startswith(rank)})
+        self.step, self.seconds = saved.step, float(saved.state["seconds"])
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint of the current step; every process takes part, the main one writes."""
+        optimizer = optimizer_tensors(self.net, self.optimizer.optimizer)
+        scaler = self.accelerator.scaler
+        state: dict[str, Any] = {
+            "seconds": seconds,
+            "model": {"name": self.config.model, "config": getattr(self.model, "config", {})},
+            "class_names": list(self.data.class_names),
+            "objective": self.config.objective,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        if self.accelerator.is_main_process:
+            rng = {f"{self.accelerator.process_index}.{key}": value for key, value in rng_tensors().items()}
+            weights = self.model.state_dict()
+            saved = Checkpoint(
+                step=self.step, model=weights, ema=self.ema.weights, optimizer=optimizer, rng=rng, state=state
+            )
+            save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def averaged(self, *args: Tensor) -> Tensor:
+        """The network with averaged weights."""
+        return torch.func.functional_call(self.model, self.ema.weights, args)
+
+    def run(self) -> TrainResult:
+        """Train up to the last step, or until SIGINT or SIGTERM; either way the end is in a checkpoint.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+            UsageError: an image cannot be read; what was trained is in a checkpoint.
+        """
+        config, first = self.config, self.step
+        log = RunLog(self.folder, config, self.accelerator, first)
+        batches = micro_batches(
+            self.data.train,
+            self.order,
+            start=first,
+            stop=config.steps,
+            micros=config.accumulate,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=config.workers,
+        )
+        self.net.train()
+        begun = last_log = time.perf_counter()
+        pending: list[Tensor] = []  # one (3,) tensor a step: loss, squared error, gradient norm
+        saved_at = first
+
+        def flush() -> None:
+            nonlocal last_log
+            if not pending:
+                return
+            means = self._finite_means(pending)
+            now = time.perf_counter()
+            row = {
+                "step": self.step,
+                "loss": means[0],
+                "squared_error": means[1],
+                "grad_norm": means[2],
+                "lr": learning_rate(self.step - 1, config),
+                "images_per_second": len(pending) * config.batch_size / max(now - last_log, 1e-9),
+                "seconds": self.seconds + now - begun,
+            }
+            pending.clear()
+            last_log = now
+            log.write(row)
+
+        def checkpoint() -> None:
+            nonlocal saved_at
+            flush()  # raises rather than save weights that are not finite
+            self.save(self.seconds + time.perf_counter() - begun)
+            saved_at = self.step
+
+        with StopSignals() as signals:
+            try:
+                while self.step < config.steps and not self._stop(signals):
+                    pending.append(self._train_step(batches))
+                    self.step += 1
+                    log.tick()
+                    if self.step % config.log_every == 0:
+                        flush()
+                    if self.step % config.checkpoint_every == 0:
+                        checkpoint()
+                    if self._samples_due():
+                        self.on_samples(self.averaged, self.step)  # type: ignore[misc]
+                elapsed = time.perf_counter() - begun
+                if self.step > saved_at:
+                    checkpoint()
+            except UsageError:  # an image that cannot be read: keep what was trained
+                if self.step > saved_at:
+                    checkpoint()
+                raise
+            finally:
+                log.close()
+            early = self.step < config.steps
+        self.seconds += elapsed
+        return TrainResult(
+            step=self.step,
+            seconds=self.seconds,
+            images_per_second=(self.step - first) * config.batch_size / elapsed,
+            checkpoint=self.last_checkpoint(),
+            signal=signals.received if early else None,
+        )
+
+    def last_checkpoint(self) -> Path | None:
+        found = list_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """One optimiser step; returns (3,): loss, squared error and gradient norm, still on the device."""
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        flips = self.order.flips(self.step) if config.flip else None
+        figures = torch.zeros(3, device=accelerator.device)
+        where = {"micros": config.accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
+        for micro in range(config.accumulate):
+            x, y = next(batches)
+            if flips is not None:
+                mirrored = shard(flips, micro=micro, **where).view(-1, 1, 1, 1)  # [b, 1, 1, 1]
+                x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
+            x = x.to(accelerator.device, non_blocking=True)
+            y = y.to(accelerator.device, non_blocking=True)
+            # Draws are a function of (seed, step, part, process), so a resumed run makes the same ones.
+            generator = generator_for(config.seed, 4, self.step, micro, where["rank"], device=accelerator.device)
+            with accelerator.accumulate(self.net):
+                out = self.objective(self.net, x, y, generator=generator)
+                accelerator.backward(out.loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
+                    figures[2] = norm
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            figures[0] += out.loss.detach().float() / config.accumulate
+            figures[1] += out.squared_error.mean().float() / config.accumulate
+        self.ema.update(self.model, self.step)
+        return figures
+
+    def _finite_means(self, pending: list[Tensor]) -> list[float]:
+        """Means over steps and processes; one transfer from the device for all of them."""
+        table = self.accelerator.reduce(torch.stack(pending), reduction="mean").cpu()  # [steps, 3]
+        # fp16's gradient scaler meets infinite gradients by design, and skips those steps.
+        watched = table[:, :1] if self.config.precision == "fp16" else table[:, [0, 2]]
+        bad = (~watched.isfinite().all(dim=1)).nonzero().flatten()
+        if len(bad):
+            at = self.step - len(pending) + 1 + int(bad[0])
+            value = table[int(bad[0])]
+            what = f"the loss is {value[0]:g} and the gradient norm {value[2]:g} at step {at}"
+            path = self.last_checkpoint()
+            where = (
+                f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
+                f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
+                if path
+                else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
+                "warm-up (--warmup-steps), with --overwrite"
+            )
+            raise TrainingError(f"training stopped because {what}. {where}")
+        return table.double().mean(dim=0).tolist()
+
+    def _samples_due(self) -> bool:
+        every = self.config.sample_every
+        due = self.on_samples is not None and every > 0 and self.step % every == 0 and self.step < self.config.steps
+        return due and self.accelerator.is_main_process
+
+    def _stop(self, signals: StopSignals) -> bool:
+        """Whether a signal came; with several processes they agree, every `log_every` steps."""
+        if self.accelerator.num_processes == 1:
+            return signals.received is not None
+        if self.step % self.config.log_every != 0:
+            return False
+        flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

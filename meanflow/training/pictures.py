@@ -1,0 +1,62 @@
+"""Sample grids and loss curves as PNG files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+MIN_TILE = 40  # pixels; smaller images are enlarged to at least this
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Images side by side, row after row; small ones enlarged without smoothing.
+
+    Args:
+        images: (n, C, H, W) in [-1, 1] (values outside are cut off), C = 1 or 3.
+        columns: images per row.
+        gap: white pixels between the enlarged images.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images: expected shape (n, 1 or 3, H, W), got {tuple(images.shape)}")
+    n, _, H, W = images.shape
+    scale = max(1, -(-MIN_TILE // H))
+    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().numpy()  # [n, C, H, W]
+    pixels = np.repeat(np.repeat(pixels, scale, axis=2), scale, axis=3).transpose(0, 2, 3, 1)  # [n, sH, sW, C]
+    rows, h, w = -(-n // columns), scale * H + gap, scale * W + gap
+    sheet = np.full((rows * h + gap, columns * w + gap, pixels.shape[-1]), 255, dtype=np.uint8)
+    for i, tile in enumerate(pixels):
+        top, left = gap + (i // columns) * h, gap + (i % columns) * w
+        sheet[top : top + scale * H, left : left + scale * W] = tile
+    return Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture so that `path` never holds half of one; the format follows the suffix.
+
+    Raises:
+        ValueError: Pillow knows no format of that suffix.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    image.save(partial)
+    os.replace(partial, path)
+
+
+def save_loss_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
+    """Plot the weighted loss and the squared error ‖u − u_tgt‖² per image over the steps of a log."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for position, key, title in ((1, "loss", "weighted loss"), (2, "squared_error", "‖u − u_tgt‖² per image")):
+        axes = figure.add_subplot(1, 2, position)
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=0.8)
+        axes.set_xlabel("step")
+        axes.set_title(title)
+        if key == "squared_error" and rows and min(row[key] for row in rows) > 0:
+            axes.set_yscale("log")
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, path)

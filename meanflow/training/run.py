@@ -1,0 +1,194 @@
+"""A run from its folder to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..data import ImageData, load_data
+from ..errors import UsageError
+from ..evaluation import Evaluation, evaluate_images, evaluation_labels
+from .checkpoint import list_checkpoints
+from .config import TrainConfig
+from .log import read_log
+from .loop import Trainer, TrainResult, make_accelerator, parameter_count
+from .network import LoadedNetwork, generate, load_network
+from .pictures import image_grid, save_loss_curve, save_picture
+
+RUNS = Path("runs")
+GRID_ROWS, GRID_COLUMNS = 10, 10
+EVALUATION_SAMPLES = 2000
+
+
+def run_folder(name: str) -> Path:
+    """runs/NAME under the working directory.
+
+    Raises:
+        UsageError: the name is not one of a folder.
+    """
+    if not re.fullmatch(r"[\w][\w.\-]*", name):
+        raise UsageError(f"name: expected letters, digits, '_', '-' and '.', got {name!r}")
+    return RUNS / name
+
+
+def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Check that a run may use `folder`; returns the checkpoint to resume from. Nothing is changed yet.
+
+    Raises:
+        UsageError: it would overwrite something, or has nothing to resume from.
+    """
+    if resume and overwrite:
+        raise UsageError("resume, overwrite: choose one of them")
+    if resume:
+        found = list_checkpoints(folder / "checkpoints")
+        if not found:
+            what = "has no checkpoint" if folder.exists() else "does not exist"
+            raise UsageError(f"resume: {folder} {what}; start the run without --resume")
+        return found[-1]
+    if folder.exists():
+        if not overwrite:
+            raise UsageError(
+                f"{folder} exists already. Choose another name with --name NAME, continue it with --resume, or replace "
+                "it with --overwrite"
+            )
+        if not (folder / "config.yaml").is_file():
+            raise UsageError(f"overwrite: {folder} does not look like a run (no config.yaml), so it is left alone")
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that `path` never holds half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The saved configuration of a run, as `TrainConfig` takes it.
+
+    Raises:
+        UsageError: there is none, or it is not readable.
+    """
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected keys and values, got {type(values).__name__}")
+    return values
+
+
+def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train, and leave config.yaml, log.jsonl, loss.png, samples.png, report.json and checkpoints/ in the run folder.
+
+    Raises:
+        UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
+        TrainingError: the run cannot go on.
+    """
+    started = time.perf_counter()
+    folder = run_folder(config.name)
+    checkpoint = prepare_folder(folder, resume=resume, overwrite=overwrite)
+    accelerator = make_accelerator(config, folder)
+    data = load_data(config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out)
+    if not len(data.train):
+        raise UsageError(f"held_out: {config.held_out} leaves nothing to train on")
+
+    def on_samples(net: Callable[..., Tensor], step: int) -> None:
+        save_samples(net, config, data, folder / "samples.png", device=accelerator.device)
+
+    trainer = Trainer(config, data, folder, accelerator, on_samples)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    if accelerator.is_main_process:
+        if folder.exists() and overwrite:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    accelerator.wait_for_everyone()
+    result = trainer.run()
+    if accelerator.is_main_process:
+        save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
+        if result.signal is None:
+            loaded = load_network(folder, device=str(accelerator.device))
+            save_samples(loaded.net, config, data, folder / "samples.png", device=accelerator.device)
+            if config.evaluate:
+                figures, sampler = evaluate_network(loaded, data, device=accelerator.device)
+                report = {
+                    **report_figures(figures, sampler),
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "training_seconds": round(result.seconds, 1),
+                    "images_per_second": round(result.images_per_second, 1),
+                    "steps": result.step,
+                    "batch_size": config.batch_size,
+                    "parameters": parameter_count(trainer.model),
+                    "data": data.name,
+                    "model": config.model,
+                    "objective": config.objective,
+                    "seed": config.seed,
+                    "device": str(accelerator.device),
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                }
+                write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return result
+
+
+def save_samples(
+    net: Callable[..., Tensor], config: TrainConfig, data: ImageData, path: Path, *, device: torch.device | str
+) -> None:
+    """A grid of generated images, one row per class (the first ten classes)."""
+    labels = torch.arange(min(GRID_ROWS, data.num_classes)).repeat_interleave(GRID_COLUMNS)  # [rows·columns]
+    shape = (data.channels, data.image_size, data.image_size)
+    images = generate(net, labels, shape, objective=config.objective, seed=config.seed, device=device)
+    save_picture(image_grid(images, GRID_COLUMNS), path)
+
+
+def evaluate_network(
+    loaded: LoadedNetwork,
+    data: ImageData,
+    *,
+    samples: int = EVALUATION_SAMPLES,
+    steps: int | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Evaluation, str]:
+    """Figures of `samples` images, their labels in the training set's proportions; and the sampler in words."""
+    labels = evaluation_labels(data.train.labels, samples)
+    shape = (data.channels, data.image_size, data.image_size)
+    if loaded.image_shape != shape:
+        raise UsageError(f"{loaded.source} makes images of shape {loaded.image_shape}, {data.name} has {shape}")
+    images = generate(
+        loaded.net, labels, shape, objective=loaded.objective, steps=steps, seed=seed, device=device
+    )  # [n, C, H, W]
+    if loaded.objective == "meanflow":
+        sampler = f"MeanFlow, {steps or 1} network evaluation{'s' if (steps or 1) > 1 else ''}"
+    else:
+        sampler = f"Heun's method, {steps or 50} steps, {2 * (steps or 50)} network evaluations"
+    return evaluate_images(images, labels, data), sampler
+
+
+def report_figures(figures: Evaluation, sampler: str) -> dict[str, Any]:
+    """An evaluation as report.json has it."""
+    values: dict[str, Any] = {
+        key: round(value, 4) if isinstance(value, float) else value
+        for key, value in dataclasses.asdict(figures).items()
+    }
+    values["sampler"] = sampler
+    if not values["note"]:
+        del values["note"]
+    return values

@@ -1,0 +1,100 @@
+"""Weight files of other programs, rewritten as safetensors that name their model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .convert import dit_from_flax, load_dit
+from .errors import UsageError
+from .models import DiT
+
+
+def dit_config(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, input_size: int | None = None
+) -> dict[str, Any]:
+    """Sizes of the DiT whose state dict this is.
+
+    Args:
+        state: with DiT's own names, whatever prefix stands before them.
+        num_heads: nothing in the weights tells; default: DiT's own, 16 at width 1152, else width / 64.
+        input_size: default: from `pos_embed`, where the state has it, else 32.
+
+    Raises:
+        UsageError: it is not a DiT's.
+    """
+    prefix = next(
+        (key.removesuffix("x_embedder.proj.weight") for key in state if key.endswith("x_embedder.proj.weight")), None
+    )
+    if prefix is None:
+        raise UsageError(f"expected the weights of a DiT (x_embedder.proj.weight …), got {', '.join(list(state)[:3])}")
+    width, channels, patch, _ = state[f"{prefix}x_embedder.proj.weight"].shape
+    blocks = [int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", key))]
+    table = state.get(f"{prefix}y_embedder.embedding_table.weight")
+    if table is None or not blocks:
+        raise UsageError("expected the weights of a class-conditional DiT (y_embedder.embedding_table, blocks.0 …)")
+    if input_size is None:
+        positions = state.get(f"{prefix}pos_embed")
+        input_size = 32 if positions is None else patch * round(positions.shape[1] ** 0.5)
+    hidden = state.get(f"{prefix}blocks.0.mlp.fc1.weight")
+    return {
+        "input_size": input_size,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": max(blocks) + 1,
+        "num_heads": num_heads or (16 if width == 1152 else max(1, width // 64)),
+        "mlp_ratio": 4.0 if hidden is None else hidden.shape[0] / width,
+        "num_classes": table.shape[0] - 1,
+    }
+
+
+def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input_size: int | None = None) -> str:
+    """Read the weights in `source`, write them to `out`; returns what was done, in words.
+
+    Raises:
+        UsageError: the file cannot be read or is not a DiT's.
+    """
+    try:
+        if source.suffix == ".npz":
+            with np.load(source, allow_pickle=False) as arrays:
+                state: Mapping[str, Any] = dit_from_flax({name: arrays[name] for name in arrays.files})
+        elif source.suffix == ".safetensors":
+            state = load_file(source)
+        elif source.suffix in (".pt", ".pth"):
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        else:
+            raise UsageError(f"weights: expected a .npz, .pt, .pth or .safetensors file, got {source}")
+    except UsageError:
+        raise
+    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise UsageError(f"weights: cannot read {source}: {error}") from error
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    try:
+        config = dit_config(state, num_heads=num_heads, input_size=input_size)
+        net = DiT(**config)
+        report = load_dit(net, state)
+    except ValueError as error:
+        raise UsageError(f"weights: {source}: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    save_file(weights, partial, metadata={"model": json.dumps({"name": "DiT", "config": config})})
+    os.replace(partial, out)
+    sizes = ", ".join(f"{key} {value:g}" for key, value in config.items())
+    return f"{report}\nDiT ({sizes}) written to {out}"
