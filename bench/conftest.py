@@ -1,4 +1,4 @@
-"""Benchmarks. `python -m pytest bench` prints tables; `--json FILE` also writes the figures with versions and shapes."""
+"""Benchmarks. `python -m pytest bench` prints tables; `--json FILE` also writes the figures and versions."""
 
 from __future__ import annotations
 

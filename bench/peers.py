@@ -117,9 +117,7 @@ def _target(v: Tensor, du: Tensor, r: Tensor, t: Tensor) -> Tensor:
 
 def func_jvp(net, z, v, r, t, y, rows) -> Tensor:
     """`torch.func.jvp` over the whole batch, with its graph: what most public trainers do."""
-    u, du = torch.func.jvp(
-        lambda z, r, t: net(z, r, t, y), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t))
-    )
+    u, du = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
     return squared_error(u, _target(v, du, r, t))
 
 
@@ -193,12 +191,11 @@ def dual_forward(net: PlainDiT, z, r, t, y, dz, dt) -> tuple[Tensor, Tensor]:
         dx = F.conv2d(dz, net.x_embedder.proj.weight, stride=net.patch_size).flatten(2).transpose(1, 2)
     x = net.x_embedder.proj(z).flatten(2).transpose(1, 2) + net.pos_embed
     parts = [
-        _mlp2((e.mlp[0], e.mlp[2]), *_features(a, dt), _silu)
-        for e, a in ((net.t_embedder, t), (net.r_embedder, t - r))
+        _mlp2((e.mlp[0], e.mlp[2]), *_features(a, dt), _silu) for e, a in ((net.t_embedder, t), (net.r_embedder, t - r))
     ]
     c = parts[0][0] + parts[1][0] + net.y_embedder.embedding_table(y)
     dc = parts[0][1] + parts[1][1]
-    B, N, D = x.shape
+    _B, N, D = x.shape
     for block in net.blocks:
         m, dm = _lin(block.adaLN_modulation[1], *_silu(c, dc))
         s1, c1, g1, s2, c2, g2 = m.chunk(6, dim=1)

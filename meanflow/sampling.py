@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ def _schedule(steps: int, times: Sequence[float] | Tensor | None) -> list[float]
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return [1.0 - i / steps for i in range(steps + 1)]
     schedule = [float(a) for a in times]
-    if len(schedule) < 2 or any(a < b for a, b in zip(schedule, schedule[1:], strict=False)):
+    if len(schedule) < 2 or any(a < b for a, b in itertools.pairwise(schedule)):
         raise ValueError(f"times: expected at least two times that never increase, such as [1, 0.5, 0], got {schedule}")
     if schedule[0] > 1 or schedule[-1] < 0:
         raise ValueError(f"times: expected times in [0, 1], got {schedule}")
@@ -60,7 +61,7 @@ def sample(
     _check(noise, y)
     schedule = _schedule(steps, times)
     z = noise
-    for now, after in zip(schedule, schedule[1:], strict=False):
+    for now, after in itertools.pairwise(schedule):
         t, r = z.new_full((z.shape[0],), now), z.new_full((z.shape[0],), after)  # [B]
         z = z - (now - after) * net(z, r, t, y, **conditions)  # [B, C, H, W]
     return z
@@ -108,7 +109,7 @@ def sample_ode(
         return without + guidance_scale * (with_label - without)
 
     z = noise
-    for now, after in zip(schedule, schedule[1:], strict=False):
+    for now, after in itertools.pairwise(schedule):
         h = now - after
         v = velocity(z, now)
         z_euler = z - h * v

@@ -39,8 +39,8 @@ class Affine(nn.Module):
         self.r_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.final_layer = nn.Sequential(SiLU(), Linear(hidden_size, 2 * in_channels * input_size * input_size))
-        nn.init.zeros_(self.final_layer[1].weight)
-        nn.init.zeros_(self.final_layer[1].bias)
+        for parameter in self.final_layer.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> TensorOrDual:
         """The average velocity over [r, t] at z; arguments and result as `DiT.forward`."""

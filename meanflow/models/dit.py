@@ -1,4 +1,4 @@
-"""DiT with adaLN-Zero (arXiv 2212.09748) that predicts the average velocity u(z, r, t, y) of MeanFlow (arXiv 2505.13447).
+"""DiT with adaLN-Zero (arXiv 2212.09748) that predicts MeanFlow's average velocity u(z, r, t, y) (arXiv 2505.13447).
 
 Run on tensors it is a plain network; run on `mfkernels.Dual`s it also returns its directional derivative.
 """
@@ -153,7 +153,7 @@ class DiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: Xavier linears, small embedders, and zeros where a block or the output must start silent."""
+        """DiT's initialisation: Xavier linears, small embedders, zeros where a block or the output starts silent."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -164,13 +164,13 @@ class DiT(nn.Module):
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in (self.t_embedder, self.r_embedder):
-            for i in (0, 2):
-                nn.init.normal_(embedder.mlp[i].weight, std=0.02)
-        silent = [block.adaLN_modulation[1] for block in self.blocks]
-        silent += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in silent:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for layer in (embedder.mlp[0], embedder.mlp[2]):
+                nn.init.normal_(layer.get_parameter("weight"), std=0.02)
+        silent = [self.final_layer.adaLN_modulation, self.final_layer.linear]
+        silent += [block.get_submodule("adaLN_modulation") for block in self.blocks]
+        for module in silent:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> TensorOrDual:
         """The average velocity over [r, t] at z.
@@ -235,4 +235,3 @@ DiT_B_2, DiT_B_4, DiT_B_8 = (NAMED[f"DiT-B/{p}"] for p in (2, 4, 8))
 DiT_M_2, DiT_M_4, DiT_M_8 = (NAMED[f"DiT-M/{p}"] for p in (2, 4, 8))
 DiT_L_2, DiT_L_4, DiT_L_8 = (NAMED[f"DiT-L/{p}"] for p in (2, 4, 8))
 DiT_XL_2, DiT_XL_4, DiT_XL_8 = (NAMED[f"DiT-XL/{p}"] for p in (2, 4, 8))
-

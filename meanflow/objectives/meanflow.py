@@ -108,7 +108,7 @@ class MeanFlow:
         e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)  # [B, C, H, W]
         pair = self.time_sampler.sample(2 * B, generator=generator, device=device).view(2, B)
         t, r = pair.amax(dim=0), pair.amin(dim=0)  # [B]
-        drop = torch.rand(B, generator=generator, device=device) < self.label_dropout  # [B]
+        drop = _draw_drop(B, self.label_dropout, generator, device)
         order = torch.randperm(B, generator=generator, device=device)  # rows with r ≠ t first
         rows = round(B * self.ratio)
         r = torch.where(order.argsort() < rows, r, t)
@@ -140,11 +140,10 @@ class MeanFlow:
         """
         if noise.shape != x.shape:
             raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
-        drop = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device) if drop is None else drop
         for name, a in (("t", t), ("r", r), ("y", y), ("drop", drop)):
-            if a.shape != x.shape[:1]:
+            if a is not None and a.shape != x.shape[:1]:
                 raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
-        if drop.dtype != torch.bool:
+        if drop is not None and drop.dtype != torch.bool:
             raise TypeError(f"drop: expected bool, got {drop.dtype}")
         if bool((r > t).any()):
             raise ValueError("r: expected r <= t in every row")
@@ -160,18 +159,18 @@ class MeanFlow:
         t: Tensor,
         r: Tensor,
         y: Tensor,
-        drop: Tensor,
+        drop: Tensor | None,
         order: Tensor,
         rows: int,
     ) -> ObjectiveOutput:
         """`order` puts the `rows` samples with r ≠ t first; only those carry tangents."""
         back = order.argsort()
-        x, e, t, r, y, drop = (a[order] for a in (x, e, t, r, y, drop))
-        t_, drop_ = (a.view(-1, *[1] * (x.ndim - 1)) for a in (t.to(x.dtype), drop))  # [B, 1, 1, 1]
+        x, e, t, r, y = (a[order] for a in (x, e, t, r, y))
+        t_ = _column(t.to(x.dtype), x)  # [B, 1, 1, 1]
         z = (1 - t_) * x + t_ * e  # [B, C, H, W]
         v = e - x  # [B, C, H, W]
-        y_in = torch.where(drop, net_num_classes(net), y) if self.guided or self.label_dropout > 0 else y
-        v_g, w_cond = self._guided_velocity(net, z, v, t, y, drop_, rows)
+        y_in, drop = (y, None) if drop is None else (y.masked_fill(drop[order], net_num_classes(net)), drop[order])
+        v_g, w_cond = self._guided_velocity(net, z, v, t, y, drop, rows)
 
         if rows > 0:
             tangents = (v_g[:rows], torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
@@ -197,7 +196,7 @@ class MeanFlow:
 
     @torch.no_grad()
     def _guided_velocity(
-        self, net: Net, z: Tensor, v: Tensor, t: Tensor, y: Tensor, drop_: Tensor, rows: int
+        self, net: Net, z: Tensor, v: Tensor, t: Tensor, y: Tensor, drop: Tensor | None, rows: int
     ) -> tuple[Tensor, Tensor]:
         """The guided velocity, and the weight of u(z,t,t|y) that rows `rows`… still lack; both broadcast over (B, …).
 
@@ -206,11 +205,10 @@ class MeanFlow:
         if not self.guided:
             return v, v.new_zeros(())
         low, high = self.guidance_interval
-        active = ((t >= low) & (t <= high)).view(-1, *[1] * (z.ndim - 1)) & ~drop_  # [B, 1, 1, 1]
-        w_cond = torch.where(active, self.kappa, 0.0).to(v.dtype)
-        w_null = torch.where(active, 1.0 - self.omega - self.kappa, 0.0).to(v.dtype)
-        w_data = torch.where(active, self.omega, 1.0).to(v.dtype)
-        v_g = w_data * v
+        inside = (t >= low) & (t <= high)  # [B]
+        active = _column((inside if drop is None else inside & ~drop).to(v.dtype), z)  # [B, 1, 1, 1]
+        w_cond, w_null = active * self.kappa, active * (1.0 - self.omega - self.kappa)
+        v_g = (1.0 + active * (self.omega - 1.0)) * v  # [B, C, H, W]
         B = z.shape[0]
         n_null = 0 if self.omega + self.kappa == 1.0 else B
         n_cond = 0 if self.kappa == 0 else rows
@@ -261,14 +259,12 @@ class FlowMatching:
             time_sampler=self.time_sampler,
         )
 
-    def __call__(
-        self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None
-    ) -> ObjectiveOutput:
+    def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> ObjectiveOutput:
         """Draw noise, time and label dropout, and evaluate the loss; arguments as `MeanFlow.__call__`."""
         B, device = x.shape[0], x.device
         e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
         t = self.time_sampler.sample(B, generator=generator, device=device)
-        drop = torch.rand(B, generator=generator, device=device) < self.label_dropout
+        drop = _draw_drop(B, self.label_dropout, generator, device)
         return self._as_meanflow()._loss(net, x, e, t, t, y, drop, torch.arange(B, device=device), 0)
 
     def loss_at(
@@ -276,6 +272,15 @@ class FlowMatching:
     ) -> ObjectiveOutput:
         """The loss at given draws; arguments as `MeanFlow.loss_at`, r = t."""
         return self._as_meanflow().loss_at(net, x=x, noise=noise, t=t, r=t, y=y, drop=drop)
+
+
+def _column(a: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, …) of the rank of `like`."""
+    return a.view(-1, *[1] * (like.ndim - 1))
+
+
+def _draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+    return torch.rand(n, generator=generator, device=device) < p if p > 0 else None  # [B]
 
 
 def net_num_classes(net: Net) -> int:
@@ -291,6 +296,6 @@ def net_num_classes(net: Net) -> int:
             return n
         inner = getattr(inner, "module", None)
     raise TypeError(
-        "net: expected an attribute num_classes (the index that means \"no label\") because labels are dropped or the "
+        'net: expected an attribute num_classes (the index that means "no label") because labels are dropped or the '
         f"target is guided; {type(net).__name__} has none. Set it, or use label_dropout=0, omega=1, kappa=0"
     )

@@ -12,7 +12,9 @@ from torch import Tensor
 class TimeSampler(Protocol):
     """Draws n independent times in (0, 1)."""
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor: ...
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,14 @@ def test_against_float64(size, duals, dtype, bound):
 def test_large_mean():
     # x + 1e4 leaves 11 bits of the fluctuation in float32: the error is that of the input, both sides see the same one;
     # measured 5.7e-4
-    assert_dual(ada_layer_norm, oracle, make(4, 7, 48, mean=1e4), duals=["x", "shift", "scale"], dtype=torch.float32, bound=1.2e-3)
+    assert_dual(
+        ada_layer_norm,
+        oracle,
+        make(4, 7, 48, mean=1e4),
+        duals=["x", "shift", "scale"],
+        dtype=torch.float32,
+        bound=1.2e-3,
+    )
 
 
 def test_tangents_of_different_rows():

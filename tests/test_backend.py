@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mfkernels import requested_backend, silu, use_backend
+from mfkernels.backend import choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def served():
+    return None
+
+
+def too_wide():
+    return "head dim 300: expected at most 256"
+
+
+def test_automatic_choice():
+    assert choose("op", CPU, {"triton": served}) == "reference"
+    assert choose("op", CUDA, {"cuda": served, "triton": served}) == "cuda"
+    assert choose("op", CUDA, {"cuda": too_wide, "triton": served}) == "triton"
+    assert choose("op", CUDA, {"triton": too_wide}) == "reference"
+
+
+def test_a_request_is_served_or_refused():
+    with use_backend("triton"):
+        assert requested_backend() == "triton"
+        assert choose("op", CPU, {"triton": served}) == "triton"
+        with pytest.raises(NotImplementedError, match=r"op: the triton backend cannot serve this call: head dim 300"):
+            choose("op", CUDA, {"triton": too_wide})
+        with use_backend("reference"):
+            assert choose("op", CUDA, {"triton": served}) == "reference"
+        with use_backend(None):
+            assert choose("op", CPU, {"triton": served}) == "reference"
+    assert requested_backend() == os.environ.get("MFKERNELS_BACKEND")
+
+
+def test_a_backend_that_an_op_does_not_have():
+    with use_backend("cuda"), pytest.raises(NotImplementedError, match="no cuda backend"):
+        silu(torch.randn(3))
+
+
+def test_unknown_names():
+    with (
+        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, got 'tpu'"),
+        use_backend("tpu"),
+    ):
+        pass
+    code = "import torch, mfkernels; mfkernels.silu(torch.randn(2))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MFKERNELS_BACKEND": "tpu"}, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "MFKERNELS_BACKEND: expected one of reference, triton, cuda, got 'tpu'" in run.stderr
+
+
+def test_import_is_quiet_and_builds_nothing():
+    heavy = "('triton', 'matplotlib', 'accelerate')"
+    code = f"import sys, mfkernels, meanflow; print(*(m for m in {heavy} if m in sys.modules))"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
+    assert run.stderr == ""

@@ -1,0 +1,248 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+import mfkernels
+from mfkernels import Dual, dual_aware, is_dual_aware, jvp, linear_map, split_map
+from mfkernels.testing import relative_error
+
+
+def make(B=4, rows=2, *shape):
+    shape = shape or (3,)
+    return Dual(torch.randn(B, *shape, dtype=torch.float64), torch.randn(rows, *shape, dtype=torch.float64))
+
+
+def padded(x):
+    return torch.cat([x.tangent, x.primal.new_zeros(len(x.primal) - x.rows, *x.primal.shape[1:])])
+
+
+BINARY = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+@pytest.mark.parametrize(("rows_a", "rows_b"), [(2, 2), (1, 3), (4, 0), (0, 0)])
+def test_arithmetic_of_two_duals(name, rows_a, rows_b):
+    fn, a, b = BINARY[name], make(4, rows_a), make(4, rows_b)
+    out = fn(a, b)
+    ref, ref_dot = torch.func.jvp(fn, (a.primal, b.primal), (padded(a), padded(b)))
+    rows = max(rows_a, rows_b)
+    assert out.rows == rows
+    assert torch.equal(out.primal, ref)
+    assert relative_error(out.tangent, ref_dot[:rows]) <= 3e-16
+
+
+# 1/Dual is not linear: there is no such op
+CASES = [(name, swap) for name in (*BINARY, "divide") for swap in (False, True) if (name, swap) != ("divide", True)]
+
+
+@pytest.mark.parametrize(("name", "swap"), CASES)
+@pytest.mark.parametrize("other", [2.5, "row", "batch", "broadcast"])
+def test_arithmetic_with_numbers_and_tensors(name, swap, other):
+    fn = BINARY.get(name, lambda a, b: a / b)
+    x = make()
+    shape = {"row": (3,), "batch": (4, 3), "broadcast": (1, 3)}
+    b = torch.randn(shape[other], dtype=torch.float64) if isinstance(other, str) else other
+    run = (lambda a: fn(b, a)) if swap else (lambda a: fn(a, b))
+    out = run(x)
+    ref, ref_dot = torch.func.jvp(run, (x.primal,), (padded(x),))
+    assert torch.equal(out.primal, ref)
+    assert relative_error(out.tangent, ref_dot[:2]) <= 3e-16
+
+
+def test_arithmetic_with_a_zero_tangent():
+    x, y = Dual(torch.randn(3, 2)), Dual(torch.randn(3, 2), torch.randn(2, 2))
+    assert (x + 1).tangent is None
+    assert torch.equal((x - y).tangent, -y.tangent)
+    assert torch.equal((-y).tangent, -y.tangent)
+
+
+def test_dividing_by_a_dual_is_refused():
+    with pytest.raises(TypeError, match="other: a Dual can be divided by"):
+        make() / make()
+
+
+def test_a_dual_is_a_pytree_node():
+    x = make()
+    assert isinstance(tree_map(lambda a: a * 2, x), Dual)
+    assert (x.shape, x.dtype, x.device.type, x.rows) == ((4, 3), torch.float64, "cpu", 2)
+
+
+def test_linear_and_split_map():
+    x = make(4, 2, 6)
+    a, b = split_map(lambda p: p.chunk(2, dim=1), x)
+    assert torch.equal(b.tangent, x.tangent[:, 3:])
+    assert torch.equal(linear_map(lambda p: p.flip(1), a).tangent, x.tangent[:, :3].flip(1))
+    assert split_map(lambda p: p.chunk(2, dim=1), x.primal)[0].shape == (4, 3)
+    assert split_map(lambda p: p.chunk(2, dim=1), Dual(x.primal))[0].tangent is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- jvp
+
+
+class Net(nn.Module):
+    """Not dual-aware; mixes its inputs, takes a label by keyword and returns what `kind` says."""
+
+    num_classes = 3
+
+    def __init__(self, kind="tensor"):
+        super().__init__()
+        self.kind = kind
+        self.w = nn.Linear(5, 5).double()
+        self.label = nn.Embedding(4, 5).double()
+
+    def forward(self, z, t, *, y=None):
+        u = torch.tanh(self.w(z) * t[:, None])
+        u = u if y is None else u + self.label(y) * z
+        return {"tensor": u, "tuple": (u, {"v": u * t[:, None]})}[self.kind]
+
+
+@dual_aware
+class DualNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = mfkernels.Mlp(5, 9).double()
+        self.calls = 0
+
+    def forward(self, z, t, y=None):
+        self.calls += 1
+        u = self.mlp(z) * linear_map(lambda a: a[:, None], t)
+        return {"u": u, "aux": (mfkernels.linear_map(lambda a: a, z).primal * 2,)}
+
+
+def inputs(B=4):
+    return torch.randn(B, 5, dtype=torch.float64), torch.rand(B, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, None])
+def test_fallback_equals_func_jvp(rows):
+    net, (z, t), (dz, dt), y = Net("tuple"), inputs(), inputs(), torch.tensor([0, 1, 2, 1])
+    out, out_dot = jvp(net, (z, t), (dz, dt), rows=rows, y=y)
+    ref, ref_dot = torch.func.jvp(lambda z, t: net(z, t, y=y), (z, t), (dz, dt))
+    R = 4 if rows is None else rows
+    assert torch.equal(out[0], ref[0])
+    assert relative_error(out_dot[0], ref_dot[0][:R]) <= 1e-15
+    assert relative_error(out_dot[1]["v"], ref_dot[1]["v"][:R]) <= 1e-15
+    assert out[0].requires_grad
+    assert not out_dot[0].requires_grad
+
+
+def test_fallback_with_a_zero_tangent_and_short_tangents():
+    net, (z, t), (dz, _) = Net(), inputs(), inputs()
+    _, out_dot = jvp(net, (z, t), (dz[:2], None))
+    _, ref_dot = torch.func.jvp(lambda z: net(z, t), (z,), (dz,))
+    assert relative_error(out_dot, ref_dot[:2]) <= 1e-15
+
+
+def test_dual_aware_runs_once_and_keeps_structure():
+    net, (z, t), (dz, dt) = DualNet(), inputs(), inputs()
+    out, out_dot = jvp(net, (z, t), (dz, dt), rows=3)
+    assert net.calls == 1
+    assert out_dot["aux"] == (None,)
+    _, ref_dot = torch.func.jvp(lambda z, t: net.mlp(z) * t[:, None], (z, t), (dz, dt))
+    assert relative_error(out_dot["u"], ref_dot[:3]) <= 1e-15
+    assert out["aux"][0].shape == (4, 5)
+
+
+def test_an_output_that_ignores_the_tangent_is_zero():
+    _, out_dot = jvp(dual_aware(lambda z, t: Dual(t.primal)), inputs(), inputs(), rows=2)
+    assert torch.equal(out_dot, torch.zeros(2, dtype=torch.float64))
+
+
+def test_dual_awareness_is_seen_through_wrappers():
+    net = DualNet()
+    assert is_dual_aware(net)
+    assert is_dual_aware(torch.compile(net, backend="eager"))
+    assert not is_dual_aware(Net())
+    assert not is_dual_aware(lambda z: z)
+
+
+def test_gradient_flows_through_the_primal_alone():
+    net, (z, t), (dz, dt) = DualNet(), inputs(), inputs()
+    out, out_dot = jvp(net, (z, t), (dz, dt))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        out_dot["u"].sum().backward()
+    out["u"].sum().backward()
+    assert net.mlp.fc1.weight.grad.abs().sum() > 0
+
+
+def test_sdpa_without_a_rule_names_the_op_and_the_cure():
+    def sdpa(x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(2, 3, 7, 8)
+    with pytest.raises(NotImplementedError, match=r"scaled_dot_product\w*attention.*mfkernels.attention"):
+        jvp(sdpa, (x,), (x,))
+
+
+def test_a_custom_function_without_a_rule_is_refused():
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * ctx.saved_tensors[0] * g
+
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match="has no forward-mode"):
+        jvp(Square.apply, (x,), (x,))
+
+
+def test_a_custom_op_never_gives_a_silent_zero():
+    @torch.library.custom_op("mfkernels_test::flash_attn_like", mutates_args=())
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    x = torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match=r"flash_attn_like.*mfkernels.attention"):
+        jvp(lambda x: op(x) + x, (x,), (x,))
+    # an op that the tangent does not reach is none of our business
+    _, out_dot = jvp(lambda x: op(torch.ones(2, 3)) + x, (x,), (x,))
+    assert torch.equal(out_dot, x)
+
+
+def test_other_errors_of_the_callable_pass_through():
+    def broken(x):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        jvp(broken, (torch.randn(2),), (torch.randn(2),))
+
+
+Z, T = torch.randn(4, 5), torch.rand(4)
+
+
+@pytest.mark.parametrize(
+    ("primals", "tangents", "rows", "error", "match"),
+    [
+        (Z, (Z,), None, TypeError, "primals: expected a non-empty tuple"),
+        ((), (), None, TypeError, "primals: expected a non-empty tuple"),
+        ((Z,), Z, None, TypeError, "tangents: expected a tuple"),
+        ((Z, T), (Z,), None, ValueError, r"tangents: expected one per primal \(2\), got 1"),
+        ((Z, T[:3]), (Z, T), None, ValueError, r"primals\[1\]: expected a batch"),
+        ((Z, T), (Z, torch.rand(5)), None, ValueError, r"tangents\[1\]: expected at most 4 rows"),
+        ((Z, T), (Z.double(), T), None, TypeError, r"tangents\[0\]: expected the primal's dtype"),
+        ((Z, T), (Z[:, :2], T), None, ValueError, r"tangents\[0\]: expected shape"),
+        ((Z, T), (Z.clone().requires_grad_(), T), None, ValueError, r"tangents\[0\]: a tangent must not require grad"),
+        ((Z, T), (Z, T), 5, ValueError, r"rows: expected a number in \[0, 4\]"),
+        ((Z, T), (Z[:1], T), 2, ValueError, r"tangents\[0\]: expected at least 2 rows"),
+        ((Z, T), (None, None), None, ValueError, "every tangent is None"),
+        ((Z, "t"), (Z, None), None, TypeError, r"primals\[1\]: expected a tensor"),
+        ((Z, torch.arange(4)), (Z, torch.arange(4)), None, TypeError, r"tangents\[1\]: a torch.int64 primal"),
+    ],
+)
+def test_bad_arguments(primals, tangents, rows, error, match):
+    with pytest.raises(error, match=match):
+        jvp(lambda z, t: z, primals, tangents, rows=rows)
