@@ -69,7 +69,9 @@ def choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> st
     if asked is not None:
         if asked not in supports:
             has = ", ".join(["reference", *supports])
-            raise NotImplementedError(f"{op}: no {asked} backend (it has: {has}); asked for by use_backend or MFKERNELS_BACKEND")
+            raise NotImplementedError(
+                f"{op}: no {asked} backend (it has: {has}), which use_backend or MFKERNELS_BACKEND asked for"
+            )
         why_not = supports[asked]()
         if why_not is not None:
             raise NotImplementedError(f"{op}: the {asked} backend cannot serve this call: {why_not}")

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions. Each raises a message that names the argument, what was expected and what came."""
+"""Argument checks shared by the public functions: messages name the argument, what was expected and what came."""
 
 from __future__ import annotations
 

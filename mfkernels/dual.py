@@ -49,7 +49,7 @@ class Dual(NamedTuple):
         return 0 if self.tangent is None else self.tangent.shape[0]
 
     # A tuple's own `+` and `*` concatenate and repeat; on duals that would be a silent mistake.
-    def __add__(self, other: Any) -> Dual:  # type: ignore[override]
+    def __add__(self, other: Any) -> Dual:
         return _add(self, other, 1.0)
 
     def __radd__(self, other: Any) -> Dual:
@@ -64,10 +64,10 @@ class Dual(NamedTuple):
     def __neg__(self) -> Dual:
         return linear_map(torch.neg, self)
 
-    def __mul__(self, other: Any) -> Dual:  # type: ignore[override]
+    def __mul__(self, other: Any) -> Dual:
         return _mul(self, other)
 
-    def __rmul__(self, other: Any) -> Dual:  # type: ignore[override]
+    def __rmul__(self, other: Any) -> Dual:
         return _mul(self, other)
 
     def __truediv__(self, other: Any) -> Dual:
@@ -254,11 +254,14 @@ def jvp(
 
         try:
             with _RefuseSilentZeros():
-                _, tangent_out = torch.func.jvp(
+                tangent_out = torch.func.jvp(
                     of_active, tuple(leads[i] for i in active), tuple(t for t in cut if t is not None)
-                )
+                )[1]
         except (NotImplementedError, RuntimeError) as error:
-            raise _explained(error) from error
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
     return out, tree_map_only(Tensor, torch.Tensor.detach, tangent_out)
 
 
@@ -276,7 +279,7 @@ def _check_jvp(
             raise TypeError(f"primals[{i}]: expected a tensor, got {type(p).__name__}")
         if p.ndim == 0 or p.shape[0] != primals[0].shape[0]:
             raise ValueError(
-                f"primals[{i}]: expected a batch of {tuple(primals[0].shape)[:1]} rows first, got shape {tuple(p.shape)}"
+                f"primals[{i}]: expected a batch of {tuple(primals[0].shape)[:1]} rows, got shape {tuple(p.shape)}"
             )
     B = primals[0].shape[0]
     if rows is not None and not 0 <= rows <= B:
@@ -347,11 +350,11 @@ def _carries_tangent(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None
 
 
-def _explained(error: Exception) -> Exception:
-    """Turn PyTorch's message about a missing forward-mode rule into one that says what to do."""
+def _explained(error: Exception) -> Exception | None:
+    """PyTorch's message about a missing forward-mode rule as one that says what to do; None for other errors."""
     text = str(error)
     if "forward AD" not in text and "jvp" not in text:
-        return error
+        return None
     found = re.search(r"forward AD with (\S+)", text)
     op = found.group(1).rstrip(".") if found else "a custom autograd.Function"
     if "attention" in op or "flash" in op or "attn" in op:

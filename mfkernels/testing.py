@@ -66,16 +66,17 @@ def dual_errors(
         args[name] = Dual(low[name], tangents[name][:rows].to(device))
     out = op(**args)
     assert isinstance(out, Dual), f"expected a Dual, got {type(out).__name__}"
-    assert out.tangent is not None and not out.tangent.requires_grad, "a tangent must not require grad"
+    assert out.tangent is not None, "the tangent is missing"
+    assert not out.tangent.requires_grad, "a tangent must not require grad"
     assert out.tangent.shape == (rows, *out.primal.shape[1:]), f"tangent of shape {tuple(out.tangent.shape)}"
     assert out.tangent.dtype == out.primal.dtype
 
     # rows beyond `rows` have tangent zero
     full = tuple(torch.where(_row_index(tangents[n], batch) < rows, tangents[n].double(), 0.0) for n in duals)
     with torch.no_grad():
-        _, tangent = torch.func.jvp(
+        tangent = torch.func.jvp(
             lambda *xs: oracle(**{**high, **dict(zip(duals, xs, strict=True))}), tuple(high[n] for n in duals), full
-        )
+        )[1]
     primal = oracle(**high)
     cotangent = torch.randn(primal.shape, generator=generator, dtype=torch.float64)
     errors = {"primal": relative_error(out.primal, primal), "tangent": 0.0}

@@ -41,19 +41,22 @@ def attention(
     if any(isinstance(a, Dual) for a in (q, k, v)):
         return _run(q, k, v, scale, is_causal)
     # Plain tensors may carry forward-mode tangents, which PyTorch's fused attention refuses (pytorch#117629).
-    duals = [Dual(*fwAD.unpack_dual(a)) for a in (q, k, v)]
-    if all(a.tangent is None for a in duals):
-        return _run(q, k, v, scale, is_causal)
-    duals = [Dual(a.primal, None if a.tangent is None else a.tangent.detach()) for a in duals]
-    out = _run(*duals, scale, is_causal)
-    return fwAD.make_dual(out.primal, out.tangent)
+    q, k, v = _unpacked(q), _unpacked(k), _unpacked(v)
+    out = _run(q, k, v, scale, is_causal)
+    return fwAD.make_dual(out.primal, out.tangent) if isinstance(out, Dual) else out
+
+
+def _unpacked(x: TensorOrDual) -> TensorOrDual:
+    """A tensor of `torch.func.jvp` or `forward_ad` as a Dual; one without a tangent as it is."""
+    p, t = fwAD.unpack_dual(primal_of(x))
+    return p if t is None else Dual(p, t.detach())
 
 
 def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
     for name, a in (("q", q), ("k", k), ("v", v)):
         check_operand(name, a, 4)
         check_same(name, a, "q", q)
-    B, N_q, H, d = q.shape
+    B, _N_q, H, d = q.shape
     if k.shape[0] != B or k.shape[3] != d or k.shape[2] == 0 or H % k.shape[2] != 0:
         raise ValueError(f"k: expected ({B}, N_kv, a divisor of {H}, {d}) to match q, got {tuple(k.shape)}")
     if v.shape != k.shape:
@@ -74,7 +77,8 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
     def first(a: Tensor) -> Tensor:
         return a[:rows]
 
-    with torch.no_grad():
+    # the reference chooses its precisions itself
+    with torch.no_grad(), torch.autocast(qp.device.type, enabled=False):
         o_dot = reference.attention_tangent(
             q=first(qp),
             k=first(kp),

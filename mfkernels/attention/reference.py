@@ -39,7 +39,7 @@ def attention_tangent(
     """All arguments cut to the tangent rows; a tangent of None is zero, not all three are."""
     B_t, N_q, H, d = q.shape
     N_kv, dtype = k.shape[1], q.dtype
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype  # statistics are never in half precision
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype  # no statistics in half precision
 
     def heads(x: Tensor) -> Tensor:
         x = x.to(wide).repeat_interleave(H // x.shape[2], dim=2) if x.shape[2] != H else x.to(wide)

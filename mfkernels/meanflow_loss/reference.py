@@ -1,4 +1,4 @@
-"""u_tgt = v − (t − r)·du/dt on the rows that have a tangent, v on the others; e = ‖u − u_tgt‖²; loss = sg(e + ε)^(−p)·e."""
+"""u_tgt = v − (t − r)·du/dt where there is a tangent, v elsewhere; e = ‖u − u_tgt‖², loss = sg(e + ε)^(−p)·e."""
 
 from __future__ import annotations
 

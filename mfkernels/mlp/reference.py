@@ -1,4 +1,4 @@
-"""linear → GELU (tanh form) → linear. The backward keeps x, the pre-activation h and the activation a, as a plain MLP does."""
+"""linear → GELU (tanh form) → linear. The backward keeps x, h and a, as a plain MLP does."""
 
 from __future__ import annotations
 
