@@ -7,6 +7,7 @@ error that says what is supported, never a silent detour.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,25 @@ Support = Callable[[], str | None]
 
 # A plain global, not a context variable: autograd runs backward on threads of its own, and Dynamo guards on globals.
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
+
+
+# Looked up, not imported: importing this package stays cheap and quiet.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device` in this process, and what to do about it; None where they can."""
+    if not _HAS_TRITON:
+        return "Triton is not installed: pip install 'triton>=3.4'"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return f"device: expected compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
+        return None
+    if device.type == "cpu" and _INTERPRETED:
+        return None
+    return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -52,20 +72,43 @@ def requested_backend() -> str | None:
     return _checked(_requested, "MFKERNELS_BACKEND")
 
 
+# What `choose` answered, by op, while `recorded_choices` is open.
+_record: dict[str, str] | None = None
+
+
+@contextmanager
+def recorded_choices() -> Iterator[dict[str, str]]:
+    """The backend that served each op of the block, by the op's name."""
+    global _record
+    before, _record = _record, {}
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
 def choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> str:
     """The backend that serves this call of `op`.
 
     Args:
         op: the op's name, for messages.
         device: where the op's tensors are.
-        supports: the op's backends other than "reference", fastest first, each with its answer for this call.
+        supports: the op's backends other than "reference", fastest first, each with its answer for this call. An op
+            that has none (a library GEMM serves every backend) is not subject to requests.
 
     Raises:
         NotImplementedError: the requested backend does not serve this call.
     """
+    backend = _choose(op, device, supports)
+    if _record is not None:
+        _record[op] = backend
+    return backend
+
+
+def _choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> str:
     asked = requested_backend()
-    if asked == "reference":
-        return asked
+    if asked == "reference" or not supports:
+        return "reference"
     if asked is not None:
         if asked not in supports:
             has = ", ".join(["reference", *supports])

@@ -95,6 +95,50 @@ def tangent_rows(*xs: Any) -> int | None:
     return max(rows) if rows else None
 
 
+def forward_mode_tangent(x: Any) -> Any:
+    """A tensor of `torch.func.jvp` or `forward_ad` as a Dual; anything without such a tangent as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    p, t = fwAD.unpack_dual(x)
+    return p if t is None else Dual(p, t.detach())
+
+
+def refuse_gradient(tangent: Tensor, primal: Tensor, op: str) -> Tensor:
+    """`tangent` so that a backward pass that reaches it raises: tangents are constants, and a zero would be silent."""
+    # Inside torch.func.jvp `requires_grad` does not say whether the caller's tensor does, so it is not asked. Compiled
+    # regions run the backward of every output that requires grad, used or not: there the tangent is a plain constant.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _tangent_barrier(tangent, primal, op)
+    return tangent
+
+
+@torch.library.custom_op("mfkernels::tangent_barrier", mutates_args=())
+def _tangent_barrier(tangent: Tensor, primal: Tensor, op: str) -> Tensor:
+    return tangent.clone()
+
+
+@_tangent_barrier.register_fake
+def _(tangent, primal, op):  # type: ignore[no-untyped-def]
+    return torch.empty_like(tangent)
+
+
+def _barrier_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.op = inputs[2]
+    ctx.set_materialize_grads(False)
+
+
+def _barrier_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None, None, None
+    raise RuntimeError(
+        f"mfkernels.{ctx.op}: a gradient was asked for through its forward-mode tangent, which is a constant by design "
+        "(stop-gradient, as in MeanFlow's target). Detach the tangent before it enters the loss"
+    )
+
+
+_tangent_barrier.register_autograd(_barrier_backward, setup_context=_barrier_setup)
+
+
 def padded_tangent(x: Any, rows: int) -> Tensor | None:
     """The tangent of `x` as `rows` rows, the missing ones zero; None when `x` has no tangent."""
     t = tangent_of(x)

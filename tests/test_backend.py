@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfkernels import requested_backend, silu, use_backend
-from mfkernels.backend import choose
+from mfkernels.backend import choose, recorded_choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,8 +40,19 @@ def test_a_request_is_served_or_refused():
 
 
 def test_a_backend_that_an_op_does_not_have():
-    with use_backend("cuda"), pytest.raises(NotImplementedError, match="no cuda backend"):
+    with (
+        use_backend("cuda"),
+        pytest.raises(NotImplementedError, match=r"op: no cuda backend \(it has: reference, triton\)"),
+    ):
+        choose("op", CUDA, {"triton": served})
+
+
+def test_an_op_with_one_implementation_is_not_subject_to_requests():
+    with use_backend("triton"), recorded_choices() as chosen:
         silu(torch.randn(3))
+    assert chosen == {"silu": "reference"}
+    choose("op", CPU, {})
+    assert chosen == {"silu": "reference"}
 
 
 def test_unknown_names():
@@ -50,7 +61,7 @@ def test_unknown_names():
         use_backend("tpu"),
     ):
         pass
-    code = "import torch, mfkernels; mfkernels.silu(torch.randn(2))"
+    code = "import torch, mfkernels; mfkernels.attention(*torch.randn(3, 1, 2, 1, 8))"
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "MFKERNELS_BACKEND": "tpu"}, capture_output=True, text=True
     )

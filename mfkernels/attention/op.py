@@ -4,10 +4,127 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, triton_unavailable
 from ..checks import check_operand, check_same
-from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, forward_mode_tangent, padded_tangent, primal_of, refuse_gradient, tangent_rows
 from . import reference
+
+# ------------------------------------------------------------------------------------------- custom ops and their rules
+# One op for every kernel backend, so that torch.compile keeps it whole; `backend` says which kernels run inside.
+
+
+@torch.library.custom_op("mfkernels::attention_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    scale: float,
+    is_causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, N_q, H, d), its tangent (B_t, N_q, H, d) with B_t = 0 where there is none, and lse (B, H, N_q) float32."""
+    from .kernels import attention_forward
+
+    o, o_dot, lse = attention_forward(
+        q,
+        k,
+        v,
+        q_dot,
+        k_dot,
+        v_dot,
+        scale=scale,
+        causal=is_causal,
+        precision=_float32_precision(),
+    )
+    return o, o.new_empty((0, *o.shape[1:])) if o_dot is None else o_dot, lse
+
+
+@_forward.register_fake
+def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend):  # type: ignore[no-untyped-def]
+    rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
+    B, N_q, H, _d = q.shape
+    return (
+        q.new_empty(q.shape),
+        q.new_empty((rows, *q.shape[1:])),
+        q.new_empty((B, H, N_q), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mfkernels::attention_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .backward_kernels import attention_backward
+
+    return attention_backward(
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        scale=scale,
+        causal=is_causal,
+        precision=_float32_precision(),
+    )
+
+
+@_backward.register_fake
+def _(do, q, k, v, o, lse, scale, is_causal, backend):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, _, _, _, ctx.scale, ctx.is_causal, ctx.backend = inputs
+    o, o_dot, lse = output
+    ctx.mark_non_differentiable(o_dot, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, o, lse)  # nothing of the tangent
+
+
+def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
+    if do is None:
+        return (None,) * 9
+    q, k, v, o, lse = ctx.saved_tensors
+    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal, ctx.backend), *(None,) * 6
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+
+def _float32_precision() -> str:
+    """Products of float32 operands are exact unless the user asked PyTorch for TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+# --------------------------------------------------------------------------------------------------- what serves a call
+
+
+def _triton_unsupported(q: Tensor, scale: float) -> str | None:
+    d, dtype = q.shape[-1], q.dtype
+    if d % 8 != 0 or not 8 <= d <= 256:
+        return f"q: expected a head dim that is a multiple of 8 up to 256, got {d}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"q: expected float16, bfloat16 or float32, got {dtype}"
+    if q.device.type == "cpu" and dtype == torch.bfloat16:
+        return "q: Triton's CPU interpreter gets bfloat16 products wrong; expected float16 or float32 there"
+    if not 0 < scale < float("inf"):
+        return f"scale: expected a positive finite number, got {scale}"
+    return triton_unavailable(q.device)
+
+
+# --------------------------------------------------------------------------------------------------- the public function
 
 
 def attention(
@@ -20,8 +137,9 @@ def attention(
 ) -> TensorOrDual:
     """Softmax attention, O = softmax(scale·QKᵀ) V, and its tangent in the same call.
 
-    Under `torch.func.jvp` or `torch.autograd.forward_ad` (no Duals) the tangent is computed by the same rule; it is a
-    constant for reverse mode, as a Dual's is. Tangent rule: README.md beside this file.
+    Under `torch.func.jvp` or `torch.autograd.forward_ad` (plain tensors, no Duals) the tangent is computed by the same
+    rule. It is a constant for reverse mode, as a Dual's is: asking for a gradient through it is an error. The tangent
+    rule is derived in README.md beside this file.
 
     Args:
         q: (B, N_q, H, d) tensor or Dual; a view with any strides.
@@ -34,29 +152,26 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: the backend that was asked for cannot serve the call.
     """
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    choose("attention", q.device, {})
     if any(isinstance(a, Dual) for a in (q, k, v)):
         return _run(q, k, v, scale, is_causal)
-    # Plain tensors may carry forward-mode tangents, which PyTorch's fused attention refuses (pytorch#117629).
-    q, k, v = _unpacked(q), _unpacked(k), _unpacked(v)
-    out = _run(q, k, v, scale, is_causal)
-    return fwAD.make_dual(out.primal, out.tangent) if isinstance(out, Dual) else out
-
-
-def _unpacked(x: TensorOrDual) -> TensorOrDual:
-    """A tensor of `torch.func.jvp` or `forward_ad` as a Dual; one without a tangent as it is."""
-    p, t = fwAD.unpack_dual(primal_of(x))
-    return p if t is None else Dual(p, t.detach())
+    # Plain tensors may carry forward-mode tangents. PyTorch's fused attention refuses those (pytorch#117629), and a
+    # custom op drops them without a word.
+    out = _run(forward_mode_tangent(q), forward_mode_tangent(k), forward_mode_tangent(v), scale, is_causal)
+    if not isinstance(out, Dual):
+        return out
+    assert out.tangent is not None
+    return fwAD.make_dual(out.primal, refuse_gradient(out.tangent, out.primal, "attention"))
 
 
 def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
     for name, a in (("q", q), ("k", k), ("v", v)):
         check_operand(name, a, 4)
         check_same(name, a, "q", q)
-    B, _N_q, H, d = q.shape
+    B, _, H, d = q.shape
     if k.shape[0] != B or k.shape[3] != d or k.shape[2] == 0 or H % k.shape[2] != 0:
         raise ValueError(f"k: expected ({B}, N_kv, a divisor of {H}, {d}) to match q, got {tuple(k.shape)}")
     if v.shape != k.shape:
@@ -67,12 +182,17 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
 
 def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
-    o = reference.attention(qp, kp, vp, scale, is_causal)
-    if not any(isinstance(a, Dual) for a in (q, k, v)):
-        return o
+    dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)
+    backend = choose("attention", qp.device, {"triton": lambda: _triton_unsupported(qp, scale)})
+    if backend != "reference":
+        dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
+        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend)
+        return Dual(o, None if rows is None else o_dot) if dual else o
+
+    o = reference.attention(qp, kp, vp, scale, is_causal)
     if rows is None:
-        return Dual(o)
+        return Dual(o) if dual else o
 
     def first(a: Tensor) -> Tensor:
         return a[:rows]
