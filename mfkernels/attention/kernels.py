@@ -15,6 +15,7 @@ from mfkernels.launch import Launch, launch_config
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_HEAD_DIM = 256
+MAX_BATCH = 65535  # of one launch: the third axis of a grid
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -43,7 +44,7 @@ def load_tile(
 ):
     """Columns FIRST .. FIRST + WIDTH of the rows at ptr; what lies past num_rows or past D reads as zero."""
     cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
-    ptrs = ptr + rows[:, None] * stride + cols[None, :]  # [ROWS, WIDTH]
+    ptrs = ptr + (rows[:, None] * stride + cols[None, :])  # [ROWS, WIDTH]
     if MASK_ROWS:
         if FIRST + WIDTH > D:
             return tl.load(ptrs, mask=(rows[:, None] < num_rows) & (cols[None, :] < D), other=0.0)
@@ -91,11 +92,14 @@ def _sweep(
     stride_q_dot_n,
     stride_k_dot_n,
     stride_v_dot_n,
-    stride_on,
     scale,
+    scale_log2,
+    batch,
+    head,
     start_m,
     N_q,
     N_kv,
+    H,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -107,7 +111,7 @@ def _sweep(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head against all its keys. Pointers stand at the head; q, o and lse at the block."""
+    """One block of queries of one head against all its keys. Inputs point at the head, q at the block."""
     HAS_Q_DOT: tl.constexpr = DUAL and q_dot_ptr is not None
     HAS_K_DOT: tl.constexpr = DUAL and k_dot_ptr is not None
     HAS_V_DOT: tl.constexpr = DUAL and v_dot_ptr is not None
@@ -128,15 +132,13 @@ def _sweep(
 
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [BLOCK_M] row maximum, in log2 units
     l = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] sum of p  # noqa: E741
-    mu = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] sum of p (s_dot - c)
-    c = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] the centre
+    c = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] the centre: mean of s_dot under p so far
     o = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
     t = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
     if D_TAIL > 0:
         o_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
         t_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
 
-    scale_log2 = scale * LOG2_E
     end_n = N_kv
     if CAUSAL:
         end_n = tl.minimum(N_kv, start_m + BLOCK_M)
@@ -171,54 +173,58 @@ def _sweep(
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
         alpha = tl.exp2(m - m_new)  # [BLOCK_M]
         p = tl.exp2(s * scale_log2 - m_new[:, None])  # [BLOCK_M, BLOCK_N]
-        l = l * alpha + tl.sum(p, 1)  # [BLOCK_M]  # noqa: E741
+        p_low = p.to(q.dtype)  # [BLOCK_M, BLOCK_N]
         m = m_new
+        l_old = l * alpha  # [BLOCK_M]
+        l = l_old + tl.sum(p, 1)  # [BLOCK_M]  # noqa: E741
 
-        # The branch stands where no wgmma is in flight: a few lines down it would make ptxas wait for P V first.
-        if HAS_S_DOT:  # noqa: SIM102 a constant, then a run-time test
-            if start_n == 0:
-                c = tl.sum(p * s_dot, 1) / l * scale  # [BLOCK_M] l >= 1: the largest p of the tile is 1
+        # t is relative to c. Moving c to the mean over the keys seen so far, this tile included, moves t by so much o.
+        if HAS_S_DOT:
+            c_new = (c * l_old + tl.sum(p * s_dot, 1) * scale) / l  # [BLOCK_M]
+            shift = (c_new - c) * alpha  # [BLOCK_M]
+            c = c_new
+            h_low = (p * (s_dot * scale - c[:, None])).to(q.dtype)  # [BLOCK_M, BLOCK_N]
+            t = t * alpha[:, None] - shift[:, None] * o  # [BLOCK_M, D_MAIN]
+            if D_TAIL > 0:
+                t_tail = t_tail * alpha[:, None] - shift[:, None] * o_tail  # [BLOCK_M, D_TAIL]
+        elif DUAL:
+            t = t * alpha[:, None]  # [BLOCK_M, D_MAIN]
+            if D_TAIL > 0:
+                t_tail = t_tail * alpha[:, None]  # [BLOCK_M, D_TAIL]
 
         v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        p_low = p.to(v.dtype)  # [BLOCK_M, BLOCK_N]
         o = tl.dot(p_low, v, o * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
         if D_TAIL > 0:
             v_tail = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
             o_tail = tl.dot(p_low, v_tail, o_tail * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
-
-        if DUAL:
-            t = t * alpha[:, None]  # [BLOCK_M, D_MAIN]
+        if HAS_V_DOT:
+            v_dot_row = v_dot_ptr + row_n * stride_v_dot_n
+            v_dot = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
+            t = tl.dot(p_low, v_dot, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
             if D_TAIL > 0:
-                t_tail = t_tail * alpha[:, None]  # [BLOCK_M, D_TAIL]
-            if HAS_V_DOT:
-                v_dot_row = v_dot_ptr + row_n * stride_v_dot_n
-                v_dot = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
-                t = tl.dot(p_low, v_dot, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-                if D_TAIL > 0:
-                    v_dot_tail = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-                    t_tail = tl.dot(p_low, v_dot_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
-            if HAS_S_DOT:
-                h = p * (s_dot * scale - c[:, None])  # [BLOCK_M, BLOCK_N]
-                mu = mu * alpha + tl.sum(h, 1)  # [BLOCK_M]
-                h_low = h.to(v.dtype)  # [BLOCK_M, BLOCK_N]
-                t = tl.dot(h_low, v, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-                if D_TAIL > 0:
-                    t_tail = tl.dot(h_low, v_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+                v_dot_tail = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+                t_tail = tl.dot(p_low, v_dot_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+        if HAS_S_DOT:
+            t = tl.dot(h_low, v, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
+            if D_TAIL > 0:
+                t_tail = tl.dot(h_low, v_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
 
+    # The addresses are worked out only now: across the loop they would cost D = 128 the registers it lacks.
     inv_l = 1.0 / l  # [BLOCK_M]
-    tl.store(lse_ptr + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
-    o = o * inv_l[:, None]  # [BLOCK_M, D_MAIN]
-    store_tile(o_ptr, stride_on, rows_m, left_m, o, D, 0, D_MAIN)
+    row_m = start_m.to(tl.int64)
+    stride_on = H * D
+    offs_o = ((batch * N_q + row_m) * H + head) * D
+    o_ptr += offs_o
+    tl.store(lse_ptr + (batch * H + head) * N_q + row_m + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
+    store_tile(o_ptr, stride_on, rows_m, left_m, o * inv_l[:, None], D, 0, D_MAIN)
     if D_TAIL > 0:
-        o_tail = o_tail * inv_l[:, None]  # [BLOCK_M, D_TAIL]
-        store_tile(o_ptr, stride_on, rows_m, left_m, o_tail, D, D_MAIN, D_TAIL)
+        store_tile(o_ptr, stride_on, rows_m, left_m, o_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
     if DUAL:
-        mu = mu * inv_l  # [BLOCK_M]
-        t = t * inv_l[:, None] - mu[:, None] * o  # [BLOCK_M, D_MAIN]
-        store_tile(o_dot_ptr, stride_on, rows_m, left_m, t, D, 0, D_MAIN)
+        o_dot_ptr += offs_o
+        # c is now the mean over all keys, mu of README.md, so nothing is left to subtract.
+        store_tile(o_dot_ptr, stride_on, rows_m, left_m, t * inv_l[:, None], D, 0, D_MAIN)
         if D_TAIL > 0:
-            t_tail = t_tail * inv_l[:, None] - mu[:, None] * o_tail  # [BLOCK_M, D_TAIL]
-            store_tile(o_dot_ptr, stride_on, rows_m, left_m, t_tail, D, D_MAIN, D_TAIL)
+            store_tile(o_dot_ptr, stride_on, rows_m, left_m, t_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
 
 
 @triton.jit
@@ -251,6 +257,7 @@ def _attention_forward_kernel(
     stride_v_dot_n,
     stride_v_dot_h,
     scale,
+    scale_log2,  # scale / ln 2
     B_t,
     N_q,
     N_kv,
@@ -263,19 +270,18 @@ def _attention_forward_kernel(
     MASK_N: tl.constexpr,
     LONG_HEAD: tl.constexpr,  # rows of one head lie 2^31 elements apart: 7 registers more
     ONE_STRIDE: tl.constexpr,  # k, v and their tangents have the same: their addresses share registers
-    TANGENT_ROWS: tl.constexpr,  # "none", "some", "all"
+    HAS_TANGENT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    num_m = tl.cdiv(N_q, BLOCK_M)
-    pid = tl.program_id(0)
-    block_m = pid % num_m
+    # A grid of three axes, not one that is divided up: what is read again after the loop costs no register across it.
+    block_m = tl.program_id(0)
     if CAUSAL:
-        block_m = num_m - 1 - block_m  # the longest rows start first
-    head = ((pid // num_m) % H).to(tl.int64)
-    batch = (pid // num_m // H).to(tl.int64)
+        block_m = tl.num_programs(0) - 1 - block_m  # the longest rows start first
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
     start_m = block_m * BLOCK_M
     row_m = start_m.to(tl.int64)
     head_kv = head // GROUP
@@ -299,15 +305,9 @@ def _attention_forward_kernel(
         k_dot_ptr += (batch * stride_k_dot_b + head_kv * stride_k_dot_h) * ALIGN
     if v_dot_ptr is not None:
         v_dot_ptr += (batch * stride_v_dot_b + head_kv * stride_v_dot_h) * ALIGN
-    stride_on = H * D
-    offs_o = ((batch * N_q + row_m) * H + head) * D
-    o_ptr += offs_o
-    if TANGENT_ROWS != "none":
-        o_dot_ptr += offs_o
-    lse_ptr += (batch * H + head) * N_q + row_m
 
-    # Both calls are inlined: a row without a tangent runs the primal loop, a third of the matmuls.
-    if TANGENT_ROWS != "none" and (TANGENT_ROWS == "all" or batch < B_t):
+    # Both calls are inlined: a batch row without a tangent runs the primal loop, a third of the matmuls.
+    if HAS_TANGENT and batch < B_t:
         _sweep(
             q_ptr=q_ptr,
             k_ptr=k_ptr,
@@ -324,11 +324,14 @@ def _attention_forward_kernel(
             stride_q_dot_n=stride_q_dot_n,
             stride_k_dot_n=stride_k_dot_n,
             stride_v_dot_n=stride_v_dot_n,
-            stride_on=stride_on,
             scale=scale,
+            scale_log2=scale_log2,
+            batch=batch,
+            head=head,
             start_m=start_m,
             N_q=N_q,
             N_kv=N_kv,
+            H=H,
             D=D,
             D_MAIN=D_MAIN,
             D_TAIL=D_TAIL,
@@ -357,11 +360,14 @@ def _attention_forward_kernel(
             stride_q_dot_n=0,
             stride_k_dot_n=0,
             stride_v_dot_n=0,
-            stride_on=stride_on,
             scale=scale,
+            scale_log2=scale_log2,
+            batch=batch,
+            head=head,
             start_m=start_m,
             N_q=N_q,
             N_kv=N_kv,
+            H=H,
             D=D,
             D_MAIN=D_MAIN,
             D_TAIL=D_TAIL,
@@ -467,7 +473,7 @@ def forward_launch(
     stride_v_dot_b, stride_v_dot_n, stride_v_dot_h = row_strides(v_dot)
     return Launch.of(
         _attention_forward_kernel,
-        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]) * H * B,),
+        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]), H, B),
         config,
         q.device,
         q_ptr=q,
@@ -498,6 +504,7 @@ def forward_launch(
         stride_v_dot_n=stride_v_dot_n,
         stride_v_dot_h=stride_v_dot_h,
         scale=scale,
+        scale_log2=scale / math.log(2),
         B_t=B_t,
         N_q=N_q,
         N_kv=N_kv,
@@ -510,7 +517,7 @@ def forward_launch(
         MASK_N=N_kv % config["BLOCK_N"] != 0,
         LONG_HEAD=long_head(k, v, k_dot, v_dot),
         ONE_STRIDE=len({x.stride(1) for x in (k, v, k_dot, v_dot) if x is not None}) == 1,
-        TANGENT_ROWS="none" if B_t == 0 else "all" if B_t == B else "some",
+        HAS_TANGENT=B_t > 0,
         PRECISION=precision,
         ALIGN=vector_width(q.dtype),
     )
@@ -541,25 +548,31 @@ def attention_forward(
         raise ValueError(f"q_dot, k_dot, v_dot: expected the same number of batch rows, got {sorted(tangent_rows)}")
     o = torch.empty((B, N_q, H, D), device=q.device, dtype=q.dtype)  # [B, N_q, H, D]
     lse = torch.empty((B, H, N_q), device=q.device, dtype=torch.float32)  # [B, H, N_q]
-    o_dot = None
-    for rows in tangent_rows:
-        o_dot = torch.empty((rows, N_q, H, D), device=q.device, dtype=q.dtype)  # [B_t, N_q, H, D]
+    o_dot, B_t = None, 0
+    if tangent_rows:
+        B_t = tangent_rows.pop()
+        o_dot = torch.empty((B_t, N_q, H, D), device=q.device, dtype=q.dtype)  # [B_t, N_q, H, D]
     if o.numel() == 0:
         return o, o_dot, lse
-    launch = forward_launch(
-        as_rows(q),
-        as_rows(k),
-        as_rows(v),
-        None if q_dot is None else as_rows(q_dot),
-        None if k_dot is None else as_rows(k_dot),
-        None if v_dot is None else as_rows(v_dot),
-        o,
-        o_dot,
-        lse,
-        scale=scale,
-        causal=causal,
-        precision=precision,
-        config=config,
-    )
-    launch.run()
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    q_dot, k_dot, v_dot = (None if x is None else as_rows(x) for x in (q_dot, k_dot, v_dot))
+    for first in range(0, B, MAX_BATCH):
+        batch = slice(first, first + MAX_BATCH)
+        dual = B_t > first
+        launch = forward_launch(
+            q[batch],
+            k[batch],
+            v[batch],
+            q_dot[batch] if dual and q_dot is not None else None,
+            k_dot[batch] if dual and k_dot is not None else None,
+            v_dot[batch] if dual and v_dot is not None else None,
+            o[batch],
+            o_dot[batch] if dual and o_dot is not None else None,
+            lse[batch],
+            scale=scale,
+            causal=causal,
+            precision=precision,
+            config=config,
+        )
+        launch.run()
     return o, o_dot, lse

@@ -240,6 +240,13 @@ def test_tf32_on_request() -> None:
     check_forward(primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3, 5])
+def test_batches_of_more_rows_than_a_grid_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mfkernels.attention.kernels.MAX_BATCH", 2)
+    primals, tangents = inputs(Case(17, 17, 8, B=5, B_t=rows), torch.float32)
+    check_forward(primals, tangents, 0.3)
+
+
 @pytest.mark.parametrize("empty", ["batch", "queries"])
 def test_empty_results(empty: str) -> None:
     B, N_q = (0, 17) if empty == "batch" else (2, 0)
