@@ -124,7 +124,7 @@ def _triton_unsupported(q: Tensor, scale: float) -> str | None:
     return triton_unavailable(q.device)
 
 
-# --------------------------------------------------------------------------------------------------- the public function
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 def attention(
