@@ -12,8 +12,8 @@ from mfkernels.attention import op
 from mfkernels.testing import assert_dual, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# measured in the interpreter: 4.1e-7, 7.2e-4; bfloat16 runs on a GPU only (kernels.py says why)
-BOUNDS = [(torch.float32, 8e-7), (torch.float16, 1.5e-3)] + ([(torch.bfloat16, 1.2e-2)] if DEVICE == "cuda" else [])
+# measured in the interpreter: 3.2e-7, 3.3e-4; bfloat16, which the interpreter gets wrong, on a GPU only (not yet measured)
+BOUNDS = [(torch.float32, 6.5e-7), (torch.float16, 6.5e-4)] + ([(torch.bfloat16, 1.2e-2)] if DEVICE == "cuda" else [])
 
 pytest.importorskip("triton")
 
@@ -33,7 +33,7 @@ def test_packed(B, N, H, d, dtype, bound):
 @pytest.mark.parametrize("duals", ["q", "k", "v", "qk", "kv"])
 def test_some_tangents_are_zero(duals):
     inputs = packed(2, 17, 1, 16)
-    assert_dual(attention, oracle, inputs, duals=duals, dtype=torch.float32, bound=8e-7, device=DEVICE)
+    assert_dual(attention, oracle, inputs, duals=duals, dtype=torch.float32, bound=5e-7, device=DEVICE)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -45,7 +45,7 @@ def test_cross_grouped_causal(H_kv, is_causal):
         separate(2, 19, 17, 2, H_kv, 16),
         duals="qkv",
         dtype=torch.float32,
-        bound=1e-6,
+        bound=6e-7,
         device=DEVICE,
     )
 
@@ -152,7 +152,7 @@ def test_empty_batch():
 
 
 def test_training_steps_give_the_reference_losses():
-    size = {"input_size": 6, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    size = {"input_size": 6, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 1, "num_heads": 2}
     x, y = torch.randn(8, 1, 6, 6, device=DEVICE), torch.arange(8, device=DEVICE) % 3
     losses = {}
     for backend in ("reference", "triton"):
@@ -162,7 +162,7 @@ def test_training_steps_give_the_reference_losses():
         generator = torch.Generator(DEVICE).manual_seed(0)
         losses[backend] = []
         with use_backend(backend):
-            for _ in range(4):
+            for _ in range(3):
                 loss = MeanFlow(omega=1.0, kappa=0.5, norm_p=0.0)(net, x, y, generator=generator).loss
                 optimizer.zero_grad()
                 loss.backward()
