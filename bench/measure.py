@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -61,3 +62,23 @@ def peak_bytes(fn: Callable[[], object]) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+@functools.cache
+def gemm_flops(dtype: torch.dtype) -> float:
+    """The machine's ceiling: FLOP/s of a large square matrix product of random numbers, best of ten."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = 8192 if device == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    times = interleaved_seconds({"gemm": lambda: a @ b}, rounds=10, warmup=3)["gemm"]
+    return 2 * n**3 / min(times)
+
+
+@functools.cache
+def copy_bytes() -> float:
+    """The machine's ceiling: bytes/s (read and written) of a copy far larger than its caches, best of ten."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    b = torch.empty_like(a)
+    times = interleaved_seconds({"copy": lambda: b.copy_(a)}, rounds=10, warmup=3)["copy"]
+    return 2 * a.numel() * a.element_size() / min(times)

@@ -12,7 +12,7 @@ from mfkernels.attention import op
 from mfkernels.testing import assert_dual, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# measured in the interpreter: 3.2e-7, 3.3e-4; bfloat16, which the interpreter gets wrong, on a GPU only (not yet measured)
+# measured in the interpreter: 3.2e-7, 3.3e-4; bfloat16 (a GPU only) not yet measured
 BOUNDS = [(torch.float32, 6.5e-7), (torch.float16, 6.5e-4)] + ([(torch.bfloat16, 1.2e-2)] if DEVICE == "cuda" else [])
 
 pytest.importorskip("triton")
