@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/meanflow train digits --overwrite
+	$(BIN)/meanflow train digits
 	@echo "Samples: runs/digits/samples.png   Report: runs/digits/report.json"
 
 test: $(VENV)/.dev
