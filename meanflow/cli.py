@@ -68,7 +68,7 @@ def train(args: Sequence[str]) -> int:
         base = dataclasses.replace(base, name=name)
     if first.config:
         base = _configured(base, given, first.config)
-    final = _parse(Train, args, prog="train", default=dataclasses.replace(first, settings=base))
+    final = _parse(Train, args, prog="train", default=Train(settings=base))
     result = run_training(final.settings, resume=final.resume, overwrite=final.overwrite)
     name, folder = final.settings.name, run_folder(final.settings.name)
     if result.signal is not None:
@@ -200,9 +200,10 @@ def _labels(text: str, loaded: LoadedNetwork) -> list[int]:
 
 
 def _source(text: str) -> Path:
-    """A path, or the name of a run under runs/."""
+    """A run folder, checkpoint or file at that path, or else the run of that name under runs/."""
     path = Path(text)
-    return RUNS / text if not path.exists() and (RUNS / text).exists() else path
+    there = path.is_file() or (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+    return RUNS / text if not there and (RUNS / text).is_dir() else path
 
 
 def _device(name: str) -> str:

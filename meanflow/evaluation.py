@@ -72,9 +72,11 @@ def fit_classifier(images: Tensor, labels: Tensor) -> Any:
     """
     try:
         from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ModuleNotFoundError as error:
         raise UsageError('class accuracy needs scikit-learn: pip install "meanflow[demo]"') from error
-    return LogisticRegression(max_iter=5000).fit(images.flatten(1).double().numpy(), labels.numpy())
+    with threadpool_limits(1):  # on two busy cores, two threads took 5 s where one takes 0.06
+        return LogisticRegression(max_iter=5000).fit(images.flatten(1).double().numpy(), labels.numpy())
 
 
 def class_accuracy(images: Tensor, labels: Tensor, classifier: Any) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +60,16 @@ def dit_config(
     }
 
 
+def _load_pickle(source: Path) -> Mapping[str, Any]:
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything from KeyError to UnpicklingError
+        raise UsageError(f"weights: cannot read {source}: {type(error).__name__}: {error}") from error
+    if not isinstance(state, Mapping):
+        raise UsageError(f"weights: {source}: expected a state dict, got {type(state).__name__}")
+    return state
+
+
 def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input_size: int | None = None) -> str:
     """Read the weights in `source`, write them to `out`; returns what was done, in words.
 
@@ -74,12 +83,12 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
         elif source.suffix == ".safetensors":
             state = load_file(source)
         elif source.suffix in (".pt", ".pth"):
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = _load_pickle(source)
         else:
             raise UsageError(f"weights: expected a .npz, .pt, .pth or .safetensors file, got {source}")
     except UsageError:
         raise
-    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
         raise UsageError(f"weights: cannot read {source}: {error}") from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(state.get(key), Mapping):

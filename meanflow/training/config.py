@@ -57,6 +57,7 @@ class TrainConfig:
 
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds
+    threads: int = 0  # CPU threads of each process; 0: one per core. One is best for small networks
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights, averages and optimiser stay in float32
 
     # run
@@ -84,7 +85,7 @@ class TrainConfig:
         for name in ("hidden_size", "depth", "num_heads", "patch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("workers", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
+        for name in ("workers", "threads", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("held_out", "ema_decay", "beta1", "beta2"):

@@ -98,6 +98,16 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
         TrainingError: the run cannot go on.
     """
+    before = torch.get_num_threads()
+    try:
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return _run_training(config, resume=resume, overwrite=overwrite)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainResult:
     started = time.perf_counter()
     folder = run_folder(config.name)
     checkpoint = prepare_folder(folder, resume=resume, overwrite=overwrite)
@@ -128,8 +138,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
                 figures, sampler = evaluate_network(loaded, data, device=accelerator.device)
                 report = {
                     **report_figures(figures, sampler),
-                    "seconds": round(time.perf_counter() - started, 1),
-                    "training_seconds": round(result.seconds, 1),
+                    "seconds": round(time.perf_counter() - started, 3),
+                    "training_seconds": round(result.seconds, 3),
                     "images_per_second": round(result.images_per_second, 1),
                     "steps": result.step,
                     "batch_size": config.batch_size,

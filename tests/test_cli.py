@@ -1,0 +1,307 @@
+"""The command line, from flags to files: what it writes, what it says, and its exit codes."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from meanflow import cli
+from meanflow.models import DiT
+from meanflow.presets import PRESETS
+from meanflow.training import TrainConfig, TrainingError, list_checkpoints
+from meanflow.training.log import read_log
+
+TINY = "--model DiT --hidden-size 16 --depth 1 --num-heads 2 --patch-size 4 --batch-size 8 --log-every 1 --device cpu"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Commands stop where training would start; the list holds what would have been trained."""
+    asked: list[TrainConfig] = []
+
+    def refuse(config, **kwargs):
+        asked.append(config)
+        raise TrainingError("not in this test")
+
+    monkeypatch.setattr(cli, "run_training", refuse)
+    return asked
+
+
+def run(line: str) -> int:
+    """Exit code of `meanflow LINE`."""
+    try:
+        return cli.main(line.split())
+    except SystemExit as stop:  # the parsers' way out
+        return int(stop.code or 0)
+
+
+def fails(line: str, capsys, *words: str) -> None:
+    """`meanflow LINE` ends with code 2 and one paragraph on stderr that has these words."""
+    capsys.readouterr()
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+def picture(path: Path | str) -> tuple[tuple[int, int], str]:
+    """Size and mode of a picture file."""
+    with Image.open(path) as image:
+        return image.size, image.mode
+
+
+def make_folder(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_a_run_of_the_preset_from_end_to_end(capsys):
+    assert run(f"train digits {TINY} --steps 4 --sample-every 2") == 0
+    said = capsys.readouterr().out
+    assert "runs/digits/samples.png" in said
+    assert "class accuracy" in said
+    folder = Path("runs/digits")
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "log.jsonl",
+        "samples.png",
+        "loss.png",
+        "report.json",
+        "checkpoints",
+    }
+    report = json.loads((folder / "report.json").read_text())
+    for key in ("class_accuracy", "frechet_distance", "held_out_class_accuracy", "held_out_frechet_distance"):
+        assert isinstance(report[key], float)
+    assert report["steps"] == 4
+    assert report["images_per_second"] > 0
+    assert report["seconds"] >= report["training_seconds"] > 0
+    assert report["parameters"] > 1000
+    assert picture(folder / "samples.png") == ((422, 422), "L")
+    assert len(read_log(folder / "log.jsonl")) == 4
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (saved["hidden_size"], saved["kappa"]) == (16, PRESETS["digits"].kappa)
+
+    fails(f"train digits {TINY}", capsys, "runs/digits exists already", "--name", "--resume", "--overwrite")
+    assert run("train digits --resume --steps 6") == 0  # the tiny model comes from the saved run, not the preset
+    assert len(read_log(folder / "log.jsonl")) == 6
+
+    assert run("sample digits --labels 3,7,1 --count 4 --out grid.png") == 0
+    assert picture("grid.png") == ((2 + 4 * 42, 2 + 3 * 42), "L")
+    assert run("sample runs/digits --labels 3 --count 4 --steps 2 --seed 5 --out a.npy") == 0
+    assert (
+        run(f"sample {list_checkpoints(folder / 'checkpoints')[-1]} --labels 3 --count 4 --weights raw --out b.npy")
+        == 0
+    )
+    a, b = np.load("a.npy"), np.load("b.npy")
+    assert a.shape == b.shape == (4, 1, 8, 8)
+    assert not np.array_equal(a, b)
+
+    capsys.readouterr()
+    assert run("evaluate digits --samples 100") == 0
+    assert "held-out real images: 0.9" in capsys.readouterr().out
+    after = json.loads((folder / "report.json").read_text())
+    assert after["samples"] == 100
+    assert after["steps"] == 6  # what training wrote stays
+
+    fails("sample digits --labels 3,11", capsys, "labels:", "'11'")
+    fails("sample digits --count 0", capsys, "count")
+    fails("sample digits --out nowhere/grid.png", capsys, "no folder", "nowhere")
+    fails("sample digits --out grid.xyz", capsys, "cannot write grid.xyz")
+    fails("sample nothing", capsys, "nothing does not exist")
+    fails("evaluate nothing", capsys, "nothing does not exist")
+
+
+def test_a_folder_of_images_trains_a_flow_matching_model(tmp_path, capsys):
+    make_folder(tmp_path / "pets")
+    line = f"train --data pets --image-size 8 --flip --objective flow_matching --name pets {TINY} --steps 2"
+    assert run(line) == 0
+    report = json.loads(Path("runs/pets/report.json").read_text())
+    assert "Heun" in report["sampler"]
+    assert report["held_out_class_accuracy"] is None
+    assert run("sample pets --labels dog --count 3 --steps 2 --method euler --guidance-scale 2 --out dogs.png") == 0
+    assert picture("dogs.png")[1] == "RGB"
+    fails("sample pets --labels bird", capsys, "cat, dog", "'bird'")
+
+    (tmp_path / "pets" / "cat" / "broken.png").write_bytes(b"no picture")
+    fails(line.replace("--name pets", "--name again"), capsys, "cannot read the image", "broken.png")
+    assert not Path("runs/again").exists()
+
+
+def test_flags_come_before_the_file_and_the_file_before_the_preset(no_training):
+    Path("mine.yaml").write_text("lr: 0.5\nsteps: 7\nguidance-interval: [0.2, 0.8]\nflip: true\nhidden_size: null\n")
+    assert run("train digits --config mine.yaml --steps 9") == 1
+    (config,) = no_training
+    expected = dataclasses.replace(
+        PRESETS["digits"], lr=0.5, steps=9, guidance_interval=(0.2, 0.8), flip=True, hidden_size=None
+    )
+    assert config == expected
+
+
+def test_a_saved_configuration_is_a_configuration_file(no_training):
+    for preset in PRESETS.values():
+        Path("saved.yaml").write_text(yaml.safe_dump(preset.to_dict()))
+        assert run("train --config saved.yaml") == 1
+        assert no_training[-1] == preset
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stepz: 3", ["unknown key 'stepz'", "is it steps?"]),
+        ("steps: many", ["steps: expected int", "'many'"]),
+        ("steps: 0", ["steps", "0"]),
+        ("flip: 3", ["flip: expected true or false"]),
+        ("- 3", ["expected keys and values"]),
+        ("a: [", ["cannot read bad.yaml"]),
+    ],
+)
+def test_mistakes_in_a_file_are_named(no_training, capsys, text, words):
+    Path("bad.yaml").write_text(text)
+    fails("train digits --config bad.yaml", capsys, "bad.yaml", *words)
+    assert not no_training
+
+
+def test_mistakes_on_the_command_line_end_with_code_2(capsys):
+    fails("train digits --stepz 3", capsys, "stepz")
+    fails("train digits --steps 0", capsys, "steps: expected at least 1, got 0")
+    fails("train digits --ratio 3", capsys, "ratio: expected a number in [0, 1]")
+    fails("train nothing", capsys, "nothing")
+    fails("train", capsys, "meanflow train digits")
+    fails("train --data nowhere", capsys, "no folder nowhere")
+    fails("train digits --config none.yaml", capsys, "cannot read none.yaml")
+    fails("train digits --resume", capsys, "runs/digits")
+    fails("nonsense", capsys, "nonsense")
+    fails("", capsys, "COMMAND")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_every_option_has_a_line_of_help(capsys, command):
+    assert run(f"{command} --help") == 0
+    text = capsys.readouterr().out
+    if command == "train":
+        for name in ("preset", "--config", "--resume", "--overwrite", "--objective", "average velocity"):
+            assert name in text
+    assert "(default" in text or command == "convert"
+    options = {
+        "train": cli.Train,
+        "sample": cli.Sample,
+        "evaluate": cli.Evaluate,
+        "convert": cli.Convert,
+        "info": cli.Info,
+    }
+    for field in dataclasses.fields(options[command]):
+        if field.name != "settings":
+            assert field.name.replace("_", "-") in text.lower().replace("_", "-")
+
+
+def test_the_help_of_a_preset_shows_its_values(capsys):
+    assert run("train digits --help") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"optimiser steps (default: {PRESETS['digits'].steps})" in text
+
+
+def test_training_that_fails_ends_with_code_1(no_training, capsys):
+    assert run("train digits") == 1
+    assert "not in this test" in capsys.readouterr().err
+
+
+def test_the_authors_recipes_build():
+    """Parameters in millions as the paper's table 4 has them, with 4-channel 32×32 latents."""
+    from meanflow.data import ImageData, TensorImages
+    from meanflow.training import build_model, build_objective, parameter_count
+
+    source = TensorImages(torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long))
+    latents = ImageData("latents", source, None, tuple(map(str, range(1000))), channels=4, image_size=32)
+    scale = {"DiT-B/4": 2.0, "DiT-B/2": 2.0, "DiT-M/2": 2.0, "DiT-L/2": 2.5, "DiT-XL/2": 2.5}
+    with torch.device("meta"):
+        for name, millions in {"DiT-B/4": 131, "DiT-B/2": 131}.items():
+            assert parameter_count(build_model(PRESETS[name], latents)) / 1e6 == pytest.approx(millions, rel=0.01)
+    for name, effective in scale.items():
+        objective = build_objective(PRESETS[name])
+        assert objective.omega / (1 - objective.kappa) == pytest.approx(effective, rel=1e-6)
+
+
+def test_info_names_every_op_and_its_backend(capsys):
+    assert run("info --device cpu") == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "attention", "ada_layer_norm", "meanflow_loss", "reference", "bfloat16"):
+        assert word in text
+
+
+def test_converted_weights_can_be_sampled_and_trained_on(capsys):
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    torch.save({"ema": {f"module.{name}": value for name, value in net.state_dict().items()}}, "theirs.pt")
+    assert run("convert theirs.pt --out ours.safetensors --num-heads 2") == 0
+    assert "loaded" in capsys.readouterr().out
+    with safe_open("ours.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["model"])["config"] == net.config
+    ours = load_file("ours.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in net.state_dict().items())
+    fails("convert theirs.pt --out ours.safetensors", capsys, "exists already", "--overwrite")
+    assert run("sample ours.safetensors --labels 1,2 --count 2 --out grid.png") == 0
+    assert run(f"train digits {TINY} --steps 1 --init ours.safetensors --no-evaluate") == 0
+
+    Path("half.pt").write_bytes(b"half")
+    save_file({"w": torch.zeros(1)}, "other.safetensors")
+    fails("convert half.pt --out x.safetensors", capsys, "cannot read half.pt")
+    fails("convert other.safetensors --out x.safetensors", capsys, "expected the weights of a DiT")
+    fails("convert none.npz --out x.safetensors", capsys, "none.npz")
+    fails("convert theirs.bin --out x.safetensors", capsys, "expected a .npz")
+    fails("sample other.safetensors", capsys, "meanflow convert")
+    assert not Path("x.safetensors").exists()
+
+
+def test_weights_of_the_jax_program_are_converted():
+    net = DiT(input_size=32, patch_size=4, in_channels=4, hidden_size=64, depth=1, num_heads=1, num_classes=5)
+    flat = {}
+    for name, value in net.state_dict().items():
+        if name == "pos_embed":
+            continue
+        path = "net/" + name.replace(".", "/").replace("r_embedder", "h_embedder").replace("blocks/", "blocks/layers_")
+        array = value.numpy()
+        if path.endswith("weight") and "embedding_table" not in path:
+            path = path.removesuffix("weight") + "kernel"
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        flat[path] = array
+    np.savez("jax.npz", **flat)
+    assert run("convert jax.npz --out ours.safetensors") == 0
+    ours = load_file("ours.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(capsys):
+    assert run(f"train digits {TINY} --steps 1 --no-evaluate") == 0
+    fails("train digits --resume --steps 2 --depth 2", capsys, "another model's weights", "blocks.1")
+    newest = list_checkpoints(Path("runs/digits/checkpoints"))[-1]
+    (newest / "ema.safetensors").write_bytes(b"half")
+    fails("sample digits", capsys, "cannot read", "ema.safetensors")
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "meanflow", "--help"], capture_output=True, text=True, check=True)
+    for command in cli.COMMANDS:
+        assert command in done.stdout

@@ -1,0 +1,309 @@
+"""Runs of a tiny network: resuming, stopping, failing, and what they leave behind."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from meanflow.data import ImageData, TensorImages, load_digits_data
+from meanflow.errors import UsageError
+from meanflow.objectives import MeanFlow
+from meanflow.training import (
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    list_checkpoints,
+    load_network,
+    make_accelerator,
+    run_training,
+)
+from meanflow.training.log import read_log
+
+TINY = TrainConfig(
+    data="digits",
+    name="tiny",
+    model="DiT",
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    patch_size=4,
+    ratio=0.5,
+    omega=1.0,
+    kappa=0.3,
+    steps=6,
+    batch_size=8,
+    lr=1e-2,
+    warmup_steps=2,
+    schedule="cosine",
+    device="cpu",
+    log_every=1,
+    checkpoint_every=3,
+    sample_every=0,
+    evaluate=False,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("meanflow.training.run.save_loss_curve", lambda rows, path: None)  # a second each
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def losses(name: str) -> list[float]:
+    return [row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")]
+
+
+def trainer(config: TrainConfig, data: ImageData | None = None) -> Trainer:
+    folder = Path("runs") / config.name
+    return Trainer(config, data or load_digits_data(), folder, make_accelerator(config, folder))
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """A run that is interrupted after so many steps."""
+    monkeypatch.setattr(Trainer, "_stop", lambda self, signals: self.step >= steps)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", ["meanflow", "flow_matching"])
+def test_a_resumed_run_continues_the_same_curve(monkeypatch, accumulate, objective):
+    config = dataclasses.replace(TINY, accumulate=accumulate, objective=objective, flip=True)
+    run_training(dataclasses.replace(config, name="whole"))
+    with monkeypatch.context() as interrupted:
+        stop_after(interrupted, 4)  # not a multiple of checkpoint_every
+        run_training(dataclasses.replace(config, name="parts"))
+    assert len(losses("parts")) == 4
+    torch.manual_seed(99)  # a new process has another global generator
+    run_training(dataclasses.replace(config, name="parts"), resume=True)
+    assert losses("parts") == losses("whole")
+    whole, parts = (list_checkpoints(Path("runs") / name / "checkpoints")[-1] for name in ("whole", "parts"))
+    for file in ("model", "ema", "optimizer"):
+        a, b = load_file(whole / f"{file}.safetensors"), load_file(parts / f"{file}.safetensors")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), file
+
+
+def test_rows_that_a_crash_left_behind_are_not_logged_twice(monkeypatch):
+    with monkeypatch.context() as interrupted:
+        stop_after(interrupted, 4)
+        run_training(TINY)
+    log = Path("runs/tiny/log.jsonl")
+    log.write_text(log.read_text() + json.dumps({"step": 5, "loss": 7.0}) + "\n" + '{"step": 6, "lo')
+    run_training(TINY, resume=True)
+    assert [row["step"] for row in read_log(log)] == [1, 2, 3, 4, 5, 6]
+    assert 7.0 not in losses("tiny")
+
+
+def test_accumulation_sees_the_same_samples(monkeypatch):
+    """The draws of the objective differ, so what is compared is what it is fed: the step's batch in order."""
+    fed: list[torch.Tensor] = []
+    call = MeanFlow.__call__
+
+    def noting(self, net, x, y, *, generator=None):
+        fed.append(x)
+        return call(self, net, x, y, generator=generator)
+
+    monkeypatch.setattr(MeanFlow, "__call__", noting)
+    batches = []
+    for accumulate in (1, 4):
+        run_training(dataclasses.replace(TINY, accumulate=accumulate, steps=2, flip=True), overwrite=accumulate > 1)
+        batches.append(torch.cat(fed))
+        fed.clear()
+    assert torch.equal(*batches)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, value):
+    step = Trainer._train_step
+
+    def bad(self, batches):
+        figures = step(self, batches)
+        if self.step == 4:  # the fifth
+            figures[0] = value
+        return figures
+
+    monkeypatch.setattr(Trainer, "_train_step", bad)
+    with pytest.raises(TrainingError, match=r"at step 5.*step_00000003.*--resume --name tiny"):
+        run_training(dataclasses.replace(TINY, log_every=6))
+    assert [path.name for path in list_checkpoints(Path("runs/tiny/checkpoints"))] == ["step_00000003"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
+    """A gradient that is NaN while the loss is finite, in the very step of a checkpoint."""
+    step = Trainer._train_step
+
+    def bad(self, batches):
+        figures = step(self, batches)
+        if self.step == 2:
+            figures[2] = math.nan
+        return figures
+
+    monkeypatch.setattr(Trainer, "_train_step", bad)
+    with pytest.raises(TrainingError, match="No checkpoint had been written"):
+        run_training(TINY)
+    assert list_checkpoints(Path("runs/tiny/checkpoints")) == []
+
+
+def test_an_image_that_cannot_be_read_keeps_what_was_trained():
+    class Breaks(TensorImages):
+        def __getitem__(self, index):
+            if index == len(self) - 1:
+                raise UsageError("data: cannot read the image last.png")
+            return super().__getitem__(index)
+
+    data = load_digits_data()
+    source = Breaks(data.train.images()[:20], data.train.labels[:20])
+    t = trainer(TINY, dataclasses.replace(data, train=source))
+    t.folder.mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"last\.png"):
+        t.run()
+    assert t.step > 0
+    assert t.last_checkpoint().name == f"step_{t.step:08d}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_continue(number, code):
+    Path("tiny.yaml").write_text(yaml.safe_dump({**TINY.to_dict(), "steps": 100_000, "name": "stopped"}))
+    command = [sys.executable, "-m", "meanflow", "train", "--config", "tiny.yaml"]
+    # A shell that runs tests in the background may have SIGINT ignored; the handler is set in any case.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        log = Path("runs/stopped/log.jsonl")
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None and not (log.is_file() and read_log(log)):
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert "meanflow train --resume --name stopped" in out
+    assert "Traceback" not in err
+    newest = list_checkpoints(Path("runs/stopped/checkpoints"))[-1]
+    assert json.loads((newest / "state.json").read_text())["step"] == read_log(log)[-1]["step"]
+
+
+def test_a_run_folder_is_never_overwritten_silently():
+    run_training(TINY)
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"--name NAME.*--resume.*--overwrite"):
+        run_training(TINY)
+    with pytest.raises(UsageError, match="hidden_size"):  # a mistake with --overwrite costs nothing
+        run_training(dataclasses.replace(TINY, hidden_size=17), overwrite=True)
+    with pytest.raises(UsageError, match="another model"):
+        run_training(dataclasses.replace(TINY, depth=2), resume=True)
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+    run_training(dataclasses.replace(TINY, steps=2), overwrite=True)
+    assert len(losses("tiny")) == 2
+
+
+def test_overwrite_leaves_a_folder_alone_that_is_no_run():
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="does not look like a run"):
+        run_training(TINY, overwrite=True)
+    assert Path("runs/tiny/thesis.tex").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept():
+    run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=2, steps=4))
+    names = [path.name for path in Path("runs/tiny/checkpoints").iterdir()]
+    assert sorted(names) == ["step_00000003", "step_00000004"]
+
+
+def test_bf16_trains_and_weights_stay_float32():
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # one process, one precision: tests share the process
+    try:
+        run_training(dataclasses.replace(TINY, precision="bf16", steps=3))
+    finally:
+        AcceleratorState._reset_state(True)
+    newest = list_checkpoints(Path("runs/tiny/checkpoints"))[-1]
+    assert {value.dtype for value in load_file(newest / "model.safetensors").values()} == {torch.float32}
+    assert all(math.isfinite(loss) for loss in losses("tiny"))
+
+
+def test_training_starts_from_given_weights():
+    run_training(TINY)
+    weights = list_checkpoints(Path("runs/tiny/checkpoints"))[-1] / "model.safetensors"
+    started = trainer(dataclasses.replace(TINY, init=str(weights), name="second"))
+    saved = load_file(weights)
+    assert all(torch.equal(value, saved[name]) for name, value in started.model.state_dict().items())
+    with pytest.raises(UsageError, match="another model"):
+        trainer(dataclasses.replace(TINY, init=str(weights), hidden_size=24, name="third"))
+
+
+def test_tensorboard_logs_beside_the_run():
+    pytest.importorskip("tensorboard")
+    run_training(dataclasses.replace(TINY, tensorboard=True, steps=2))
+    assert list(Path("runs/tiny").rglob("events.out.tfevents*"))
+
+
+def test_tensorboard_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("meanflow.training.loop.is_tensorboard_available", lambda: False)
+    with pytest.raises(UsageError, match=r"meanflow\[tensorboard\]"):
+        run_training(dataclasses.replace(TINY, tensorboard=True))
+    assert not Path("runs").exists()
+
+
+def test_averages_are_what_a_run_is_sampled_with():
+    run_training(TINY)
+    newest = list_checkpoints(Path("runs/tiny/checkpoints"))[-1]
+    averaged, raw = load_network(Path("runs/tiny")), load_network(Path("runs/tiny"), "raw")
+    for loaded, file in ((averaged, "ema"), (raw, "model")):
+        saved = load_file(newest / f"{file}.safetensors")
+        assert all(torch.equal(value, saved[name]) for name, value in loaded.net.state_dict().items())
+    assert averaged.step == 6
+    assert averaged.class_names == tuple("0123456789")
+
+
+def test_the_affine_baseline_trains():
+    run_training(dataclasses.replace(TINY, model="Affine", depth=None, num_heads=None, patch_size=None, steps=2))
+    assert load_network(Path("runs/tiny")).image_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"lr": math.nan}, "lr: expected"),
+        ({"batch_size": 9, "accumulate": 2}, "batch_size: expected a multiple of accumulate = 2"),
+        ({"held_out": 1.0}, "held_out"),
+    ],
+)
+def test_values_out_of_range_are_named(change, words):
+    with pytest.raises(UsageError, match=words):
+        dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ratio": 1.5}, "ratio: expected"),
+        ({"model": "DiT-Q/3"}, "DiT-Q/3"),
+        ({"name": "../elsewhere"}, "name: expected"),
+        ({"precision": "fp16"}, "precision: fp16"),
+        ({"patch_size": 3}, "multiple of patch_size"),
+        ({"device": "cuda"}, "sees no GPU"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(change, words):
+    if "cuda" in change.values() and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match=words):
+        run_training(dataclasses.replace(TINY, **change))
+    assert not Path("runs").exists()
