@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import signal
 import sys
@@ -106,7 +107,7 @@ def _values_of_file(path: Path, base: TrainConfig) -> dict[str, Any]:
 def _configured(base: TrainConfig, values: dict[str, Any], path: Path) -> TrainConfig:
     """`base` with the values of a file, checked as flags are."""
     known = [f.name for f in dataclasses.fields(TrainConfig)]
-    config = base
+    flags: dict[str, list[str]] = {}
     for written, value in values.items():
         key = str(written).replace("-", "_")
         if key not in known:
@@ -116,15 +117,28 @@ def _configured(base: TrainConfig, values: dict[str, Any], path: Path) -> TrainC
         if isinstance(getattr(base, key), bool):
             if not isinstance(value, bool):
                 raise UsageError(f"config: {path}: {key}: expected true or false, got {value!r}")
-            flags = [flag if value else flag.replace("--", "--no-", 1)]
+            flags[key] = [flag if value else flag.replace("--", "--no-", 1)]
         else:
-            flags = [flag, *(str(item) for item in (value if isinstance(value, list) else [value]))]
-        try:
-            config = tyro.cli(TrainConfig, args=flags, default=config, console_outputs=False)
-        except SystemExit as error:
-            hint = next(f.type for f in dataclasses.fields(TrainConfig) if f.name == key)
-            raise UsageError(f"config: {path}: {key}: expected {hint}, got {value!r}") from error
-    return config
+            flags[key] = [flag, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    try:
+        together = list(itertools.chain.from_iterable(flags.values()))
+        return tyro.cli(TrainConfig, args=together, default=base, console_outputs=False)
+    except SystemExit as error:
+        types = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+        plain = {str(key).replace("-", "_"): value for key, value in values.items()}
+        for some in [{key: value} for key, value in plain.items()] + [plain]:  # which of them was it?
+            try:
+                dataclasses.replace(base, **some)
+            except UsageError as reason:
+                raise UsageError(f"config: {path}: {reason}") from error
+            except TypeError:
+                pass  # text where a number belongs; said below
+        for key, one in flags.items():
+            try:
+                tyro.cli(TrainConfig, args=one, default=base, console_outputs=False)
+            except SystemExit:
+                raise UsageError(f"config: {path}: {key}: expected {types[key]}, got {plain[key]!r}") from error
+        raise UsageError(f"config: {path}: its values do not fit each other") from error
 
 
 @dataclasses.dataclass(frozen=True)

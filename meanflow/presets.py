@@ -24,8 +24,8 @@ DIGITS = TrainConfig(
     schedule="cosine",
     ema_decay=0.999,
     device="cpu",
-    # Two threads gain a fifth on two idle cores and are ten times slower when one of the cores is busy (OpenMP's threads
-    # wait for each other); one thread also gives the same numbers whatever the number of cores.
+    # Two threads gain a fifth on two idle cores and are ten times slower when one core is busy (OpenMP's threads wait
+    # for each other); one thread also gives the same numbers whatever the number of cores.
     threads=1,
     log_every=20,
     sample_every=300,

@@ -172,7 +172,9 @@ def test_a_saved_configuration_is_a_configuration_file(no_training):
     [
         ("stepz: 3", ["unknown key 'stepz'", "is it steps?"]),
         ("steps: many", ["steps: expected int", "'many'"]),
-        ("steps: 0", ["steps", "0"]),
+        ("steps: 0", ["steps: expected at least 1, got 0"]),
+        ("batch_size: 9\naccumulate: 2", ["batch_size: expected a multiple of accumulate = 2"]),
+        ("guidance_interval: [0.5]", ["guidance_interval: expected", "[0.5]"]),
         ("flip: 3", ["flip: expected true or false"]),
         ("- 3", ["expected keys and values"]),
         ("a: [", ["cannot read bad.yaml"]),
