@@ -19,6 +19,9 @@ from mfkernels.launch import Launch
 # Bytes one block may have, by architecture (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
+# Columns of tensor memory that one block may have. Past it Triton emits an empty kernel, and only its launch complains.
+TENSOR_MEMORY_LIMIT = 512
+
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -37,6 +40,7 @@ class KernelReport:
     wgmmas: int
     wgmma_waits: int
     tensor_instructions: int
+    tensor_memory: int
 
     @property
     def serialised(self) -> bool:
@@ -69,6 +73,7 @@ def inspect_launch(launch: Launch, arch: str) -> KernelReport:
         wgmmas=_count("HGMMA", sass),
         wgmma_waits=_count("WARPGROUP.DEPBAR", sass),
         tensor_instructions=len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
+        tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
     )
 
 

@@ -1,10 +1,10 @@
 """Launch configurations from a table, and the launch itself. Every Triton op of the library goes through here.
 
 The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
-`triton` ("3.6") and `dtype` must equal the request, and `max_<size>` must not lie below the request's `<size>`. A
-condition that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that
-hold, the one that names more of arch, triton and dtype wins, then the one with the tighter sizes. Rows of the user's
-table, written by `python -m mfkernels.tune`, go before those of the package wherever one of them holds.
+`triton` ("3.6") and `dtype` must equal the request or be a list that holds it, and `max_<size>` must not lie below the
+request's `<size>`. A condition that a row leaves out holds for everything, so the shortest row of an op is its safe
+default. Of the rows that hold, one that names the arch goes before one that does not; then the one with the tightest
+sizes wins, then the one that names more, then a row of the user's own table, which `python -m mfkernels.tune` writes.
 """
 
 import contextlib
@@ -54,14 +54,17 @@ def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | Non
     """The row that holds for the request and fits it most tightly, by the rule above."""
 
     def holds(row: Row) -> bool:
-        if row["op"] != request["op"] or any(key in row and row[key] != request.get(key) for key in EXACT):
-            return False
-        bounds = {key.removeprefix("max_"): row[key] for key in row if key.startswith("max_")}
-        return all(size in request and request[size] <= bound for size, bound in bounds.items())
+        named = [(row[key], request.get(key)) for key in EXACT if key in row]
+        bounds = [(row[key], request.get(key.removeprefix("max_"))) for key in row if key.startswith("max_")]
+        return (
+            row["op"] == request["op"]
+            and all(asked == value or (isinstance(value, list) and asked in value) for value, asked in named)
+            and all(isinstance(asked, int) and asked <= bound for bound, asked in bounds)
+        )
 
     def rank(row: Row) -> tuple[float, ...]:
         sizes = [row.get(f"max_{key}", math.inf) for key in request if key not in EXACT and key != "op"]
-        return (-sum(key in row for key in EXACT), *sizes)
+        return ("arch" not in row, *sizes, -sum(key in row for key in EXACT))
 
     return min(filter(holds, rows), key=rank, default=None)
 
@@ -71,23 +74,21 @@ def triton_minor() -> str:
 
 
 @functools.cache
-def _tables() -> tuple[list[Row], list[Row]]:
-    return read_table(user_table()), read_table(PACKAGE_TABLE)
+def _rows() -> list[Row]:
+    return read_table(user_table()) + read_table(PACKAGE_TABLE)
 
 
 @functools.cache
 def _lookup(request: tuple[tuple[str, str | int], ...]) -> Config:
-    as_mapping = dict(request)
-    for rows in _tables():
-        row = best_row(rows, as_mapping)
-        if row is not None:
-            return row["config"]
-    raise LookupError(f"no launch configuration for {as_mapping} in {PACKAGE_TABLE}")
+    row = best_row(_rows(), dict(request))
+    if row is None:
+        raise LookupError(f"no launch configuration for {dict(request)} in {PACKAGE_TABLE}")
+    return row["config"]
 
 
 def clear_cache() -> None:
     """Forget the tables read so far (they are read once a process)."""
-    _tables.cache_clear()
+    _rows.cache_clear()
     _lookup.cache_clear()
 
 

@@ -1,5 +1,6 @@
 """The Triton kernels against a float64 oracle written independently of them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from mfkernels.attention.backward_kernels import attention_backward
+from mfkernels.attention.backward_kernels import aten_backend, attention_backward, attention_backward_aten
 from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
@@ -26,6 +27,7 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" 
 OUTPUT_BOUND = {torch.float16: 6.6e-4, torch.bfloat16: 5.3e-3, torch.float32: 1e-6}
 GRADIENT_BOUND = {torch.float16: 7.2e-4, torch.bfloat16: 5.8e-3, torch.float32: 1.1e-6}
 LSE_BOUND = 1.2e-7
+ATEN_BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1.1e-6}
 # At scores of +-80: float16 o_dot 6.8e-4, gradients 1.5e-3 (SDPA's: 1.6e-3); float32 o_dot 2.5e-6, gradients 1.0e-5
 # (SDPA's: 1.1e-5).
 LARGE_SCORE_OUTPUT_BOUND = {torch.float16: 1.4e-3, torch.bfloat16: 1.1e-2, torch.float32: 5e-6}
@@ -129,11 +131,12 @@ def check_backward(
     scale: float,
     causal: bool = False,
     bound: float | None = None,
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
     **options: object,
 ) -> None:
     o, _, lse = attention_forward(*primals, scale=scale, causal=causal)
     do = draw(tuple(o.shape), o.dtype, 7)
-    gradients = attention_backward(do, *primals, o, lse, scale=scale, causal=causal, **options)
+    gradients = backward(do, *primals, o, lse, scale=scale, causal=causal, **options)
     leaves = [x.double().requires_grad_() for x in primals]
     expected = torch.autograd.grad(oracle(*leaves, scale, causal), leaves, do.double())
     for gradient, reference in zip(gradients, expected, strict=True):
@@ -213,6 +216,41 @@ def test_scores_of_eighty(dtype: torch.dtype) -> None:
     check_backward([q, k, v], scale, bound=LARGE_SCORE_GRADIENT_BOUND[dtype])
 
 
+def uncentred_tangent(primals: list[Tensor], tangents: list[Tensor], scale: float) -> Tensor:
+    """The tangent as kernels without a centre compute it: float32, with p and p s_dot rounded before the products."""
+    (q, k, v), (q_dot, k_dot, v_dot) = ([x.float().transpose(1, 2) for x in xs] for xs in (primals, tangents))
+    low = primals[0].dtype
+    s = scale * q @ k.mT  # [B, H, N_q, N_kv]
+    p = (s - s.amax(-1, keepdim=True)).exp()  # [B, H, N_q, N_kv]
+    h = p * scale * (q_dot @ k.mT + q @ k_dot.mT)  # [B, H, N_q, N_kv]
+    l, mu = p.sum(-1, keepdim=True), h.sum(-1, keepdim=True)  # [B, H, N_q, 1]  # noqa: E741
+    p, h = p.to(low).float(), h.to(low).float()
+    return ((h @ v + p @ v_dot) / l - mu / l * (p @ v / l)).transpose(1, 2)  # [B, N_q, H, D]
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("constant", [10, 100, 1000])
+def test_large_constant_tangent_scores(constant: int, dtype: torch.dtype) -> None:
+    """Measured in float16 for 10, 100 and 1000: 2.8e-4, 2.8e-4, 2.9e-4; uncentred 1.6e-3, 1.6e-2, 1.5e-1."""
+    (q, k, v), tangents = inputs(Case(100, 276, 64), dtype)
+    k[..., 0], tangents[0][..., 0] = 8, constant
+    check_forward([q, k, v], tangents, 1 / 8)
+    uncentred = uncentred_tangent([q, k, v], tangents, 1 / 8)
+    assert error(uncentred, oracle_tangent([q, k, v], tangents, 1 / 8, False)) > 2 * OUTPUT_BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tangent_scores_of_negligible_first_keys(dtype: torch.dtype) -> None:
+    """The first 64 keys have other tangent scores than the rest and no weight: they must not set the centre.
+
+    Measured: float16 2.8e-4 (a centre from the first tile: 1.4e-2); float32 5.0e-6, of the shift by 100 o.
+    """
+    (q, k, v), tangents = inputs(Case(100, 276, 64), dtype)
+    k[:, :64, :, 0], k[:, 64:, :, 0] = 4, -4
+    q[..., 0], tangents[0][..., 0] = -8, 100
+    check_forward([q, k, v], tangents, 1 / 8, bound=1e-5 if dtype == torch.float32 else None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_key(dtype: torch.dtype) -> None:
     """With one key o is v, the tangent is v_dot and no gradient reaches q or k: all exactly."""
@@ -240,9 +278,30 @@ def test_tf32_on_request() -> None:
     check_forward(primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.causal or case.N_q == case.N_kv], ids=str)
+def test_backward_of_aten(case: Case, dtype: torch.dtype) -> None:
+    """On a CPU this is aten's CPU twin, which shares with the GPU's two the layout, the groups and our o and lse."""
+    primals, _ = inputs(case, dtype)
+    backend = aten_backend(*primals[:2], causal=case.causal)
+    if backend is None:
+        pytest.skip("aten serves no such call here")
+
+    def backward(*args: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+        return attention_backward_aten(*args, backend=backend, **options)
+
+    check_backward(primals, case.D**-0.5, case.causal, bound=ATEN_BOUND[dtype], backward=backward)
+
+
+def test_aten_is_not_asked_for_its_other_causal_mask() -> None:
+    x, y = torch.zeros(1, 4, 2, 8), torch.zeros(1, 5, 2, 8)
+    assert aten_backend(x, y, causal=True) is None
+    assert aten_backend(x, x, causal=True) == "cpu"
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])
 def test_batches_of_more_rows_than_a_grid_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mfkernels.attention.kernels.MAX_BATCH", 2)
+    monkeypatch.setitem(attention_forward.__globals__, "MAX_BATCH", 2)
     primals, tangents = inputs(Case(17, 17, 8, B=5, B_t=rows), torch.float32)
     check_forward(primals, tangents, 0.3)
 

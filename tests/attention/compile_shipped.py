@@ -1,0 +1,66 @@
+"""Compile the attention kernels in their shipped configurations and print what came out, as JSON.
+
+Run by test_compile.py in a process of its own: the tests' process interprets its kernels, and there is no way back.
+"""
+
+import dataclasses
+import json
+
+import torch
+
+from mfkernels.attention.backward_kernels import dkdv_launch, dq_launch
+from mfkernels.attention.kernels import forward_launch
+from mfkernels.inspect import inspect_launch
+from mfkernels.launch import Launch, find_config
+
+DTYPE = torch.bfloat16
+B, B_t, H = 4, 2, 16
+FORWARD, PRIMAL = "attention_forward", "attention_forward_primal"
+DQ, DKDV = "attention_backward_dq", "attention_backward_dkdv"
+
+# op, head dim, tokens, causal
+SM_90 = [(op, D, 1024, False) for op in (FORWARD, PRIMAL, DQ, DKDV) for D in (8, 24, 64, 72, 80, 128, 256)]
+SM_90 += [(FORWARD, D, N, causal) for D in (64, 72, 128) for N, causal in ((276, False), (1024, True), (64, False))]
+OTHERS = [(op, D, 1024, False) for op in (FORWARD, DQ, DKDV) for D in (64, 72, 128, 256)]
+CASES = {"sm_90": SM_90, "sm_80": OTHERS, "sm_100": OTHERS}
+
+
+def meta_launch(op: str, D: int, N: int, causal: bool, arch: str) -> Launch:
+    """The launch as a packed qkv buffer gives it, without memory."""
+
+    def packed(batch: int) -> tuple[torch.Tensor, ...]:
+        return torch.empty((batch, N, 3, H, D), dtype=DTYPE, device="meta").unbind(2)
+
+    def plain(batch: int) -> torch.Tensor:
+        return torch.empty((batch, N, H, D), dtype=DTYPE, device="meta")
+
+    row = torch.empty((B, H, N), device="meta")
+    q, k, v = packed(B)
+    options = {
+        "scale": D**-0.5,
+        "causal": causal,
+        "precision": "ieee",
+        "config": find_config(op, arch, DTYPE, head_dim=D, tokens=N),
+    }
+    if op == FORWARD:
+        return forward_launch(q, k, v, *packed(B_t), plain(B), plain(B_t), row, **options)
+    if op == PRIMAL:
+        return forward_launch(q, k, v, None, None, None, plain(B), None, row, **options)
+    if op == DQ:
+        return dq_launch(plain(B), q, k, v, plain(B), row, row, plain(B), **options)
+    return dkdv_launch(plain(B), q, k, v, row, row, plain(B), plain(B), **options)
+
+
+def main() -> None:
+    reports = []
+    for arch, cases in CASES.items():
+        for op, D, N, causal in cases:
+            launch = meta_launch(op, D, N, causal, arch)
+            report = dataclasses.asdict(inspect_launch(launch, arch))
+            case = {"arch": arch, "op": op, "head_dim": D, "tokens": N, "causal": causal, "config": launch.config}
+            reports.append({**case, **report})
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The shipped configurations, compiled for GPUs that need not be there: they fit, spill nothing and overlap."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from mfkernels.inspect import SHARED_LIMIT, TENSOR_MEMORY_LIMIT
+
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["MFKERNELS_CACHE_DIR"] = str(tmp_path_factory.mktemp("no_table"))  # the package's table, not the user's
+    root = Path(__file__).parents[2]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
+    script = Path(__file__).with_name("compile_shipped.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def failing(reports: list[Report], bad: Any) -> list[Report]:
+    return [report for report in reports if bad(report)]
+
+
+def test_nothing_spills(reports: list[Report]) -> None:
+    assert not failing(reports, lambda report: report["spill_stores"] or report["spill_loads"])
+
+
+def test_everything_fits_shared_memory(reports: list[Report]) -> None:
+    assert not failing(reports, lambda report: report["shared_bytes"] > SHARED_LIMIT[report["arch"]])
+
+
+def test_everything_fits_tensor_memory(reports: list[Report]) -> None:
+    assert not failing(reports, lambda report: report["tensor_memory"] > TENSOR_MEMORY_LIMIT)
+
+
+def test_every_product_runs_on_tensor_cores(reports: list[Report]) -> None:
+    assert not failing(reports, lambda report: report["tensor_instructions"] == 0)
+
+
+def test_hopper_overlaps_its_wgmmas(reports: list[Report]) -> None:
+    """Where ptxas gives up on overlap it waits for each wgmma on its own, and says so in no other way."""
+    forward = [r for r in reports if r["arch"] == "sm_90" and r["op"].startswith("attention_forward")]
+    assert not failing(forward, lambda report: report["head_dim"] <= 128 and report["wgmmas"] == 0)
+    assert not failing(reports, lambda report: 0 < report["wgmmas"] <= report["wgmma_waits"])
