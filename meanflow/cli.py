@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import tyro
 import yaml
+from accelerate import PartialState
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
 from .data import load_data
@@ -336,7 +337,8 @@ def _parse(cls: type[Any], args: Sequence[str], *, prog: str, default: Any = Non
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,6 @@ DIGITS = TrainConfig(
     ratio=0.5,
     omega=1.0,
     kappa=0.3,
-    norm_p=1.0,
     steps=1200,
     batch_size=128,
     lr=2e-3,

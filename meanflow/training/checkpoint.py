@@ -164,9 +164,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name, gathered to one process."""
+    """The optimiser's state by parameter name, gathered to the main process; the others take part and get nothing."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=options)["state"]
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     return {
         f"{name}{_SEPARATOR}{moment}": value for name, moments in state.items() for moment, value in moments.items()
     }
@@ -174,8 +174,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; hyper-parameters stay as the optimiser has them."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    fresh = get_optimizer_state_dict(model, optimizer, options=options)
+    fresh = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, moment = key.split(_SEPARATOR)

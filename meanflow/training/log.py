@@ -70,5 +70,3 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.config.tensorboard:
-            self.accelerator.end_training()

@@ -119,43 +119,54 @@ def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> Trai
     def on_samples(net: Callable[..., Tensor], step: int) -> None:
         save_samples(net, config, data, folder / "samples.png", device=accelerator.device)
 
-    trainer = Trainer(config, data, folder, accelerator, on_samples)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    if accelerator.is_main_process:
-        if folder.exists() and overwrite:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    accelerator.wait_for_everyone()
-    result = trainer.run()
-    if accelerator.is_main_process:
-        save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
-        if result.signal is None:
-            loaded = load_network(folder, device=str(accelerator.device))
-            save_samples(loaded.net, config, data, folder / "samples.png", device=accelerator.device)
-            if config.evaluate:
-                figures, sampler = evaluate_network(loaded, data, device=accelerator.device)
-                report = {
-                    **report_figures(figures, sampler),
-                    "seconds": round(time.perf_counter() - started, 3),
-                    "training_seconds": round(result.seconds, 3),
-                    "images_per_second": round(result.images_per_second, 1),
-                    "steps": result.step,
-                    "batch_size": config.batch_size,
-                    "parameters": parameter_count(trainer.model),
-                    "data": data.name,
-                    "model": config.model,
-                    "objective": config.objective,
-                    "seed": config.seed,
-                    "device": str(accelerator.device),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "python": platform.python_version(),
-                }
-                write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
-    accelerator.wait_for_everyone()
-    return result
+    try:
+        trainer = Trainer(config, data, folder, accelerator, on_samples)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if accelerator.is_main_process:
+            if folder.exists() and overwrite:
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        accelerator.wait_for_everyone()
+        result = trainer.run()
+        if accelerator.is_main_process:
+            save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
+            if result.signal is None:
+                _finish(trainer, result, started)
+        accelerator.wait_for_everyone()
+        return result
+    finally:
+        accelerator.end_training()  # closes TensorBoard and the process group
+
+
+def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
+    """samples.png and report.json, from the last checkpoint: just what `meanflow sample` and `evaluate` would give."""
+    config, data, folder, device = trainer.config, trainer.data, trainer.folder, trainer.accelerator.device
+    loaded = load_network(folder, device=str(device))
+    save_samples(loaded.net, config, data, folder / "samples.png", device=device)
+    if not config.evaluate:
+        return
+    figures, sampler = evaluate_network(loaded, data, device=device)
+    report = {
+        **report_figures(figures, sampler),
+        "seconds": round(time.perf_counter() - started, 3),
+        "training_seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images_per_second, 1),
+        "steps": result.step,
+        "batch_size": config.batch_size,
+        "parameters": parameter_count(trainer.model),
+        "data": data.name,
+        "model": config.model,
+        "objective": config.objective,
+        "seed": config.seed,
+        "device": str(device),
+        "processes": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
 def save_samples(
