@@ -8,11 +8,15 @@ from .attention import Attention, attention
 from .backend import requested_backend, use_backend
 from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
 from .gated_residual import gated_residual, gated_residual_ada_layer_norm
+from .layer_scale_residual import layer_scale_residual
 from .linear import Linear, linear
 from .meanflow_loss import MeanFlowLoss, meanflow_loss
 from .mlp import Mlp, mlp
 from .patch_embed import PatchEmbed, patch_embed
+from .rms_norm import RMSNorm, rms_norm
+from .rotary import qk_norm_rotary, rotary
 from .silu import SiLU, silu
+from .swiglu import SwiGLU, swiglu
 from .timestep_embedding import TimestepEmbedder, timestep_embedding
 
 __version__ = "0.1.0"
@@ -24,7 +28,9 @@ __all__ = [
     "MeanFlowLoss",
     "Mlp",
     "PatchEmbed",
+    "RMSNorm",
     "SiLU",
+    "SwiGLU",
     "TensorOrDual",
     "TimestepEmbedder",
     "ada_layer_norm",
@@ -34,14 +40,19 @@ __all__ = [
     "gated_residual_ada_layer_norm",
     "is_dual_aware",
     "jvp",
+    "layer_scale_residual",
     "linear",
     "linear_map",
     "meanflow_loss",
     "mlp",
     "patch_embed",
+    "qk_norm_rotary",
     "requested_backend",
+    "rms_norm",
+    "rotary",
     "silu",
     "split_map",
+    "swiglu",
     "timestep_embedding",
     "use_backend",
 ]

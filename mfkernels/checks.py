@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from .dual import Dual, check_tangent
@@ -38,3 +39,18 @@ def check_same(name: str, x: Any, like_name: str, like: Any) -> None:
         raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {x.device}")
+
+
+def check_constant(name: str, x: Any, shape: tuple[int, ...], meaning: str, like: Any) -> None:
+    """`x` is a plain tensor of `shape` on the device of `like`, in any float dtype, that carries no tangent.
+
+    That is: a parameter or a table, which does not depend on the sample or on time.
+    """
+    if isinstance(x, Dual):
+        raise TypeError(f"{name}: expected a tensor, got a Dual: it is the same for every sample and has no tangent")
+    check_operand(name, x)
+    check_shape(name, x, shape, meaning)
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of the input, {like.device}, got {x.device}")
+    if fwAD.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(f"{name}: a forward-mode tangent of a parameter or table is not supported")

@@ -139,6 +139,25 @@ def _barrier_backward(ctx, grad):  # type: ignore[no-untyped-def]
 _tangent_barrier.register_autograd(_barrier_backward, setup_context=_barrier_setup)
 
 
+def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
+    """`run(*operands)`, where plain tensors may carry tangents of `torch.func.jvp` or `forward_ad`.
+
+    Custom ops drop those without a word. Here `run` gets them as Duals, and the tangents of what it returns (a tensor,
+    a Dual or a tuple of these) go back to forward mode, where a gradient through them is an error that names `op`.
+    """
+    if any(isinstance(x, Dual) for x in operands):
+        return run(*operands)
+
+    def back(out: Any) -> Any:
+        if not isinstance(out, Dual):
+            return tuple(map(back, out)) if isinstance(out, tuple) else out
+        if out.tangent is None:
+            return out.primal
+        return fwAD.make_dual(out.primal, refuse_gradient(out.tangent, out.primal, op))
+
+    return back(run(*map(forward_mode_tangent, operands)))
+
+
 def padded_tangent(x: Any, rows: int) -> Tensor | None:
     """The tangent of `x` as `rows` rows, the missing ones zero; None when `x` has no tangent."""
     t = tangent_of(x)

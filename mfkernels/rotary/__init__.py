@@ -1,0 +1,3 @@
+from .op import qk_norm_rotary, rotary
+
+__all__ = ["qk_norm_rotary", "rotary"]

@@ -1,0 +1,4 @@
+from .module import SwiGLU
+from .op import swiglu
+
+__all__ = ["SwiGLU", "swiglu"]
