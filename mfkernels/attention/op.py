@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
+
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
 from ..checks import check_operand, check_same
-from ..dual import Dual, TensorOrDual, forward_mode_tangent, padded_tangent, primal_of, refuse_gradient, tangent_rows
+from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
+from .limits import unsupported
+
+# PyTorch's own backward (cuDNN's or flash's) takes our o and lse. It is expected to be faster, but it has not been run
+# on a GPU: until it has, it is asked for, not chosen.
+_BACKWARD = os.environ.get("MFKERNELS_ATTENTION_BACKWARD", "triton")
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
 # One op for every kernel backend, so that torch.compile keeps it whole; `backend` says which kernels run inside.
@@ -65,8 +71,16 @@ def _backward(
     is_causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .backward_kernels import attention_backward
+    from .backward_kernels import aten_backend, attention_backward, attention_backward_aten
 
+    if _BACKWARD == "aten" and do.numel() > 0:
+        kernels = aten_backend(q, k, causal=is_causal)
+        if kernels is None:
+            raise NotImplementedError(
+                f"attention: MFKERNELS_ATTENTION_BACKWARD=aten cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}, "
+                f"{q.dtype}, is_causal={is_causal} on {q.device}; unset it for the Triton backward, which can"
+            )
+        return attention_backward_aten(do, q, k, v, o, lse, scale=scale, causal=is_causal, backend=kernels)
     return attention_backward(
         do,
         q,
@@ -111,17 +125,8 @@ def _float32_precision() -> str:
 # --------------------------------------------------------------------------------------------------- what serves a call
 
 
-def _triton_unsupported(q: Tensor, scale: float) -> str | None:
-    d, dtype = q.shape[-1], q.dtype
-    if d % 8 != 0 or not 8 <= d <= 256:
-        return f"q: expected a head dim that is a multiple of 8 up to 256, got {d}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"q: expected float16, bfloat16 or float32, got {dtype}"
-    if q.device.type == "cpu" and dtype == torch.bfloat16:
-        return "q: Triton's CPU interpreter gets bfloat16 products wrong; expected float16 or float32 there"
-    if not 0 < scale < float("inf"):
-        return f"scale: expected a positive finite number, got {scale}"
-    return triton_unavailable(q.device)
+def _triton_unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
+    return unsupported(q, k, scale) or triton_unavailable(q.device)
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -156,15 +161,8 @@ def attention(
     """
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if any(isinstance(a, Dual) for a in (q, k, v)):
-        return _run(q, k, v, scale, is_causal)
-    # Plain tensors may carry forward-mode tangents. PyTorch's fused attention refuses those (pytorch#117629), and a
-    # custom op drops them without a word.
-    out = _run(forward_mode_tangent(q), forward_mode_tangent(k), forward_mode_tangent(v), scale, is_causal)
-    if not isinstance(out, Dual):
-        return out
-    assert out.tangent is not None
-    return fwAD.make_dual(out.primal, refuse_gradient(out.tangent, out.primal, "attention"))
+    # PyTorch's fused attention refuses forward-mode tangents (pytorch#117629), and a custom op drops them
+    return bridge_forward_mode("attention", lambda q, k, v: _run(q, k, v, scale, is_causal), q, k, v)
 
 
 def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
@@ -184,7 +182,7 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)
-    backend = choose("attention", qp.device, {"triton": lambda: _triton_unsupported(qp, scale)})
+    backend = choose("attention", qp.device, {"triton": lambda: _triton_unsupported(qp, kp, scale)})
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
         o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend)
