@@ -49,7 +49,7 @@ class Train:
     """
 
     preset: Positional[PresetName | None] = (
-        None  # digits: 8x8 digits in two minutes; DiT-*: the MeanFlow paper's recipes
+        None  # digits: 8x8 digits, a minute and a half; DiT-*: the MeanFlow paper's recipes
     )
     config: Path | None = None  # YAML file with values for any of the options below
     resume: Flag = False  # continue the run of this name from its newest checkpoint

@@ -16,7 +16,7 @@ DIGITS = TrainConfig(
     ratio=0.5,
     omega=1.0,
     kappa=0.3,
-    steps=1200,
+    steps=1000,
     batch_size=128,
     lr=2e-3,
     warmup_steps=50,
@@ -27,8 +27,8 @@ DIGITS = TrainConfig(
     # for each other); one thread also gives the same numbers whatever the number of cores.
     threads=1,
     log_every=20,
-    sample_every=300,
-    checkpoint_every=300,
+    sample_every=250,
+    checkpoint_every=250,
 )
 
 _EPOCH = 5005  # steps of 256 images in ImageNet's 1,281,167
