@@ -1,12 +1,107 @@
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, triton_unavailable
 from ..checks import check_operand, check_same, check_shape
-from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
+
+# ------------------------------------------------------------------------------------------- custom ops and their rules
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype of an expression of all of them (they differ under autocast alone)."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+@torch.library.custom_op("mfkernels::ada_layer_norm_forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h (B, N, D), its tangent (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2) float32."""
+    from .kernels import norm_forward
+
+    _, h, _, h_dot, stats = norm_forward(
+        x,
+        None,
+        None,
+        shift,
+        scale,
+        x_dot,
+        None,
+        None,
+        shift_dot,
+        scale_dot,
+        eps=eps,
+        x_dtype=x.dtype,
+        h_dtype=promoted(x, shift, scale),
+    )
+    return h, h.new_empty((0, *h.shape[1:])) if h_dot is None else h_dot, stats
+
+
+@_forward.register_fake
+def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps):  # type: ignore[no-untyped-def]
+    rows = next((a.shape[0] for a in (x_dot, shift_dot, scale_dot) if a is not None), 0)
+    B, N, D = x.shape
+    h = x.new_empty((B, N, D), dtype=promoted(x, shift, scale))
+    return h, h.new_empty((rows, N, D)), x.new_empty((B, N, 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("mfkernels::ada_layer_norm_backward", mutates_args=())
+def _backward(dh: Tensor, x: Tensor, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """dx (B, N, D) and [dshift, dscale] (2, B, D)."""
+    from .kernels import norm_backward
+
+    dx, _, dmodulation = norm_backward(dh, None, x.contiguous(), None, None, scale, stats, x_dtype=x.dtype)
+    return dx, dmodulation
+
+
+@_backward.register_fake
+def _(dh, x, scale, stats):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), scale.new_empty((2, *scale.shape))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, _, scale, *_ = inputs
+    _, h_dot, stats = output
+    ctx.mark_non_differentiable(h_dot, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, stats)  # nothing of the tangent
+
+
+def _backward_rule(ctx, dh, _dh_dot, _dstats):  # type: ignore[no-untyped-def]
+    if dh is None:
+        return (None,) * 7
+    dx, (dshift, dscale) = _backward(dh, *ctx.saved_tensors)
+    return dx, dshift, dscale, *(None,) * 4
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+
+def triton_unsupported(x: Tensor) -> str | None:
+    reason = triton_unavailable(x.device)
+    if reason is not None:
+        return reason
+    from ..rowwise import unsupported_row
+
+    return unsupported_row("x", x)
+
+
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 def ada_layer_norm(
@@ -19,7 +114,8 @@ def ada_layer_norm(
     """LayerNorm without weights, then the sample's own scale and shift: y = x̂ (1 + scale) + shift.
 
     DiT's "modulate(norm(x), shift, scale)" (arXiv 2212.09748, §3.2, adaLN). Statistics are computed in float32 or
-    better. Tangent: ẏ = x̂_dot (1 + scale) + x̂∘scale_dot + shift_dot, x̂_dot = rstd·(ẋ − mean(ẋ) − x̂·mean(x̂∘ẋ)).
+    better. Tangent: ẏ = x̂_dot (1 + scale) + x̂∘scale_dot + shift_dot, x̂_dot = rstd·(ẋ − mean(ẋ) − x̂·mean(x̂∘ẋ));
+    under `torch.func.jvp` or `forward_ad` the same rule serves plain tensors.
 
     Args:
         x: (B, N, D) tensor or Dual.
@@ -31,10 +127,13 @@ def ada_layer_norm(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_ada_layer_norm(x, shift, scale, eps)
-    choose("ada_layer_norm", x.device, {})
-    return run(x, shift, scale, eps)
+    xp = primal_of(x)
+    if choose("ada_layer_norm", xp.device, {"triton": lambda: triton_unsupported(xp)}) == "reference":
+        return run_reference(x, shift, scale, eps)
+    return bridge_forward_mode("ada_layer_norm", partial(_run_triton, eps=eps), x, shift, scale)
 
 
 def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> None:
@@ -47,7 +146,17 @@ def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDu
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
 
 
-def run(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
+def _run_triton(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
+    operands = (x, shift, scale)
+    rows = tangent_rows(*operands)
+    dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in operands)
+    h, h_dot, _ = _forward(*map(primal_of, operands), *dots, eps)
+    if not any(isinstance(a, Dual) for a in operands):
+        return h
+    return Dual(h, None if rows is None else h_dot)
+
+
+def run_reference(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
     xp, sp, cp = primal_of(x), primal_of(shift), primal_of(scale)
     y, (x_hat, mean, rstd) = reference.ada_layer_norm(xp, sp, cp, eps)
     if not any(isinstance(a, Dual) for a in (x, shift, scale)):
