@@ -42,6 +42,16 @@ def triton_unavailable(device: torch.device) -> str | None:
     return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
 
 
+def rows_unsupported(**tensors: torch.Tensor) -> str | None:
+    """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments, by name; None where they can."""
+    reason = triton_unavailable(next(iter(tensors.values())).device)
+    if reason is not None:
+        return reason
+    from .rowwise import unsupported_row
+
+    return next(filter(None, (unsupported_row(name, x) for name, x in tensors.items())), None)
+
+
 def _checked(name: str | None, source: str) -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")

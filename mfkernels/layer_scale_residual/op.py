@@ -3,10 +3,66 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
+
+# ------------------------------------------------------------------------------------------- custom ops and their rules
+
+
+@torch.library.custom_op("mfkernels::layer_scale_residual_forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    y: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x + scale·y (B, …, D) and its tangent (B_t, …, D), B_t = 0 without a y_dot."""
+    from .kernels import layer_scale_residual_forward
+
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    out, out_dot = layer_scale_residual_forward(x, y, x_dot, y_dot, scale, dtype=dtype)
+    return out, out.new_empty((0, *out.shape[1:])) if out_dot is None else out_dot
+
+
+@_forward.register_fake
+def _(x, y, x_dot, y_dot, scale):  # type: ignore[no-untyped-def]
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
+    return out, out.new_empty((0 if y_dot is None else y_dot.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("mfkernels::layer_scale_residual_backward", mutates_args=())
+def _backward(dout: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    from .kernels import layer_scale_residual_backward
+
+    return layer_scale_residual_backward(dout, y, scale)
+
+
+@_backward.register_fake
+def _(dout, y, scale):  # type: ignore[no-untyped-def]
+    return y.new_empty(y.shape), scale.new_empty(scale.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, y, _, _, scale = inputs
+    ctx.dtype = x.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y, scale)  # nothing of the tangent
+
+
+def _backward_rule(ctx, dout, _dout_dot):  # type: ignore[no-untyped-def]
+    if dout is None:
+        return (None,) * 5
+    dy, dscale = _backward(dout, *ctx.saved_tensors)
+    return dout.to(ctx.dtype), dy, None, None, dscale
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 def layer_scale_residual(x: TensorOrDual, y: TensorOrDual, scale: Tensor) -> TensorOrDual:
@@ -30,17 +86,22 @@ def layer_scale_residual(x: TensorOrDual, y: TensorOrDual, scale: Tensor) -> Ten
     check_shape("y", y, tuple(x.shape), "(B, …, D) of x")
     check_same("y", y, "x", x)
     check_constant("scale", scale, x.shape[-1:], "(D,) of x", x)
-    choose("layer_scale_residual", x.device, {})
     return bridge_forward_mode("layer_scale_residual", lambda x, y: _run(x, y, scale), x, y)
 
 
 def _run(x: TensorOrDual, y: TensorOrDual, scale: Tensor) -> TensorOrDual:
-    out = reference.layer_scale_residual(primal_of(x), primal_of(y), scale)
+    xp, yp = primal_of(x), primal_of(y)
+    rows = tangent_rows(x, y)
+    x_dot, y_dot = (None, None) if rows is None else (padded_tangent(x, rows), padded_tangent(y, rows))
+    serves = {"triton": lambda: rows_unsupported(x=xp, y=yp, scale=scale)}
+    if choose("layer_scale_residual", xp.device, serves) == "triton":
+        out, out_dot = _forward(xp, yp, x_dot, y_dot, scale)
+        if y_dot is None:
+            out_dot = x_dot
+    else:
+        out = reference.layer_scale_residual(xp, yp, scale)
+        with torch.no_grad():
+            out_dot = None if rows is None else reference.layer_scale_residual_tangent(x_dot, y_dot, scale)
     if not (isinstance(x, Dual) or isinstance(y, Dual)):
         return out
-    rows = tangent_rows(x, y)
-    if rows is None:
-        return Dual(out)
-    with torch.no_grad():
-        out_dot = reference.layer_scale_residual_tangent(padded_tangent(x, rows), padded_tangent(y, rows), scale)
-        return Dual(out, out_dot.to(out.dtype))
+    return Dual(out, None if out_dot is None else out_dot.to(out.dtype))

@@ -3,11 +3,116 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_operand, check_same
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map
+from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, primal_of, tangent_of
 from ..rms_norm.op import check_eps
 from . import reference
+
+# ------------------------------------------------------------------------------------------- custom ops and their rules
+# `rotary` is the op without weights.
+
+
+@torch.library.custom_op("mfkernels::rotary_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q and k, contiguous, and their tangents, with no rows where there is none."""
+    from .kernels import rotary_forward
+
+    q_out, k_out, q_out_dot, k_out_dot = rotary_forward(
+        q,
+        k,
+        q_dot,
+        k_dot,
+        q_weight,
+        k_weight,
+        cos,
+        sin,
+        eps=eps,
+        interleaved=interleaved,
+    )
+    return (
+        q_out,
+        k_out,
+        q_out.new_empty((0, *q.shape[1:])) if q_out_dot is None else q_out_dot,
+        k_out.new_empty((0, *k.shape[1:])) if k_out_dot is None else k_out_dot,
+    )
+
+
+@_forward.register_fake
+def _(q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ignore[no-untyped-def]
+    pairs = ((q, q_dot), (k, k_dot))
+    primals = (x.new_empty(x.shape) for x, _ in pairs)
+    return *primals, *(x.new_empty((0 if dot is None else dot.shape[0], *x.shape[1:])) for x, dot in pairs)
+
+
+@torch.library.custom_op("mfkernels::rotary_backward", mutates_args=())
+def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    from .kernels import rotary_forward
+
+    none = (None,) * 4
+    return rotary_forward(dq, dk, *none, cos, sin, interleaved=interleaved, backward=True)[:2]
+
+
+@_backward.register_fake
+def _(dq, dk, cos, sin, interleaved):  # type: ignore[no-untyped-def]
+    return dq.new_empty(dq.shape), dk.new_empty(dk.shape)
+
+
+@torch.library.custom_op("mfkernels::qk_norm_rotary_backward", mutates_args=())
+def _norm_backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, of k, and of both weights (2, d) in float32."""
+    from .backward_kernels import qk_norm_rotary_backward
+
+    return qk_norm_rotary_backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps=eps, interleaved=interleaved)
+
+
+@_norm_backward.register_fake
+def _(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2, q.shape[-1]), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, _, _, q_weight, k_weight, cos, sin, ctx.eps, ctx.interleaved = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.normed = q_weight is not None
+    # nothing of the tangents; the rotation alone is linear and needs no input
+    ctx.save_for_backward(*((q, k, q_weight, k_weight, cos, sin) if ctx.normed else (cos, sin)))
+
+
+def _backward_rule(ctx, dq, dk, _dq_dot, _dk_dot):  # type: ignore[no-untyped-def]
+    none = (None,) * 2
+    if not ctx.normed:
+        return *_backward(dq, dk, *ctx.saved_tensors, ctx.interleaved), *none, *none, *none, *none
+    _, _, q_weight, k_weight, _, _ = ctx.saved_tensors
+    dq, dk, dweights = _norm_backward(dq, dk, *ctx.saved_tensors, ctx.eps, ctx.interleaved)
+    return dq, dk, *none, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), *none, *none
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 def rotary(
@@ -39,12 +144,15 @@ def rotary(
         NotImplementedError: the backend that was asked for cannot serve the call; `cos` or `sin` has a tangent.
     """
     _check(q, k, cos, sin)
-    choose("rotary", q.device, {})
 
-    def run(x: TensorOrDual) -> TensorOrDual:
-        return linear_map(lambda a: reference.rotary(a, cos, sin, interleaved), x)
+    def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
+        tensors = {"q": primal_of(q), "k": primal_of(k), "cos": cos, "sin": sin}
+        if choose("rotary", q.device, {"triton": lambda: rows_unsupported(**tensors)}) == "triton":
+            return _run_triton(q, k, None, None, cos, sin, 0.0, interleaved)
+        turned = (linear_map(lambda a: reference.rotary(a, cos, sin, interleaved), x) for x in (q, k))
+        return next(turned), next(turned)
 
-    return bridge_forward_mode("rotary", lambda q, k: (run(q), run(k)), q, k)
+    return bridge_forward_mode("rotary", run, q, k)
 
 
 def qk_norm_rotary(
@@ -80,12 +188,16 @@ def qk_norm_rotary(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check_constant(name, weight, q.shape[-1:], "(d,) of q", q)
     check_eps(eps)
-    choose("qk_norm_rotary", q.device, {})
 
-    def run(x: TensorOrDual, weight: Tensor) -> TensorOrDual:
-        return _norm_rotary(x, weight, cos, sin, eps, interleaved)
+    def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
+        tensors = {"q": primal_of(q), "k": primal_of(k), "q_weight": q_weight, "k_weight": k_weight}
+        tensors |= {"cos": cos, "sin": sin}
+        if choose("qk_norm_rotary", q.device, {"triton": lambda: rows_unsupported(**tensors)}) == "triton":
+            return _run_triton(q, k, q_weight, k_weight, cos, sin, eps, interleaved)
+        rest = (cos, sin, eps, interleaved)
+        return _run_reference(q, q_weight, *rest), _run_reference(k, k_weight, *rest)
 
-    return bridge_forward_mode("qk_norm_rotary", lambda q, k: (run(q, q_weight), run(k, k_weight)), q, k)
+    return bridge_forward_mode("qk_norm_rotary", run, q, k)
 
 
 def _check(q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor) -> None:
@@ -103,7 +215,27 @@ def _check(q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor) -> None:
             raise ValueError(f"{name}: the rotation's tables are constants; pass it detached")
 
 
-def _norm_rotary(
+def _run_triton(
+    q: TensorOrDual,
+    k: TensorOrDual,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[TensorOrDual, TensorOrDual]:
+    operands, weights = (q, k), (q_weight, k_weight)
+    primals, dots = map(primal_of, operands), map(tangent_of, operands)
+    q_out, k_out, q_dot, k_dot = _forward(*primals, *dots, *weights, cos, sin, eps, interleaved)
+
+    def kind_of(x: TensorOrDual, out: Tensor, dot: Tensor) -> TensorOrDual:
+        return Dual(out, None if x.tangent is None else dot) if isinstance(x, Dual) else out
+
+    return kind_of(q, q_out, q_dot), kind_of(k, k_out, k_dot)
+
+
+def _run_reference(
     x: TensorOrDual,
     weight: Tensor,
     cos: Tensor,
