@@ -1,0 +1,151 @@
+"""The public function on the Triton backend (in the interpreter where there is no GPU)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+
+from mfkernels import Dual, Mlp, mlp, use_backend
+from mfkernels.mlp import op
+from mfkernels.testing import assert_dual, relative_error
+
+pytest.importorskip("triton")
+
+# measured in the interpreter: 4.8e-7, 5.1e-4, 4.8e-3 (it cuts bfloat16 off where a GPU rounds)
+BOUNDS = [(torch.float32, 9.6e-7), (torch.float16, 1e-3), (torch.bfloat16, 9.6e-3)]
+
+
+@pytest.fixture(autouse=True)
+def _triton(poison_empty):
+    torch.manual_seed(1)  # with seed 0 the dual check would draw x again, as its tangent
+    with use_backend("triton"):
+        yield
+
+
+def oracle(x, w1, w2, b1=0.0, b2=0.0):
+    h = x @ w1.T + b1
+    a = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return a @ w2.T + b2
+
+
+def make(*shape, hidden, out=None):
+    D = shape[-1]
+    return {
+        "x": torch.randn(shape, dtype=torch.float64),
+        "w1": torch.randn(hidden, D, dtype=torch.float64) / D**0.5,
+        "b1": torch.randn(hidden, dtype=torch.float64),
+        "w2": torch.randn(out or D, hidden, dtype=torch.float64) / hidden**0.5,
+        "b2": torch.randn(out or D, dtype=torch.float64),
+    }
+
+
+def without_biases(x, w1, w2):
+    return mlp(x, w1, None, w2, None)
+
+
+SIZES = [((4, 17, 24), 96), ((2, 276, 8), 27), ((1, 1, 12), 2730), ((3, 48), 130), ((2, 3, 2, 5), 3)]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("shape", "hidden"), SIZES)
+def test_against_float64(shape, hidden, dtype, bound):
+    assert_dual(mlp, oracle, make(*shape, hidden=hidden), duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
+
+
+def test_without_biases_and_other_width():
+    inputs = make(2, 17, 24, hidden=50, out=7)
+    inputs = {name: inputs[name] for name in ("x", "w1", "w2")}
+    inputs["x"] = inputs["x"].mT.contiguous().mT
+    assert_dual(without_biases, oracle, inputs, duals=["x"], dtype=torch.float32, bound=3e-7, device=DEVICE)
+
+
+def test_far_out_on_both_tails():
+    """gelu'(h) is 1 and 0 to the last bit; nothing overflows."""
+    h = torch.tensor([[-1e20, -60.0, -12.0, -5.0, 0.0, 5.0, 12.0, 60.0, 1e20]], device=DEVICE)
+    x = torch.ones(1, 1, device=DEVICE)
+    eye = torch.eye(9, device=DEVICE)
+    y = mlp(Dual(x, x), h.T.contiguous(), None, eye, None)
+    wide = h.double()
+    wanted, wanted_dot = torch.func.jvp(lambda h: F.gelu(h, approximate="tanh"), (wide,), (wide,))
+    torch.testing.assert_close(y.primal.double(), wanted, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(y.tangent.double(), wanted_dot, rtol=1e-6, atol=1e-6)
+
+
+def low(inputs):
+    return {name: x.float().to(DEVICE) for name, x in inputs.items()}
+
+
+def test_opcheck():
+    inputs = low(make(7, 5, hidden=12))
+    h = torch.randn(7, 12, device=DEVICE)
+    b1, w2, b2 = (inputs[name] for name in ("b1", "w2", "b2"))
+    for biases in ((b1, b2), (None, None), (b1, None)):
+        leaves = [a if a is None else a.detach().requires_grad_() for a in (h, biases[0], w2, biases[1])]
+        for h_dot in (torch.randn(3, 12, device=DEVICE), None):
+            torch.library.opcheck(op._forward, (*leaves, h_dot))
+        torch.library.opcheck(op._backward, (torch.randn(7, 5, device=DEVICE), h, biases[0], w2, biases[1] is not None))
+
+
+def test_forward_mode_ad():
+    assert_forward_mode(mlp, oracle, make(2, 5, 24, hidden=50), ["x"], bound=1e-6)
+
+
+def test_a_gradient_through_the_tangent_is_an_error():
+    inputs = low(make(2, 5, 8, hidden=12))
+    x = inputs.pop("x").requires_grad_()
+    out, out_dot = torch.func.jvp(lambda x: mlp(x, **inputs), (x,), (torch.randn_like(x.detach()),))
+    with pytest.raises(RuntimeError, match="mlp: a gradient was asked for through its forward-mode tangent"):
+        (out.sum() + out_dot.sum()).backward()
+
+
+def test_compiles_as_one_graph():
+    inputs = low(make(3, 5, 24, hidden=50))
+    x = inputs.pop("x")
+    assert_compiles(mlp, [Dual(x, torch.randn_like(x[:2])), *inputs.values()])
+
+
+def test_backward_keeps_the_input_and_the_pre_activation():
+    net, x = Mlp(24, 96).to(DEVICE), torch.randn(4, 7, 24, device=DEVICE, requires_grad=True)
+    x_dot = torch.randn(4, 7, 24, device=DEVICE)
+    parameters = net.fc1.weight.nbytes + net.fc1.bias.nbytes + net.fc2.weight.nbytes
+    wanted = parameters + 4 * 4 * 7 * (24 + 96)
+    assert saved_bytes(lambda: net(x)) == wanted
+    assert saved_bytes(lambda: net(Dual(x, x_dot))) == wanted
+    with use_backend("reference"):
+        assert saved_bytes(lambda: net(x)) >= wanted + 4 * 4 * 7 * 96 - net.fc1.bias.nbytes  # the activation as well
+
+
+def test_autocast():
+    net, x = Mlp(24, 96).to(DEVICE), torch.randn(4, 7, 24, device=DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        net.zero_grad()
+        with use_backend(backend), torch.autocast(DEVICE, dtype=torch.bfloat16):
+            y = net(Dual(x, x[:2]))
+        y.primal.float().square().sum().backward()
+        results.append([y.primal, y.tangent, *(p.grad.clone() for p in net.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) <= 1.5e-2
+
+
+def test_what_it_does_not_serve_is_refused_by_name():
+    inputs = {name: x.to(DEVICE) for name, x in make(2, 3, 8, hidden=12).items()}
+    with pytest.raises(NotImplementedError, match=r"mlp: the triton backend cannot serve.*torch.float64"):
+        mlp(**inputs)
+    inputs = low(inputs)
+    w1 = inputs.pop("w1")
+    with pytest.raises(NotImplementedError, match="a forward-mode tangent of a parameter is not supported"):
+        torch.func.jvp(lambda w1: mlp(w1=w1, **inputs), (w1,), (w1,))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_empty(shape):
+    inputs = {name: a.requires_grad_() for name, a in low(make(*shape, hidden=12)).items()}
+    x = inputs.pop("x")
+    out = mlp(Dual(x, x.detach()), **inputs)
+    assert out.primal.shape == out.tangent.shape == shape
+    grads = torch.autograd.grad(out.primal.sum(), [x, *inputs.values()])
+    assert all(g.abs().sum() == 0 for g in grads)
