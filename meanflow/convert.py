@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 _FLAX_NAMES = (
-    (r"(^|/)h_embedder/", r"\1r_embedder/"),
     (r"/embedding_table/_flax_embedding/embedding$", "/embedding_table/weight"),
     (r"/_flax_linear/", "/"),
     (r"/layers_(\d+)", r"/\1"),
+    (r"(^|/)(shared_blocks|u_heads|v_heads)_(\d+)/", r"\1\2/\3/"),
 )
 
 
@@ -32,23 +32,48 @@ def dit_from_flax(flat: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: a name or shape is not of a MeanFlow DiT; the message names it.
     """
+    renamed = {re.sub(r"(^|/)h_embedder/", r"\1r_embedder/", name): array for name, array in flat.items()}
+    state = _from_flax(renamed, "a MeanFlow DiT")
+    if "x_embedder.proj.weight" not in state or "final_layer.linear.weight" not in state:
+        raise ValueError("flat: expected x_embedder/proj and final_layer/linear among the names of a MeanFlow DiT")
+    return state
+
+
+def imf_dit_from_flax(flat: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The improved MeanFlow authors' JAX weights as a state dict of `IMFDiT`.
+
+    Args:
+        flat: '/'-joined names to arrays, such as "net/shared_blocks_0/attn/q_proj/_flax_linear/kernel"; layouts as in
+            `dit_from_flax`. The kernel of a norm is its weight (D,).
+
+    Returns:
+        State dict in float32. Weights without a v head (v_heads, v_final_layer) fit `IMFDiT(..., v_head=False)`.
+
+    Raises:
+        ValueError: a name or shape is not of an iMF-DiT; the message names it.
+    """
+    state = _from_flax(flat, "an iMF-DiT")
+    if "x_embedder.proj.weight" not in state or "u_final_layer.linear.weight" not in state:
+        raise ValueError("flat: expected x_embedder/proj and u_final_layer/linear among the names of an iMF-DiT")
+    return state
+
+
+def _from_flax(flat: Mapping[str, Any], model: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, array in flat.items():
         path = re.sub(r"^(?:params?/|net/)+", "", name)
         for pattern, replacement in _FLAX_NAMES:
             path = re.sub(pattern, replacement, path)
-        path, leaf = path.rsplit("/", 1) if "/" in path else ("", path)
+        parent, _, leaf = path.rpartition("/")
         value = torch.from_numpy(np.array(array, dtype=np.float32))
         if leaf == "kernel":
-            if value.ndim not in (2, 4):
-                raise ValueError(f"{name}: expected a kernel of 2 or 4 dimensions, got shape {tuple(value.shape)}")
-            value = value.mT if value.ndim == 2 else value.permute(3, 2, 0, 1)
+            if value.ndim not in (1, 2, 4):
+                raise ValueError(f"{name}: expected a kernel of 1, 2 or 4 dimensions, got shape {tuple(value.shape)}")
+            value = value if value.ndim == 1 else value.mT if value.ndim == 2 else value.permute(3, 2, 0, 1)
             leaf = "weight"
-        elif leaf not in ("bias", "weight"):
-            raise ValueError(f"{name}: not a weight of a MeanFlow DiT")
-        state[f"{path}.{leaf}".replace("/", ".")] = value.contiguous()
-    if "x_embedder.proj.weight" not in state or "final_layer.linear.weight" not in state:
-        raise ValueError("flat: expected x_embedder/proj and final_layer/linear among the names of a MeanFlow DiT")
+        elif leaf not in ("bias", "weight") and not leaf.endswith(("_tokens", "_scale")):
+            raise ValueError(f"{name}: not a weight of {model}")
+        state[".".join(part for part in (*parent.split("/"), leaf) if part)] = value.contiguous()
     return state
 
 
@@ -73,10 +98,18 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
-    """Load a public DiT or SiT state dict into `model` wherever name and shape agree.
+def plain_name(name: str) -> str:
+    """A tensor's name without what wrappers added to it: prefixes, and the layers that the authors' ports keep."""
+    name = re.sub(r"^(?:module\.|_orig_mod\.|model\.|net\.)+", "", name)
+    return re.sub(r"\._flax_(?:linear|embedding)\.", ".", name)
 
-    Wrappers' prefixes ("module.", "_orig_mod.", "model.") and a surrounding {"ema": …} or {"model": …} are removed.
+
+def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
+    """Load a public DiT, SiT or iMF-DiT state dict into `model` wherever name and shape agree.
+
+    Wrappers' prefixes ("module.", "_orig_mod.", "model.", "net."), the "_flax_linear" and "_flax_embedding" layers of
+    the improved MeanFlow authors' PyTorch weights, and a surrounding {"ema": …} or {"model": …} are removed. Those
+    weights have no v head: they fit `IMFDiT(..., v_head=False)`.
     DiT predicts noise and SiT the velocity of a path whose time runs the other way; loaded weights are a starting point
     for training, not a MeanFlow model. The learned-sigma half of `final_layer.linear`, if there is one, is dropped.
 
@@ -90,7 +123,7 @@ def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
         if key in state and isinstance(state[key], Mapping):
             state = state[key]  # type: ignore[assignment]
             break
-    theirs = {re.sub(r"^(?:module\.|_orig_mod\.|model\.)+", "", name): value for name, value in state.items()}
+    theirs = {plain_name(name): value for name, value in state.items()}
     ours = model.state_dict()
     _drop_sigma(theirs, ours)
     loaded, wrong_shape = [], []

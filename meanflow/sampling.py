@@ -34,7 +34,7 @@ def _check(noise: Tensor, y: Tensor) -> None:
 
 @torch.no_grad()
 def sample(
-    net: Callable[..., Tensor],
+    net: Callable[..., Any],
     noise: Tensor,
     y: Tensor,
     *,
@@ -45,12 +45,12 @@ def sample(
     """MeanFlow sampling, z_r = z_t − (t − r)·u(z_t, r, t) (arXiv 2505.13447, Algorithm 2): `steps` network evaluations.
 
     Args:
-        net: u = net(z, r, t, y, **conditions).
+        net: u = net(z, r, t, y, **conditions), or a tuple whose first entry is u (`IMFDiT`).
         noise: (B, C, H, W) standard normal noise, the state at the first time.
         y: (B,) integer labels; the network's `num_classes` means "no label".
         steps: number of equal steps from t = 1 to 0; 1 is one-step generation.
         times: the schedule instead of `steps`, never increasing, such as [1, 0.5, 0].
-        **conditions: passed to `net`.
+        **conditions: passed to `net`, for instance omega=, t_min= and t_max= (numbers) for `IMFDiT`.
 
     Returns:
         (B, C, H, W), the state at the last time.
@@ -63,7 +63,8 @@ def sample(
     z = noise
     for now, after in itertools.pairwise(schedule):
         t, r = z.new_full((z.shape[0],), now), z.new_full((z.shape[0],), after)  # [B]
-        z = z - (now - after) * net(z, r, t, y, **conditions)  # [B, C, H, W]
+        u = net(z, r, t, y, **conditions)  # [B, C, H, W]
+        z = z - (now - after) * (u[0] if isinstance(u, tuple) else u)  # [B, C, H, W]
     return z
 
 

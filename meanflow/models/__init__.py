@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from . import dit, imf_dit
 from .affine import Affine, gaussian_average_velocity
 from .dit import (
-    NAMED,
     DiT,
     DiT_B_2,
     DiT_B_4,
@@ -28,15 +28,21 @@ from .dit import (
     DiTBlock,
     FinalLayer,
 )
+from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
+
+NAMED = {**dit.NAMED, **imf_dit.NAMED}
 
 
 def create_model(name: str, **config: Any) -> nn.Module:
-    """A backbone by name: "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "DiT" or "Affine" with every size given.
+    """A backbone by name, with any of its sizes changed.
+
+    "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
+    baseline "Affine" with every size given.
 
     Raises:
         ValueError: there is no model of that name.
     """
-    classes: dict[str, Any] = {"DiT": DiT, "Affine": Affine, **NAMED}
+    classes: dict[str, Any] = {"DiT": DiT, "Affine": Affine, "iMF-DiT": IMFDiT, **NAMED}
     if name not in classes:
         raise ValueError(f"name: expected one of {', '.join(classes)}, got {name!r}")
     return classes[name](**config)
@@ -63,6 +69,11 @@ __all__ = [
     "DiT_XL_4",
     "DiT_XL_8",
     "FinalLayer",
+    "IMFDiT",
+    "IMFDiT_B_2",
+    "IMFDiT_L_2",
+    "IMFDiT_M_2",
+    "IMFDiT_XL_2",
     "create_model",
     "gaussian_average_velocity",
 ]

@@ -5,6 +5,7 @@ Run on tensors it is a plain network; run on `mfkernels.Dual`s it also returns i
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -186,28 +187,36 @@ class DiT(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        self._check(z, r, t, y)
+        check_inputs(z, r, t, y, (self.in_channels, self.input_size, self.input_size))
         x = self.x_embedder(z) + self.pos_embed  # [B, N, D]
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
         for block in self.blocks:
             x = block(x, c)  # [B, N, D]
         x = self.final_layer(x, c)  # [B, N, p·p·C]
-        return linear_map(self._unpatchify, x)  # [B, C, H, W]
+        return unpatchify(x, self.patch_size, self.in_channels)  # [B, C, H, W]
 
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        p, side = self.patch_size, self.input_size // self.patch_size
-        x = x.unflatten(1, (side, side)).unflatten(-1, (p, p, self.in_channels))  # [B, s, s, p, p, C]
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, side * p, side * p)
 
-    def _check(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> None:
-        B, image = z.shape[0], (self.in_channels, self.input_size, self.input_size)
-        if tuple(z.shape[1:]) != image:
-            raise ValueError(f"z: expected shape (B, {', '.join(map(str, image))}), got {tuple(z.shape)}")
-        for name, a in (("r", r), ("t", t), ("y", y)):
-            if tuple(a.shape) != (B,):
-                raise ValueError(f"{name}: expected shape ({B},), the batch of z, got {tuple(a.shape)}")
-        if y.is_floating_point():
-            raise TypeError(f"y: expected integer labels, got {y.dtype}")
+def unpatchify(x: TensorOrDual, patch_size: int, channels: int) -> TensorOrDual:
+    """Tokens (B, s·s, p·p·C) of a square image, row by row, as the image (B, C, s·p, s·p)."""
+    p, side = patch_size, math.isqrt(x.shape[1])
+
+    def run(a: Tensor) -> Tensor:
+        a = a.unflatten(1, (side, side)).unflatten(-1, (p, p, channels))  # [B, s, s, p, p, C]
+        return a.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * p, side * p)
+
+    return linear_map(run, x)
+
+
+def check_inputs(z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, image: tuple[int, int, int]) -> None:
+    """Raise unless z is (B, *image), r and t are (B,) and y is (B,) of an integer type."""
+    B = z.shape[0]
+    if tuple(z.shape[1:]) != image:
+        raise ValueError(f"z: expected shape (B, {', '.join(map(str, image))}), got {tuple(z.shape)}")
+    for name, a in (("r", r), ("t", t), ("y", y)):
+        if tuple(a.shape) != (B,):
+            raise ValueError(f"{name}: expected shape ({B},), the batch of z, got {tuple(a.shape)}")
+    if y.is_floating_point():
+        raise TypeError(f"y: expected integer labels, got {y.dtype}")
 
 
 def _fill_positions(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,18 +71,12 @@ class MeanFlow:
     time_sampler: TimeSampler = field(default_factory=LogitNormal)
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "label_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        check_shares_and_norm(self)
         low, high = self.guidance_interval
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, got {self.guidance_interval}")
         if self.kappa >= 1.0 and self.omega != 0.0:
             raise ValueError(f"kappa: expected less than 1 (the effective scale is ω/(1−κ)), got {self.kappa}")
-        if self.norm_p < 0:
-            raise ValueError(f"norm_p: expected a number >= 0, got {self.norm_p}")
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps: expected a number > 0, got {self.norm_eps}")
 
     @property
     def guided(self) -> bool:
@@ -106,9 +101,8 @@ class MeanFlow:
         """
         B, device = x.shape[0], x.device
         e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)  # [B, C, H, W]
-        pair = self.time_sampler.sample(2 * B, generator=generator, device=device).view(2, B)
-        t, r = pair.amax(dim=0), pair.amin(dim=0)  # [B]
-        drop = _draw_drop(B, self.label_dropout, generator, device)
+        t, r = draw_times(B, self.time_sampler, generator, device)
+        drop = draw_drop(B, self.label_dropout, generator, device)
         order = torch.randperm(B, generator=generator, device=device)  # rows with r ≠ t first
         rows = round(B * self.ratio)
         r = torch.where(order.argsort() < rows, r, t)
@@ -138,18 +132,8 @@ class MeanFlow:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        if noise.shape != x.shape:
-            raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
-        for name, a in (("t", t), ("r", r), ("y", y), ("drop", drop)):
-            if a is not None and a.shape != x.shape[:1]:
-                raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
-        if drop is not None and drop.dtype != torch.bool:
-            raise TypeError(f"drop: expected bool, got {drop.dtype}")
-        if bool((r > t).any()):
-            raise ValueError("r: expected r <= t in every row")
-        same = r == t  # [B]
-        order = torch.argsort(same.to(torch.uint8), stable=True)  # rows with r ≠ t first
-        return self._loss(net, x, noise, t, r, y, drop, order, int((~same).sum()))
+        check_draws(x, noise, t=t, r=r, y=y, drop=drop)
+        return self._loss(net, x, noise, t, r, y, drop, *rows_first(t, r))
 
     def _loss(
         self,
@@ -166,7 +150,7 @@ class MeanFlow:
         """`order` puts the `rows` samples with r ≠ t first; only those carry tangents."""
         back = order.argsort()
         x, e, t, r, y = (a[order] for a in (x, e, t, r, y))
-        t_ = _column(t.to(x.dtype), x)  # [B, 1, 1, 1]
+        t_ = column(t.to(x.dtype), x)  # [B, 1, 1, 1]
         z = (1 - t_) * x + t_ * e  # [B, C, H, W]
         v = e - x  # [B, C, H, W]
         y_in, drop = (y, None) if drop is None else (y.masked_fill(drop[order], net_num_classes(net)), drop[order])
@@ -206,7 +190,7 @@ class MeanFlow:
             return v, v.new_zeros(())
         low, high = self.guidance_interval
         inside = (t >= low) & (t <= high)  # [B]
-        active = _column((inside if drop is None else inside & ~drop).to(v.dtype), z)  # [B, 1, 1, 1]
+        active = column((inside if drop is None else inside & ~drop).to(v.dtype), z)  # [B, 1, 1, 1]
         w_cond, w_null = active * self.kappa, active * (1.0 - self.omega - self.kappa)
         v_g = (1.0 + active * (self.omega - 1.0)) * v  # [B, C, H, W]
         B = z.shape[0]
@@ -216,9 +200,7 @@ class MeanFlow:
             null = torch.full_like(y, net_num_classes(net))
             z2, t2 = torch.cat([z[:n_null], z[:n_cond]]), torch.cat([t[:n_null], t[:n_cond]])
             u = net(z2, t2, t2, torch.cat([null[:n_null], y[:n_cond]])).to(v.dtype)
-            if torch.is_autocast_enabled(z.device.type):
-                # autocast would hand the weights it cast here, under no_grad, to the training pass: no gradient then
-                torch.clear_autocast_cache()
+            forget_autocast(z.device)
             if n_null:
                 v_g = v_g + w_null * u[:n_null]
             if n_cond:
@@ -264,7 +246,7 @@ class FlowMatching:
         B, device = x.shape[0], x.device
         e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
         t = self.time_sampler.sample(B, generator=generator, device=device)
-        drop = _draw_drop(B, self.label_dropout, generator, device)
+        drop = draw_drop(B, self.label_dropout, generator, device)
         return self._as_meanflow()._loss(net, x, e, t, t, y, drop, torch.arange(B, device=device), 0)
 
     def loss_at(
@@ -274,13 +256,58 @@ class FlowMatching:
         return self._as_meanflow().loss_at(net, x=x, noise=noise, t=t, r=t, y=y, drop=drop)
 
 
-def _column(a: Tensor, like: Tensor) -> Tensor:
+def column(a: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, …) of the rank of `like`."""
     return a.view(-1, *[1] * (like.ndim - 1))
 
 
-def _draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+def draw_times(
+    n: int, sampler: TimeSampler, generator: torch.Generator | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Two independent times per sample, (n,) each, the larger one first."""
+    pair = sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
+    return pair.amax(dim=0), pair.amin(dim=0)  # [B]
+
+
+def draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
     return torch.rand(n, generator=generator, device=device) < p if p > 0 else None  # [B]
+
+
+def check_shares_and_norm(objective: Any) -> None:
+    """Raise unless `ratio`, `label_dropout`, `norm_p` and `norm_eps` of an objective are in their ranges."""
+    for name in ("ratio", "label_dropout"):
+        if not 0.0 <= getattr(objective, name) <= 1.0:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(objective, name)}")
+    if objective.norm_p < 0:
+        raise ValueError(f"norm_p: expected a number >= 0, got {objective.norm_p}")
+    if objective.norm_eps <= 0:
+        raise ValueError(f"norm_eps: expected a number > 0, got {objective.norm_eps}")
+
+
+def check_draws(x: Tensor, noise: Tensor, *, t: Tensor, r: Tensor, drop: Tensor | None, **others: Tensor) -> None:
+    """Raise unless the draws of a batch fit `x`; `others` are further (B,) tensors by name."""
+    if noise.shape != x.shape:
+        raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
+    for name, a in {"t": t, "r": r, "drop": drop, **others}.items():
+        if a is not None and a.shape != x.shape[:1]:
+            raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
+    if drop is not None and drop.dtype != torch.bool:
+        raise TypeError(f"drop: expected bool, got {drop.dtype}")
+    if bool((r > t).any()):
+        raise ValueError("r: expected r <= t in every row")
+
+
+def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:
+    """The order (B,) that puts the rows with r ≠ t first, and their number, which is read on the host."""
+    same = r == t  # [B]
+    return torch.argsort(same.to(torch.uint8), stable=True), int((~same).sum())
+
+
+def forget_autocast(device: torch.device) -> None:
+    """After a forward under no_grad: autocast would hand the weights it cast there to the training pass, and those
+    have no gradient."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
 def net_num_classes(net: Net) -> int:

@@ -178,7 +178,7 @@ def test_sizes_by_name():
         assert DiT_B_2().config["patch_size"] == 2
         assert DiT_XL_2().blocks[0].attn.num_heads == 16
         assert create_model("DiT-S/8", input_size=16).config["depth"] == 12
-    with pytest.raises(ValueError, match="name: expected one of DiT, Affine, DiT-S/2"):
+    with pytest.raises(ValueError, match="name: expected one of DiT, Affine, iMF-DiT, DiT-S/2"):
         create_model("DiT-Q/2")
 
 
