@@ -5,10 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -21,30 +17,6 @@ from .objectives import MeanFlow
 PACKAGES = ("meanflow", "torch", "triton", "numpy", "accelerate", "safetensors", "scikit-learn", "tensorboard")
 
 
-@contextmanager
-def _record_choices() -> Iterator[dict[str, str]]:
-    """Note what `mfkernels.backend.choose` answers to each op, wherever it has been imported to."""
-    choose = mfkernels.backend.choose
-    chosen: dict[str, str] = {}
-
-    def noting(op: str, *args: Any, **kwargs: Any) -> str:
-        chosen[op] = choose(op, *args, **kwargs)
-        return chosen[op]
-
-    holders = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("mfkernels") and getattr(module, "choose", None) is choose
-    ]
-    for module in holders:
-        module.choose = noting  # type: ignore[attr-defined]
-    try:
-        yield chosen
-    finally:
-        for module in holders:
-            module.choose = choose  # type: ignore[attr-defined]
-
-
 def served_by(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Which backend serves each op in a small training step (head dim 64, 64 tokens) on this device.
 
@@ -55,7 +27,7 @@ def served_by(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     net.to(device=device, dtype=dtype)
     x = torch.zeros(4, 4, 16, 16, device=device, dtype=dtype)
     y = torch.zeros(4, dtype=torch.long, device=device)
-    with _record_choices() as chosen:
+    with mfkernels.backend.recorded_choices() as chosen:
         MeanFlow(ratio=0.5)(net, x, y).loss.backward()
     return chosen
 

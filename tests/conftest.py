@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     # before Triton is imported: without a GPU its kernels run in the interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # several tests at a time; two threads that fight for cores are ten times slower than one
 
 
 def _poisoned(make):
