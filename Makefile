@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	@echo "Samples: runs/digits/samples.png   Report: runs/digits/report.json"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
