@@ -2,12 +2,93 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..backend import choose
+from ..backend import choose, triton_unavailable
 from ..checks import check_operand, check_shape
-from ..dual import check_tangent
+from ..dual import Dual, check_tangent, forward_mode_tangent
 from . import reference
+
+# ------------------------------------------------------------------------------------------- custom op and its rules
+
+
+@torch.library.custom_op("mfkernels::meanflow_loss_forward", mutates_args=())
+def _forward(
+    u: Tensor,
+    du_dt: Tensor,
+    v: Tensor,
+    t: Tensor,
+    r: Tensor,
+    norm_p: float,
+    norm_eps: float,
+    with_error: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, squared error and weight (B,) in float32, and u − u_tgt (B, …) where asked for, else no elements."""
+    from .kernels import loss_forward
+
+    loss, squared_error, weight, error = loss_forward(
+        u,
+        du_dt,
+        v,
+        t,
+        r,
+        norm_p=norm_p,
+        norm_eps=norm_eps,
+        with_error=with_error,
+    )
+    return loss, squared_error, weight, u.new_empty(0) if error is None else error
+
+
+@_forward.register_fake
+def _(u, du_dt, v, t, r, norm_p, norm_eps, with_error):  # type: ignore[no-untyped-def]
+    per_sample = (u.new_empty(u.shape[:1], dtype=torch.float32) for _ in range(3))
+    return *per_sample, u.new_empty(u.shape if with_error else 0)
+
+
+@torch.library.custom_op("mfkernels::meanflow_loss_backward", mutates_args=())
+def _backward(dloss: Tensor, error: Tensor, weight: Tensor) -> Tensor:
+    from .kernels import loss_backward
+
+    return loss_backward(dloss, error, weight)
+
+
+@_backward.register_fake
+def _(dloss, error, weight):  # type: ignore[no-untyped-def]
+    return error.new_empty(error.shape)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, squared_error, weight, error = output
+    ctx.mark_non_differentiable(squared_error, weight, error)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(error, weight)
+
+
+def _backward_rule(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    if dloss is None:
+        return (None,) * 8
+    return _backward(dloss, *ctx.saved_tensors), *(None,) * 7
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+
+def _triton_unsupported(u: Tensor, *others: Tensor) -> str | None:
+    reason = triton_unavailable(u.device)
+    if reason is not None:
+        return reason
+    from ..rowwise import DTYPES
+
+    for name, a in zip(("u", "du_dt", "v", "t", "r"), (u, *others), strict=True):
+        if a.dtype not in DTYPES:
+            return f"{name}: expected float16, bfloat16 or float32, got {a.dtype}"
+        if isinstance(forward_mode_tangent(a), Dual):
+            return f"{name}: forward mode through the loss is not supported"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 class MeanFlowLoss(NamedTuple):
@@ -44,6 +125,7 @@ def meanflow_loss(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_operand("u", u)
     if u.ndim < 2:
@@ -56,5 +138,8 @@ def meanflow_loss(
         raise ValueError(f"norm_p: expected a number >= 0, got {norm_p}")
     if norm_eps <= 0:
         raise ValueError(f"norm_eps: expected a number > 0, got {norm_eps}")
-    choose("meanflow_loss", u.device, {})
-    return MeanFlowLoss(*reference.meanflow_loss(u, du_dt, v, t, r, norm_p, norm_eps))
+    if choose("meanflow_loss", u.device, {"triton": lambda: _triton_unsupported(u, du_dt, v, t, r)}) == "reference":
+        return MeanFlowLoss(*reference.meanflow_loss(u, du_dt, v, t, r, norm_p, norm_eps))
+    with_error = torch.is_grad_enabled() and u.requires_grad
+    loss, squared_error, *_ = _forward(u, du_dt, v.detach(), t.detach(), r.detach(), norm_p, norm_eps, with_error)
+    return MeanFlowLoss(loss, squared_error)

@@ -31,8 +31,11 @@ def print_reports(launches: Mapping[str, Callable[[str, int], Any]], widths: Ite
     print(json.dumps(reports))
 
 
-def assert_compile_well(script: Path, no_table: Path) -> list[dict[str, Any]]:
-    """Nothing spills and everything fits shared memory, in the package's table (`no_table`: an empty folder)."""
+def assert_compile_well(script: Path, no_table: Path, *, uses_stack: bool = False) -> list[dict[str, Any]]:
+    """Nothing spills and everything fits shared memory, in the package's table (`no_table`: an empty folder).
+
+    `uses_stack`: local memory is not asked about, because a library function inside keeps a table there.
+    """
     from mfkernels.inspect import SHARED_LIMIT
 
     root = Path(__file__).parents[2]
@@ -45,6 +48,6 @@ def assert_compile_well(script: Path, no_table: Path) -> list[dict[str, Any]]:
     reports = json.loads(done.stdout)
     assert reports
     for report in reports:
-        assert report["spill_stores"] == report["spill_loads"] == 0, report
+        assert uses_stack or report["spill_stores"] == report["spill_loads"] == 0, report
         assert report["shared_bytes"] <= SHARED_LIMIT[report["arch"]], report
     return reports

@@ -1,0 +1,270 @@
+"""Triton MeanFlow loss: target, error, per-sample sum, weight and what the gradient needs, in one pass over the images.
+
+An image of up to CHUNK numbers is one program and one launch; larger ones are cut, and a second launch adds the parts.
+"""
+
+# mypy: allow-untyped-defs
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Launch, launch_config
+
+
+@triton.jit
+def _weight(squared_error, norm_eps, NORM_P: tl.constexpr):
+    """(e + ε)^(−p); the powers in use need no logarithm."""
+    base = squared_error + norm_eps
+    if NORM_P == 0.0:
+        weight = base * 0.0 + 1.0
+    elif NORM_P == 1.0:
+        weight = 1.0 / base
+    elif NORM_P == 0.5:
+        weight = 1.0 / tl.sqrt(base)
+    else:
+        weight = tl.exp(-NORM_P * tl.log(base))
+    return weight
+
+
+@triton.jit
+def _forward_kernel(
+    u_ptr,
+    du_dt_ptr,
+    v_ptr,
+    t_ptr,
+    r_ptr,
+    error_ptr,
+    loss_ptr,
+    squared_error_ptr,
+    weight_ptr,
+    partials_ptr,
+    norm_eps,
+    B_t,
+    SIZE,
+    CHUNKS,
+    NORM_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of one sample of [B, SIZE]; loss, squared_error and weight [B] here where there is one chunk only."""
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    first = (tl.program_id(0) % CHUNKS) * CHUNK
+    moved = b < B_t
+    interval = tl.load(t_ptr + b).to(tl.float32) - tl.load(r_ptr + b).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
+    for start in range(0, tl.minimum(CHUNK, SIZE - first), BLOCK):
+        cols = first + start + tl.arange(0, BLOCK)  # [BLOCK]
+        mask = cols < SIZE  # [BLOCK]
+        offs = b * SIZE + cols  # [BLOCK]
+        u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        target = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        if du_dt_ptr is not None:
+            target -= interval * tl.load(du_dt_ptr + offs, mask=mask & moved, other=0.0).to(tl.float32)
+        error = u - target  # [BLOCK]
+        total += error * error
+        if error_ptr is not None:
+            tl.store(error_ptr + offs, error.to(error_ptr.dtype.element_ty), mask=mask)
+    squared_error = tl.sum(total, 0)
+    if partials_ptr is not None:
+        tl.store(partials_ptr + tl.program_id(0), squared_error)
+    else:
+        weight = _weight(squared_error, norm_eps, NORM_P)
+        tl.store(loss_ptr + b, weight * squared_error)
+        tl.store(squared_error_ptr + b, squared_error)
+        tl.store(weight_ptr + b, weight)
+
+
+@triton.jit
+def _finish_kernel(
+    partials_ptr,
+    loss_ptr,
+    squared_error_ptr,
+    weight_ptr,
+    norm_eps,
+    CHUNKS,
+    NORM_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The chunks [B, CHUNKS] of one sample added up, always in the same order."""
+    b = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
+    for start in range(0, CHUNKS, BLOCK):
+        cols = start + tl.arange(0, BLOCK)  # [BLOCK]
+        total += tl.load(partials_ptr + b * CHUNKS + cols, mask=cols < CHUNKS, other=0.0)
+    squared_error = tl.sum(total, 0)
+    weight = _weight(squared_error, norm_eps, NORM_P)
+    tl.store(loss_ptr + b, weight * squared_error)
+    tl.store(squared_error_ptr + b, squared_error)
+    tl.store(weight_ptr + b, weight)
+
+
+@triton.jit
+def _backward_kernel(
+    dloss_ptr,
+    error_ptr,
+    weight_ptr,
+    du_ptr,
+    stride_dloss,
+    SIZE,
+    CHUNKS,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """du = 2·dloss·weight·(u − u_tgt); the weight is a constant (stop-gradient)."""
+    b = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    first = (tl.program_id(0) % CHUNKS) * CHUNK
+    factor = 2.0 * tl.load(dloss_ptr + b * stride_dloss) * tl.load(weight_ptr + b)
+    for start in range(0, tl.minimum(CHUNK, SIZE - first), BLOCK):
+        cols = first + start + tl.arange(0, BLOCK)  # [BLOCK]
+        mask = cols < SIZE  # [BLOCK]
+        offs = b * SIZE + cols  # [BLOCK]
+        error = tl.load(error_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+        tl.store(du_ptr + offs, (factor * error).to(du_ptr.dtype.element_ty), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+def forward_launch(
+    u: Tensor,
+    du_dt: Tensor,
+    v: Tensor,
+    t: Tensor,
+    r: Tensor,
+    error: Tensor | None,
+    loss: Tensor,
+    squared_error: Tensor,
+    weight: Tensor,
+    partials: Tensor | None,
+    *,
+    norm_p: float,
+    norm_eps: float,
+    config: Mapping[str, int],
+) -> Launch:
+    """The launch that fills error and, without partials, the three [B]; with them, partials [B, chunks]."""
+    B, B_t, SIZE = u.shape[0], du_dt.shape[0], u[0].numel()
+    CHUNKS = 1 if partials is None else partials.shape[1]
+    return Launch.of(
+        _forward_kernel,
+        lambda config: (B * CHUNKS,),
+        config,
+        u.device,
+        u_ptr=u,
+        du_dt_ptr=du_dt if B_t else None,
+        v_ptr=v,
+        t_ptr=t,
+        r_ptr=r,
+        error_ptr=error,
+        loss_ptr=loss,
+        squared_error_ptr=squared_error,
+        weight_ptr=weight,
+        partials_ptr=partials,
+        norm_eps=norm_eps,
+        B_t=B_t,
+        SIZE=SIZE,
+        CHUNKS=CHUNKS,
+        NORM_P=norm_p,
+    )
+
+
+def finish_launch(
+    partials: Tensor,
+    loss: Tensor,
+    squared_error: Tensor,
+    weight: Tensor,
+    *,
+    norm_p: float,
+    norm_eps: float,
+) -> Launch:
+    B, CHUNKS = partials.shape
+    return Launch.of(
+        _finish_kernel,
+        lambda config: (B,),
+        {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
+        loss.device,
+        partials_ptr=partials,
+        loss_ptr=loss,
+        squared_error_ptr=squared_error,
+        weight_ptr=weight,
+        norm_eps=norm_eps,
+        CHUNKS=CHUNKS,
+        NORM_P=norm_p,
+    )
+
+
+def loss_forward(
+    u: Tensor,
+    du_dt: Tensor,
+    v: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    norm_p: float,
+    norm_eps: float,
+    with_error: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """loss, squared error and weight [B] in float32; u − u_tgt [B, …] in the dtype of u where it is asked for."""
+    B = u.shape[0]
+    error = torch.empty(u.shape, device=u.device, dtype=u.dtype) if with_error else None  # [B, …]
+    loss, squared_error, weight = (torch.empty(B, device=u.device, dtype=torch.float32) for _ in range(3))  # [B]
+    if B == 0:
+        return loss, squared_error, weight, error
+    config = launch_config("meanflow_loss", u.device, u.dtype)
+    chunks = triton.cdiv(u[0].numel(), config["CHUNK"])
+    partials = torch.empty((B, chunks), device=u.device, dtype=torch.float32) if chunks > 1 else None  # [B, chunks]
+    launch = forward_launch(
+        u.contiguous(),
+        du_dt.contiguous(),
+        v.contiguous(),
+        t.contiguous(),
+        r.contiguous(),
+        error,
+        loss,
+        squared_error,
+        weight,
+        partials,
+        norm_p=float(norm_p),
+        norm_eps=norm_eps,
+        config=config,
+    )
+    launch.run()
+    if partials is not None:
+        finish_launch(partials, loss, squared_error, weight, norm_p=float(norm_p), norm_eps=norm_eps).run()
+    return loss, squared_error, weight, error
+
+
+def backward_launch(
+    dloss: Tensor,
+    error: Tensor,
+    weight: Tensor,
+    du: Tensor,
+    *,
+    config: Mapping[str, int],
+) -> Launch:
+    B, SIZE = du.shape[0], du[0].numel()
+    CHUNKS = triton.cdiv(SIZE, config["CHUNK"])
+    return Launch.of(
+        _backward_kernel,
+        lambda config: (B * CHUNKS,),
+        config,
+        du.device,
+        dloss_ptr=dloss,
+        error_ptr=error,
+        weight_ptr=weight,
+        du_ptr=du,
+        stride_dloss=dloss.stride(0),
+        SIZE=SIZE,
+        CHUNKS=CHUNKS,
+    )
+
+
+def loss_backward(dloss: Tensor, error: Tensor, weight: Tensor) -> Tensor:
+    """du [B, …]; dloss [B] of any stride (a mean's is expanded)."""
+    du = torch.empty(error.shape, device=error.device, dtype=error.dtype)  # [B, …]
+    if du.numel():
+        backward_launch(dloss, error, weight, du, config=launch_config("meanflow_loss", du.device, du.dtype)).run()
+    return du

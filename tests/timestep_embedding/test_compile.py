@@ -1,0 +1,13 @@
+"""The shipped configurations, compiled for three architectures."""
+
+from pathlib import Path
+
+import pytest
+from ahead_of_time import assert_compile_well
+
+pytest.importorskip("triton")
+
+
+def test_shipped_configurations(tmp_path):
+    # cos and sin of angles past 1e5 have a table on the stack, in a branch that times do not take
+    assert_compile_well(Path(__file__).with_name("compile_shipped.py"), tmp_path, uses_stack=True)
