@@ -96,6 +96,8 @@ def _(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ig
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, _, _, q_weight, k_weight, cos, sin, ctx.eps, ctx.interleaved = inputs
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.shapes = q.shape, k.shape
     ctx.normed = q_weight is not None
     # nothing of the tangents; the rotation alone is linear and needs no input
     ctx.save_for_backward(*((q, k, q_weight, k_weight, cos, sin) if ctx.normed else (cos, sin)))
@@ -103,6 +105,11 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, dq, dk, _dq_dot, _dk_dot):  # type: ignore[no-untyped-def]
     none = (None,) * 2
+    if dq is None and dk is None:
+        return (None,) * 10
+    # where one of the two is not used
+    dq = dk.new_zeros(ctx.shapes[0]) if dq is None else dq
+    dk = dq.new_zeros(ctx.shapes[1]) if dk is None else dk
     if not ctx.normed:
         return *_backward(dq, dk, *ctx.saved_tensors, ctx.interleaved), *none, *none, *none, *none
     _, _, q_weight, k_weight, _, _ = ctx.saved_tensors

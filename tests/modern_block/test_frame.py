@@ -1,0 +1,278 @@
+"""What each op of the modern DiT line owes beside accuracy, on the Triton backend."""
+
+import functools
+
+import pytest
+import torch
+from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+
+from mfkernels import (
+    Dual,
+    RMSNorm,
+    SwiGLU,
+    attention,
+    dual_aware,
+    layer_scale_residual,
+    linear_map,
+    qk_norm_rotary,
+    rms_norm,
+    rotary,
+    split_map,
+    swiglu,
+    use_backend,
+)
+from mfkernels.backend import recorded_choices
+from mfkernels.layer_scale_residual import op as layer_scale_op
+from mfkernels.rms_norm import op as rms_norm_op
+from mfkernels.rotary import op as rotary_op
+from mfkernels.swiglu import op as swiglu_op
+from mfkernels.testing import assert_dual, relative_error
+
+pytest.importorskip("triton")
+
+B, N, H, d = 3, 5, 2, 24
+D = H * d
+ANGLES = torch.arange(N)[:, None] * torch.linspace(1, 0.1, d // 2)  # [N, d/2]
+COS, SIN = ANGLES.cos().to(DEVICE), ANGLES.sin().to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _triton(poison_empty):
+    torch.manual_seed(1)
+    torch._dynamo.reset()  # many ops through one compiled function: past eight, fullgraph gives up
+    with use_backend("triton"):
+        yield
+    torch._dynamo.reset()
+
+
+def wide_norm(x, weight):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def wide_turn(x):
+    x1, x2 = x.chunk(2, -1)
+    cos, sin = COS.to(x)[:, None], SIN.to(x)[:, None]
+    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), -1)
+
+
+def heads(x):
+    return x.unflatten(-1, (-1, d)).split(H, 2)[:2]  # q and k [B, N, H, d], views of a packed qkv [B, N, 3·D]
+
+
+def both(fn):
+    """A function of q and k as one of a packed projection, its two outputs next to each other."""
+
+    @functools.wraps(fn)
+    def run(qkv, *rest, **named):
+        out = fn(*split_map(heads, qkv), *rest, **named)
+        if not isinstance(out[0], Dual):
+            return torch.cat(out, 2)
+        return Dual(torch.cat([x.primal for x in out], 2), torch.cat([x.tangent for x in out], 2))
+
+    return run
+
+
+rotary_of_qkv = both(lambda q, k: rotary(q, k, COS, SIN))
+qk_norm_of_qkv = both(lambda q, k, q_weight, k_weight: qk_norm_rotary(q, k, q_weight, k_weight, COS, SIN))
+
+
+def wide_rotary(qkv):
+    return torch.cat([wide_turn(x) for x in heads(qkv)], 2)
+
+
+def wide_qk_norm(qkv, q_weight, k_weight):
+    q, k = heads(qkv)
+    return torch.cat((wide_turn(wide_norm(q, q_weight)), wide_turn(wide_norm(k, k_weight))), 2)
+
+
+# op, oracle, shapes of its inputs, which of them carry tangents
+OPS = {
+    "rms_norm": (rms_norm, wide_norm, {"x": (B, N, D), "weight": (D,)}, ["x"]),
+    "swiglu": (swiglu, lambda a, b: a * torch.sigmoid(a) * b, {"a": (B, N, D), "b": (B, N, D)}, ["a", "b"]),
+    "layer_scale_residual": (
+        layer_scale_residual,
+        lambda x, y, scale: x + y * scale,
+        {"x": (B, N, D), "y": (B, N, D), "scale": (D,)},
+        ["x", "y"],
+    ),
+    "rotary": (rotary_of_qkv, wide_rotary, {"qkv": (B, N, 3 * D)}, ["qkv"]),
+    "qk_norm_rotary": (
+        qk_norm_of_qkv,
+        wide_qk_norm,
+        {"qkv": (B, N, 3 * D), "q_weight": (d,), "k_weight": (d,)},
+        ["qkv"],
+    ),
+}
+every_op = pytest.mark.parametrize(("op", "oracle", "shapes", "duals"), OPS.values(), ids=OPS)
+
+
+def draw(shapes, dtype=torch.float32, device=DEVICE):
+    return {name: torch.randn(shape, dtype=dtype).to(device) for name, shape in shapes.items()}
+
+
+@every_op
+def test_forward_mode_ad(op, oracle, shapes, duals):
+    assert_forward_mode(op, oracle, draw(shapes, torch.float64), duals, bound=6e-7)
+
+
+@every_op
+def test_a_gradient_through_the_tangent_is_an_error(op, oracle, shapes, duals):
+    inputs = draw(shapes)
+    primals = tuple(inputs[name].requires_grad_() for name in duals)
+
+    def run(*xs):
+        return op(**{**inputs, **dict(zip(duals, xs, strict=True))})
+
+    out, out_dot = torch.func.jvp(run, primals, tuple(torch.randn_like(p) for p in primals))
+    with pytest.raises(RuntimeError, match="a gradient was asked for through its forward-mode tangent"):
+        (out.sum() + out_dot.sum()).backward()
+
+
+@every_op
+@pytest.mark.parametrize("rows", [1, B])
+def test_compile_as_one_graph(op, oracle, shapes, duals, rows):
+    inputs = draw(shapes)
+    assert_compiles(op, [Dual(x, torch.randn_like(x[:rows])) if n in duals else x for n, x in inputs.items()])
+
+
+@every_op
+def test_backward_keeps_the_inputs_at_most_and_nothing_of_the_tangent(op, oracle, shapes, duals):
+    leaves = {name: x.requires_grad_() for name, x in draw(shapes).items()}
+    with_tangents = {n: Dual(x, torch.randn_like(x)) if n in duals else x for n, x in leaves.items()}
+    plain = saved_bytes(lambda: op(**leaves))
+    assert plain <= sum(x.nbytes for x in leaves.values()) + COS.nbytes + SIN.nbytes
+    assert saved_bytes(lambda: op(**with_tangents)) == plain
+
+
+@every_op
+def test_float64_is_refused_by_name(op, oracle, shapes, duals):
+    with pytest.raises(
+        NotImplementedError, match=r"the triton backend cannot serve.*: expected float16.*torch.float64"
+    ):
+        op(**draw(shapes, torch.float64))
+
+
+@every_op
+def test_no_samples_and_no_tangent_rows(op, oracle, shapes, duals):
+    inputs = draw(shapes)
+    leaves = {n: (x[:0] if n in duals else x).clone().requires_grad_() for n, x in inputs.items()}
+    out = op(**{n: Dual(x, x.detach()) if n in duals else x for n, x in leaves.items()})
+    assert out.primal.shape == out.tangent.shape == (0, *out.primal.shape[1:])
+    assert all(g.abs().sum() == 0 for g in torch.autograd.grad(out.primal.sum(), list(leaves.values())))
+    out = op(**{n: Dual(x, x[:0]) if n in duals else x for n, x in inputs.items()})
+    assert out.tangent.shape == (0, *out.primal.shape[1:])
+    assert torch.equal(out.primal, op(**inputs))
+
+
+@every_op
+def test_weights_of_another_dtype(op, oracle, shapes, duals):
+    """As under autocast: activations in half precision, parameters in float32."""
+    leaves = {n: (x.half() if n in duals else x).requires_grad_() for n, x in draw(shapes).items()}
+    out = op(**{n: Dual(x, torch.ones_like(x)) if n in duals else x for n, x in leaves.items()})
+    assert out.primal.dtype == out.tangent.dtype == torch.float16
+    assert relative_error(out.primal, oracle(**{n: x.double() for n, x in leaves.items()})) <= 5e-4  # measured 2.4e-4
+    grads = torch.autograd.grad(out.primal.sum(), list(leaves.values()))
+    assert [g.dtype for g in grads] == [x.dtype for x in leaves.values()]
+
+
+def test_opcheck():
+    x, y = (torch.randn(B, N, D, device=DEVICE, requires_grad=True) for _ in range(2))
+    vector = torch.randn(D, device=DEVICE, requires_grad=True)
+    dot = torch.randn(1, N, D, device=DEVICE)
+    for x_dot in (dot, None):
+        torch.library.opcheck(rms_norm_op._forward, (x, x_dot, vector, 1e-6))
+        torch.library.opcheck(swiglu_op._forward, (x, y, x_dot, dot))
+        torch.library.opcheck(swiglu_op._forward, (x, y, dot, x_dot))
+        torch.library.opcheck(layer_scale_op._forward, (x, y, dot, x_dot, vector))
+    x, y, vector = x.detach(), y.detach(), vector.detach()
+    torch.library.opcheck(rms_norm_op._backward, (dot, x[:1], vector, 1e-6))
+    torch.library.opcheck(swiglu_op._backward, (dot, x[:1], y[:1]))
+    torch.library.opcheck(layer_scale_op._backward, (dot, y[:1], vector))
+
+
+def test_opcheck_rotary():
+    q, k = (torch.randn(B, N, H, d, device=DEVICE, requires_grad=True) for _ in range(2))
+    weights = [torch.randn(d, device=DEVICE, requires_grad=True) for _ in range(2)]
+    dot = torch.randn(1, N, H, d, device=DEVICE)
+    for dots in ((dot, dot), (None, dot), (None, None)):
+        torch.library.opcheck(rotary_op._forward, (q, k, *dots, None, None, COS, SIN, 0.0, False))
+        torch.library.opcheck(rotary_op._forward, (q, k, *dots, *weights, COS, SIN, 1e-6, True))
+    q, k, *weights = (a.detach() for a in (q, k, *weights))
+    torch.library.opcheck(rotary_op._backward, (q, k, COS, SIN, True))
+    torch.library.opcheck(rotary_op._norm_backward, (k, q, q, k, *weights, COS, SIN, 1e-6, False))
+
+
+@pytest.mark.parametrize("op", [rotary, qk_norm_rotary])
+def test_one_of_two_results_unused(op):
+    q, k = (torch.randn(B, N, H, d, device=DEVICE, requires_grad=True) for _ in range(2))
+    weights = [torch.randn(d, device=DEVICE) for _ in range(2)] if op is qk_norm_rotary else []
+    both_used = torch.autograd.grad(sum(x.square().sum() for x in op(q, k, *weights, COS, SIN)), (q, k))
+    for used, grads in enumerate(both_used):
+        alone = torch.autograd.grad(op(q, k, *weights, COS, SIN)[used].square().sum(), (q, k))
+        assert torch.equal(alone[used], grads)
+        assert alone[1 - used].abs().sum() == 0
+
+
+def test_many_programs_share_the_weight_gradients(monkeypatch):
+    """More blocks than partial sums: each program takes several."""
+    from mfkernels import launch
+
+    monkeypatch.setattr(launch, "_lookup", lambda request: _small_blocks(dict(request)))
+    x, y = (torch.randn(4, 3, D, dtype=torch.float64) for _ in range(2))
+    bound = 4e-7
+    scale = torch.randn(D, dtype=torch.float64)
+    options = {"dtype": torch.float32, "bound": bound, "device": DEVICE}
+    assert_dual(rms_norm, wide_norm, {"x": x, "weight": scale}, duals=["x"], **options)
+    inputs = {"x": x, "y": y, "scale": scale}
+    assert_dual(layer_scale_residual, OPS["layer_scale_residual"][1], inputs, duals=["x", "y"], **options)
+    _, _, shapes, duals = OPS["qk_norm_rotary"]
+    assert_dual(qk_norm_of_qkv, wide_qk_norm, draw(shapes, torch.float64, "cpu"), duals=duals, **options)
+
+
+def _small_blocks(request):
+    sizes = {"BLOCK_S": 2, "BLOCK_D": 16} if request["op"] == "sum_partials" else {"BLOCK_R": 2}
+    parts = {"PARTS": 3} if request["op"].endswith("backward") else {}
+    return {**sizes, **parts, "num_warps": 4, "num_stages": 1}
+
+
+@dual_aware
+class Block(torch.nn.Module):
+    """A block as in improved MeanFlow: pre-norms, QK-norm, rotary, SwiGLU, a learned factor on each branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2, self.q_norm, self.k_norm = RMSNorm(D), RMSNorm(D), RMSNorm(d), RMSNorm(d)
+        self.qkv = torch.nn.Parameter(torch.randn(3 * D, D) / D**0.5)
+        self.mlp = SwiGLU(D, 50)
+        self.attn_scale, self.mlp_scale = (torch.nn.Parameter(torch.randn(D)) for _ in range(2))
+
+    def forward(self, x):
+        qkv = linear_map(lambda a: torch.nn.functional.linear(a, self.qkv), self.norm1(x))  # [B, N, 3·D]
+        q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d]
+        q, k = qk_norm_rotary(q, k, self.q_norm.weight, self.k_norm.weight, COS, SIN)
+        o = linear_map(lambda a: a.flatten(2), attention(q, k, v))  # [B, N, D]
+        x = layer_scale_residual(x, o, self.attn_scale)
+        return layer_scale_residual(x, self.mlp(self.norm2(x)), self.mlp_scale)
+
+
+def test_a_block_is_the_reference_block_eager_and_compiled():
+    block = Block().to(DEVICE)
+    x = torch.randn(B, N, D, device=DEVICE)
+    x_dot = torch.randn_like(x[:2])
+    results = {}
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for name, backend, fn in (
+        ("reference", "reference", block),
+        ("triton", "triton", block),
+        ("compiled", "triton", compiled),
+    ):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with use_backend(backend), recorded_choices() as choices:
+            y = fn(Dual(leaf, x_dot))
+            y.primal.square().sum().backward()
+        assert name == "compiled" or {choices[op] for op in OPS if op != "rotary"} == {backend}
+        results[name] = [y.primal, y.tangent, leaf.grad, *(p.grad.clone() for p in block.parameters())]
+    for name in ("triton", "compiled"):
+        for ours, reference in zip(results[name], results["reference"], strict=True):
+            assert relative_error(ours, reference) <= 2e-6
