@@ -54,9 +54,10 @@ def dual_errors(
     batch = inputs[duals[0]].shape[0]
 
     def rounded(x: Tensor) -> Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=torch.float64).copy_(x).to(dtype)
+        # `.to` would close the gaps between the rows of a view
+        return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
 
-    low = {name: rounded(x).to(device).requires_grad_() for name, x in inputs.items()}
+    low = {name: rounded(x).requires_grad_() for name, x in inputs.items()}
     high = {name: x.detach().cpu().double().requires_grad_() for name, x in low.items()}
     tangents = {
         name: torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64).to(dtype) for name in duals
