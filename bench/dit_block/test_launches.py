@@ -21,18 +21,17 @@ from mfkernels.backend import triton_unavailable
 
 B, N, D, H = 4, 128, 64, 4  # more tokens than one chunk of the backward kernels
 ROWS = B // 4
-NO_KERNEL = {
-    *("empty", "empty_like", "empty_strided", "new_empty", "resize_", "detach", "alias", "lift_fresh", "result_type"),
-    *("view", "as_strided", "_unsafe_view", "_reshape_alias", "reshape", "unflatten", "flatten", "unsqueeze", "squeeze"),
-    *("expand", "expand_as", "t", "transpose", "permute", "mT", "slice", "select", "narrow", "chunk", "split", "unbind"),
-    *("resolve_conj", "resolve_neg", "promote_types", "item", "_local_scalar_dense"),
-    *("contiguous", "to", "type_as", "is_nonzero", "view_as", "numpy_T", "split_with_sizes", "matrix_H", "adjoint"),
-}
+NO_KERNEL = set(
+    "empty empty_like empty_strided new_empty resize_ detach alias lift_fresh result_type promote_types resolve_conj "
+    "resolve_neg item _local_scalar_dense view view_as as_strided _unsafe_view _reshape_alias reshape flatten unflatten "
+    "squeeze unsqueeze expand expand_as t transpose permute mT slice select narrow chunk split split_with_sizes unbind "
+    "contiguous to type_as is_nonzero".split()
+)
 # what these call inside on a CPU is one kernel's work on a GPU
-ONE_KERNEL = {
-    *("mm", "addmm", "bmm", "baddbmm", "cat", "sum", "mean", "native_layer_norm", "native_layer_norm_backward"),
-    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
-}
+ONE_KERNEL = set(
+    "mm addmm bmm baddbmm cat sum mean native_layer_norm native_layer_norm_backward "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention_for_cpu_backward".split()
+)
 TRITON = "triton launch: "
 
 
