@@ -1,7 +1,9 @@
 import pytest
 import torch
+from both_backends import DEVICE, both, cases
+from op_checks import saved_bytes
 
-from mfkernels import Dual, RMSNorm, linear_map, rms_norm, use_backend
+from mfkernels import Dual, RMSNorm, linear_map, rms_norm
 from mfkernels.testing import assert_dual
 
 
@@ -15,38 +17,11 @@ def make(*shape):
 
 
 SHAPES = [(4, 7, 24), (2, 1, 2730), (3, 17, 2, 48), (4, 9), (1, 1, 3), (2, 276, 48), (1, 5, 1152), (2, 3, 768)]
-
-
-# measured: 2.5e-16, 1.6e-7, 1.9e-3; 2.0e-7, 3.3e-4, 5.6e-3
-# (the interpreter cuts bfloat16 off where a GPU rounds it: twice the error)
-CASES = [
-    ("reference", torch.float64, 5e-16),
-    ("reference", torch.float32, 3.2e-7),
-    ("reference", torch.bfloat16, 4e-3),
-    ("triton", torch.float32, 4e-7),
-    ("triton", torch.float16, 7e-4),
-    ("triton", torch.bfloat16, 1.1e-2),
-]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(1)  # with seed 0 the dual check would draw the inputs again, as their tangents
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request, poison_empty):
-    with use_backend(request.param), torch.device(DEVICE):
-        yield request.param
-
-
-@pytest.fixture(params=CASES, ids=str)
-def case(request, poison_empty):
-    """(dtype, bound) of one backend."""
-    backend, dtype, bound = request.param
-    with use_backend(backend):
-        yield dtype, bound
+backend = both()
+case = cases(
+    reference=(5e-16, 3.2e-7, 4e-3),  # measured: 2.5e-16, 1.6e-7, 1.9e-3
+    triton=(4e-7, 7e-4, 1.1e-2),  # 2.0e-7, 3.3e-4, 5.6e-3
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -94,20 +69,10 @@ def test_module_is_the_ops_and_saves_what_torch_saves(backend):
     plain.load_state_dict(norm.state_dict())
     x = torch.randn(4, 7, 24, requires_grad=True)
 
-    def saved_bytes(fn, arg):
-        total = 0
-
-        def pack(a):
-            nonlocal total
-            total += a.numel() * a.element_size()
-            return a
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
-            fn(arg)
-        return total
-
     torch.testing.assert_close(norm(x), plain(x))
-    assert saved_bytes(norm, Dual(x, torch.randn_like(x))) == saved_bytes(norm, x) <= saved_bytes(plain, x)
+    kept = saved_bytes(lambda: norm(x))
+    assert saved_bytes(lambda: norm(Dual(x, torch.randn_like(x)))) == kept
+    assert kept <= saved_bytes(lambda: plain(x))
 
 
 def test_bad_arguments(backend):

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from both_backends import DEVICE, both, cases
 
-from mfkernels import Dual, qk_norm_rotary, rms_norm, rotary, split_map, use_backend
+from mfkernels import Dual, qk_norm_rotary, rms_norm, rotary, split_map
 from mfkernels.testing import assert_dual
 
 
@@ -90,36 +91,11 @@ def bind(op, N, H, d, H_kv, interleaved):
     return run, oracle
 
 
-# measured: 3.2e-16, 1.6e-7, 3.5e-3; 1.9e-7, 2.4e-4, 3.9e-3
-# (the interpreter cuts bfloat16 off where a GPU rounds it: twice the error)
-CASES = [
-    ("reference", torch.float64, 6.5e-16),
-    ("reference", torch.float32, 3.2e-7),
-    ("reference", torch.bfloat16, 7e-3),
-    ("triton", torch.float32, 4e-7),
-    ("triton", torch.float16, 5e-4),
-    ("triton", torch.bfloat16, 8e-3),
-]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(1)  # with seed 0 the dual check would draw the inputs again, as their tangents
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request, poison_empty):
-    with use_backend(request.param), torch.device(DEVICE):
-        yield request.param
-
-
-@pytest.fixture(params=CASES, ids=str)
-def case(request, poison_empty):
-    """(dtype, bound) of one backend."""
-    backend, dtype, bound = request.param
-    with use_backend(backend):
-        yield dtype, bound
+backend = both()
+case = cases(
+    reference=(6.5e-16, 3.2e-7, 7e-3),  # measured: 3.2e-16, 1.6e-7, 3.5e-3
+    triton=(4e-7, 5e-4, 8e-3),  # 1.9e-7, 2.4e-4, 3.9e-3
+)
 
 
 @INTERLEAVED
