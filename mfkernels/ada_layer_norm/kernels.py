@@ -28,7 +28,7 @@ from ..rowwise import (
 
 
 @triton.jit
-def _forward_kernel(
+def _ada_layer_norm_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -108,7 +108,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _ada_layer_norm_backward_kernel(
     dh_ptr,
     dx_new_ptr,
     x_new_ptr,
@@ -201,7 +201,7 @@ def forward_launch(
     shift_dot, stride_shift_dot = per_sample(shift_dot)
     scale_dot, stride_scale_dot = per_sample(scale_dot)
     return Launch.of(
-        _forward_kernel,
+        _ada_layer_norm_forward_kernel,
         lambda config: (B * triton.cdiv(N, config["BLOCK_N"]),),
         config or launch_config("ada_layer_norm_forward", x.device, x.dtype, width=D),
         x.device,
@@ -308,7 +308,7 @@ def backward_launch(
     gate, stride_gate = per_sample(gate)
     scale_, stride_scale = per_sample(scale)
     return Launch.of(
-        _backward_kernel,
+        _ada_layer_norm_backward_kernel,
         lambda config: (B * chunks,),
         config,
         x_new.device,

@@ -26,7 +26,7 @@ from ..rowwise import (
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_residual_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -66,7 +66,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_residual_backward_kernel(
     dout_ptr,
     y_ptr,
     gate_ptr,
@@ -116,7 +116,7 @@ def forward_launch(
     gate_, stride_gate = per_sample(gate)
     gate_dot, stride_gate_dot = per_sample(gate_dot)
     return Launch.of(
-        _forward_kernel,
+        _gated_residual_forward_kernel,
         lambda config: (B * triton.cdiv(N, config["BLOCK_N"]),),
         config or launch_config("gated_residual_forward", x.device, x.dtype, width=D),
         x.device,
@@ -182,7 +182,7 @@ def backward_launch(
     chunks = partials.shape[1]
     gate_, stride_gate = per_sample(gate)
     return Launch.of(
-        _backward_kernel,
+        _gated_residual_backward_kernel,
         lambda config: (B * chunks,),
         config,
         y.device,

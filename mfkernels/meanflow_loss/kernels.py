@@ -31,7 +31,7 @@ def _weight(squared_error, norm_eps, NORM_P: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _meanflow_loss_forward_kernel(
     u_ptr,
     du_dt_ptr,
     v_ptr,
@@ -53,7 +53,7 @@ def _forward_kernel(
     """One chunk of one sample of [B, SIZE]; loss, squared_error and weight [B] here where there is one chunk only."""
     b = (tl.program_id(0) // CHUNKS).to(tl.int64)
     first = (tl.program_id(0) % CHUNKS) * CHUNK
-    moved = b < B_t
+    size_dot = tl.where(b < B_t, SIZE, 0)  # rows past B_t have no derivative
     interval = tl.load(t_ptr + b).to(tl.float32) - tl.load(r_ptr + b).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
     for start in range(0, tl.minimum(CHUNK, SIZE - first), BLOCK):
@@ -63,7 +63,7 @@ def _forward_kernel(
         u = tl.load(u_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
         target = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
         if du_dt_ptr is not None:
-            target -= interval * tl.load(du_dt_ptr + offs, mask=mask & moved, other=0.0).to(tl.float32)
+            target -= interval * tl.load(du_dt_ptr + offs, mask=cols < size_dot, other=0.0).to(tl.float32)
         error = u - target  # [BLOCK]
         total += error * error
         if error_ptr is not None:
@@ -79,7 +79,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _finish_kernel(
+def _meanflow_loss_finish_kernel(
     partials_ptr,
     loss_ptr,
     squared_error_ptr,
@@ -103,7 +103,7 @@ def _finish_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _meanflow_loss_backward_kernel(
     dloss_ptr,
     error_ptr,
     weight_ptr,
@@ -149,7 +149,7 @@ def forward_launch(
     B, B_t, SIZE = u.shape[0], du_dt.shape[0], u[0].numel()
     CHUNKS = 1 if partials is None else partials.shape[1]
     return Launch.of(
-        _forward_kernel,
+        _meanflow_loss_forward_kernel,
         lambda config: (B * CHUNKS,),
         config,
         u.device,
@@ -182,7 +182,7 @@ def finish_launch(
 ) -> Launch:
     B, CHUNKS = partials.shape
     return Launch.of(
-        _finish_kernel,
+        _meanflow_loss_finish_kernel,
         lambda config: (B,),
         {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
         loss.device,
@@ -248,7 +248,7 @@ def backward_launch(
     B, SIZE = du.shape[0], du[0].numel()
     CHUNKS = triton.cdiv(SIZE, config["CHUNK"])
     return Launch.of(
-        _backward_kernel,
+        _meanflow_loss_backward_kernel,
         lambda config: (B * CHUNKS,),
         config,
         du.device,

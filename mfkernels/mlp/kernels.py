@@ -31,7 +31,7 @@ def gelu_and_slope(h):
 
 
 @triton.jit
-def _forward_kernel(
+def _gelu_forward_kernel(
     h_ptr,
     bias_ptr,
     h_dot_ptr,
@@ -63,7 +63,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gelu_backward_kernel(
     h_ptr,
     bias_ptr,
     da_ptr,
@@ -118,7 +118,7 @@ def forward_launch(
     M, H = h.shape
     M_t = 0 if h_dot is None else h_dot.shape[0]
     return Launch.of(
-        _forward_kernel,
+        _gelu_forward_kernel,
         lambda config: (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(H, config["BLOCK_H"]),),
         config or launch_config("gelu_forward", h.device, h.dtype, width=H),
         h.device,
@@ -156,7 +156,7 @@ def backward_launch(
     """The launch that fills a and dh [M, H] and, with a bias, partials [chunks of config["CHUNK"] rows, H]."""
     M, H = h.shape
     return Launch.of(
-        _backward_kernel,
+        _gelu_backward_kernel,
         lambda config: (triton.cdiv(M, config["CHUNK"]) * triton.cdiv(H, config["BLOCK_H"]),),
         config,
         h.device,

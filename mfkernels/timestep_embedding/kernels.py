@@ -22,7 +22,7 @@ def _angles(t_ptr, offs_b, mask_b, log_step, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _timestep_embedding_forward_kernel(
     t_ptr,
     t_dot_ptr,
     out_ptr,
@@ -51,7 +51,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _timestep_embedding_backward_kernel(
     dout_ptr,
     t_ptr,
     dt_ptr,
@@ -89,7 +89,7 @@ def forward_launch(
     B_t = 0 if t_dot is None else t_dot.shape[0]
     HALF = dim // 2
     return Launch.of(
-        _forward_kernel,
+        _timestep_embedding_forward_kernel,
         lambda config: (triton.cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),
         t.device,
@@ -128,7 +128,7 @@ def backward_launch(
     B, dim = dout.shape
     HALF = dim // 2
     return Launch.of(
-        _backward_kernel,
+        _timestep_embedding_backward_kernel,
         lambda config: (triton.cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),
         t.device,
