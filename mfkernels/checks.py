@@ -8,7 +8,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from .dual import Dual, check_tangent
+from .dual import Dual, check_tangent, primal_of
 
 
 def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) -> None:
@@ -25,6 +25,13 @@ def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) 
             raise ValueError(f"{name}: expected {want} dimensions, got shape {tuple(p.shape)}")
     if isinstance(x, Dual) and x.tangent is not None:
         check_tangent(f"{name}.tangent", p, x.tangent)
+
+
+def check_rows(name: str, x: Any) -> None:
+    """`x` is an operand (B, …, D): a batch and a last dimension at least."""
+    check_operand(name, x)
+    if primal_of(x).ndim < 2:
+        raise ValueError(f"{name}: expected (B, …, D), got shape {tuple(x.shape)}")
 
 
 def check_shape(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_operand, check_same, check_shape
+from ..checks import check_constant, check_operand, check_rows, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
 
@@ -81,7 +81,7 @@ def layer_scale_residual(x: TensorOrDual, y: TensorOrDual, scale: Tensor) -> Ten
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `scale` has a tangent.
     """
-    check_operand("x", x)
+    check_rows("x", x)
     check_operand("y", y)
     check_shape("y", y, tuple(x.shape), "(B, …, D) of x")
     check_same("y", y, "x", x)

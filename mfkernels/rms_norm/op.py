@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_operand
+from ..checks import check_constant, check_rows
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, primal_of, tangent_of
 from . import reference
 
@@ -74,7 +74,7 @@ def rms_norm(x: TensorOrDual, weight: Tensor, *, eps: float = 1e-6) -> TensorOrD
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `weight` has a tangent.
     """
-    check_operand("x", x)
+    check_rows("x", x)
     check_constant("weight", weight, x.shape[-1:], "(D,) of x", x)
     check_eps(eps)
     return bridge_forward_mode("rms_norm", lambda x: _run(x, weight, eps), x)

@@ -197,9 +197,9 @@ def swiglu_forward(
     b_dot: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """silu(a)∘b and its tangent (None without one), contiguous; tangents with the same first rows of the batch."""
-    y = torch.empty(a.shape, device=a.device, dtype=a.dtype)  # [B, …, D]
+    y = torch.empty(a.shape, device=a.device, dtype=torch.promote_types(a.dtype, b.dtype))  # [B, …, D]
     some_dot = b_dot if a_dot is None else a_dot
-    y_dot = None if some_dot is None else torch.empty(some_dot.shape, device=a.device, dtype=a.dtype)  # [B_t, …, D]
+    y_dot = None if some_dot is None else torch.empty(some_dot.shape, device=a.device, dtype=y.dtype)  # [B_t, …, D]
     if y.numel() == 0:
         return y, y_dot
     dual = y_dot is not None and y_dot.numel() > 0
@@ -217,7 +217,7 @@ def swiglu_forward(
 
 def swiglu_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """da and db, contiguous."""
-    da, db = (torch.empty(a.shape, device=a.device, dtype=a.dtype) for _ in range(2))  # [B, …, D]
+    da, db = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (a, b))  # [B, …, D]
     if da.numel():
         backward_launch(as_rows(dy), as_rows(a), as_rows(b), da, db).run()
     return da, db

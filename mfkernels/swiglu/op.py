@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_operand, check_same, check_shape
+from ..checks import check_operand, check_rows, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
 
@@ -23,7 +23,8 @@ def _forward(a: Tensor, b: Tensor, a_dot: Tensor | None, b_dot: Tensor | None) -
 @_forward.register_fake
 def _(a, b, a_dot, b_dot):  # type: ignore[no-untyped-def]
     rows = next((x.shape[0] for x in (a_dot, b_dot) if x is not None), 0)
-    return a.new_empty(a.shape), a.new_empty((rows, *a.shape[1:]))
+    y = a.new_empty(a.shape, dtype=torch.promote_types(a.dtype, b.dtype))
+    return y, y.new_empty((rows, *a.shape[1:]))
 
 
 @torch.library.custom_op("mfkernels::swiglu_backward", mutates_args=())
@@ -71,7 +72,7 @@ def swiglu(a: TensorOrDual, b: TensorOrDual) -> TensorOrDual:
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    check_operand("a", a)
+    check_rows("a", a)
     check_operand("b", b)
     check_shape("b", b, tuple(a.shape), "(B, …, D) of a")
     check_same("b", b, "a", a)

@@ -175,6 +175,22 @@ def test_weights_of_another_dtype(op, oracle, shapes, duals):
     assert [g.dtype for g in grads] == [x.dtype for x in leaves.values()]
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_under_autocast(backend):
+    """A float32 stream, bfloat16 branches, float32 parameters: dtypes are the same on every backend."""
+    block, x = Block().to(DEVICE), torch.randn(B, N, D, device=DEVICE)
+    mixed = Dual(x, torch.randn_like(x)), Dual(x.bfloat16(), x.bfloat16())
+    with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+        h = block.mlp.w1(block.norm1(mixed[0]))
+        assert (h.dtype, h.tangent.dtype) == (torch.bfloat16, torch.bfloat16)
+        for out in (swiglu(*mixed), layer_scale_residual(*mixed, block.mlp_scale)):
+            assert (out.primal.dtype, out.tangent.dtype) == (torch.float32, torch.float32)
+        assert rms_norm(mixed[1], block.norm1.weight).dtype == torch.bfloat16
+        out = swiglu(block.mlp.w1(mixed[0]), block.mlp.w3(mixed[0]))
+        layer_scale_residual(mixed[0], block.mlp.w2(out), block.mlp_scale).primal.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in block.mlp.parameters())
+
+
 def test_opcheck():
     x, y = (torch.randn(B, N, D, device=DEVICE, requires_grad=True) for _ in range(2))
     vector = torch.randn(D, device=DEVICE, requires_grad=True)

@@ -83,6 +83,8 @@ def test_bad_arguments(backend):
         rms_norm(x, Dual(weight))
     with pytest.raises(ValueError, match="eps: expected a finite number >= 0"):
         rms_norm(x, weight, eps=-1.0)
+    with pytest.raises(ValueError, match=r"x: expected \(B, …, D\), got shape \(8,\)"):
+        rms_norm(x[0, 0], weight)
     with pytest.raises(TypeError, match="x: expected a floating-point dtype"):
         rms_norm(x.long(), weight)
     with pytest.raises(NotImplementedError, match="weight: a forward-mode tangent of a parameter"):
