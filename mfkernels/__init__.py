@@ -6,6 +6,7 @@ Every function takes tensors or `Dual`s and returns the same kind; only the prim
 from .ada_layer_norm import ada_layer_norm
 from .attention import Attention, attention
 from .backend import requested_backend, use_backend
+from .checkpoint import checkpoint, checkpoint_module
 from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
 from .gated_residual import gated_residual, gated_residual_ada_layer_norm
 from .layer_scale_residual import layer_scale_residual
@@ -35,6 +36,8 @@ __all__ = [
     "TimestepEmbedder",
     "ada_layer_norm",
     "attention",
+    "checkpoint",
+    "checkpoint_module",
     "dual_aware",
     "gated_residual",
     "gated_residual_ada_layer_norm",
