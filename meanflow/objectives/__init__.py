@@ -1,10 +1,12 @@
 """Training objectives: pure functions of a network and its draws."""
 
+from .draws import Draws
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
 from .meanflow import FlowMatching, MeanFlow, ObjectiveOutput
 from .time_samplers import LogitNormal, TimeSampler, Uniform
 
 __all__ = [
+    "Draws",
     "FlowMatching",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowOutput",

@@ -8,6 +8,7 @@ towards the guided velocity v_g, and so is the auxiliary head that gives v_c.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mfkernels import jvp, meanflow_loss
 
+from .draws import Draws, choose_moved
 from .meanflow import (
     Net,
     ObjectiveOutput,
@@ -112,16 +114,33 @@ class ImprovedMeanFlow:
             y: (B,) integer labels.
             generator: source of the draws, on the device of `x`; default: PyTorch's global one.
         """
-        B, device = x.shape[0], x.device
-        e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)  # [B, C, H, W]
+        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        spread: bool = False,
+    ) -> Draws:
+        """Everything random of a batch of this shape (B, C, H, W); arguments as `MeanFlow.draw`."""
+        B = shape[0]
+        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
         t, r = draw_times(B, self.time_sampler, generator, device)
         drop = draw_drop(B, self.label_dropout, generator, device)
-        order = torch.randperm(B, generator=generator, device=device)  # rows with r ≠ t first
-        rows = round(B * self.ratio)
-        r = torch.where(order.argsort() < rows, r, t)  # [B]
+        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
         omega = self.draw_omega(B, generator=generator, device=device)  # [B]
         t_min, t_max = torch.rand(2, B, generator=generator, device=device) / 2  # [B] each
-        return self._loss(net, x, e, t, r, y, drop, omega, t_min, 1 - t_max, order, rows)
+        conditions = {"omega": omega, "t_min": t_min, "t_max": 1 - t_max}
+        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop, conditions=conditions)
+
+    def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ImprovedMeanFlowOutput:
+        """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
+        return self._loss(
+            net, x, draws.noise, draws.t, draws.r, y, draws.drop, **draws.conditions, order=draws.order, rows=draws.rows
+        )
 
     def loss_at(
         self,

@@ -5,7 +5,7 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfkernels import jvp, meanflow_loss
 
+from .draws import Draws, choose_moved
 from .time_samplers import LogitNormal, TimeSampler
 
 # u = net(z, r, t, y)
@@ -99,14 +100,33 @@ class MeanFlow:
             y: (B,) integer labels.
             generator: source of the draws, on the device of `x`; default: PyTorch's global one.
         """
-        B, device = x.shape[0], x.device
-        e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)  # [B, C, H, W]
+        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        spread: bool = False,
+    ) -> Draws:
+        """Everything random of a batch of this shape (B, C, H, W).
+
+        Args:
+            generator: source of the draws, on `device`; default: PyTorch's global one.
+            spread: put the rows with r ≠ t at even distances (see `Draws.part`) instead of at random.
+        """
+        B = shape[0]
+        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
         t, r = draw_times(B, self.time_sampler, generator, device)
         drop = draw_drop(B, self.label_dropout, generator, device)
-        order = torch.randperm(B, generator=generator, device=device)  # rows with r ≠ t first
-        rows = round(B * self.ratio)
-        r = torch.where(order.argsort() < rows, r, t)
-        return self._loss(net, x, e, t, r, y, drop, order, rows)
+        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
+        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop)
+
+    def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
+        """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
+        return self._loss(net, x, draws.noise, draws.t, draws.r, y, draws.drop, draws.order, draws.rows)
 
     def loss_at(
         self,
@@ -243,11 +263,28 @@ class FlowMatching:
 
     def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> ObjectiveOutput:
         """Draw noise, time and label dropout, and evaluate the loss; arguments as `MeanFlow.__call__`."""
-        B, device = x.shape[0], x.device
-        e = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-        t = self.time_sampler.sample(B, generator=generator, device=device)
+        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        spread: bool = False,
+    ) -> Draws:
+        """Everything random of a batch; arguments as `MeanFlow.draw`, where `spread` changes nothing here."""
+        B = shape[0]
+        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
+        t = self.time_sampler.sample(B, generator=generator, device=device)  # [B]
         drop = draw_drop(B, self.label_dropout, generator, device)
-        return self._as_meanflow()._loss(net, x, e, t, t, y, drop, torch.arange(B, device=device), 0)
+        moved, rows = choose_moved(B, 0.0, spread=True, generator=generator, device=device)
+        return Draws(noise=e, t=t, r=t, moved=moved, rows=rows, drop=drop)
+
+    def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
+        """The loss at what `draw` gave."""
+        return self._as_meanflow().loss_of(net, x, y, draws)
 
     def loss_at(
         self, net: Net, *, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None
@@ -262,14 +299,14 @@ def column(a: Tensor, like: Tensor) -> Tensor:
 
 
 def draw_times(
-    n: int, sampler: TimeSampler, generator: torch.Generator | None, device: torch.device
+    n: int, sampler: TimeSampler, generator: torch.Generator | None, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Two independent times per sample, (n,) each, the larger one first."""
     pair = sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
     return pair.amax(dim=0), pair.amin(dim=0)  # [B]
 
 
-def draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+def draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device | str) -> Tensor | None:
     return torch.rand(n, generator=generator, device=device) < p if p > 0 else None  # [B]
 
 
