@@ -23,8 +23,9 @@ B, N, D, H = 4, 128, 64, 4  # more tokens than one chunk of the backward kernels
 ROWS = B // 4
 NO_KERNEL = """
 empty empty_like empty_strided new_empty resize_ detach alias lift_fresh result_type promote_types resolve_conj
-resolve_neg item _local_scalar_dense view view_as as_strided _unsafe_view _reshape_alias reshape flatten unflatten squeeze
-unsqueeze expand expand_as t transpose permute mT slice select narrow chunk split split_with_sizes unbind contiguous to type_as
+resolve_neg item _local_scalar_dense view view_as as_strided _unsafe_view _reshape_alias reshape flatten unflatten
+squeeze unsqueeze expand expand_as t transpose permute mT slice select narrow chunk split split_with_sizes unbind
+contiguous to type_as
 """
 # what these call inside on a CPU is one kernel's work on a GPU
 ONE_KERNEL = """

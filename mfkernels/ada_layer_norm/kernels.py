@@ -57,54 +57,57 @@ def _ada_layer_norm_forward_kernel(
     BLOCK_D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    mask_n = offs_n < N  # [BLOCK_N]
-    rows = b * N + offs_n  # [BLOCK_N]
+    """One chunk of tokens of one sample, whose vectors come from L1 after the first (registers are worth more)."""
+    chunks = tl.cdiv(N, CHUNK)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    for start in range(0, tl.minimum(CHUNK, N - chunk * CHUNK), BLOCK_N):
+        offs_n = chunk * CHUNK + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        mask_n = offs_n < N  # [BLOCK_N]
+        rows = b * N + offs_n  # [BLOCK_N]
+        x = load_rows(x_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        if HAS_RESIDUAL:
+            y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            gate = load_row(gate_ptr + b * stride_gate, D, BLOCK_D)  # [1, BLOCK_D]
+            # the norm sees x_new as it is stored: the backward reads it from there
+            x = (x + gate * y).to(x_new_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
+            store_rows(x_new_ptr, rows, mask_n, x, D, BLOCK_D)
+            x = x.to(tl.float32)
+        mean = tl.sum(x, 1) / D  # [BLOCK_N]
+        centred = zero_past(x - mean[:, None], D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)  # [BLOCK_N]
+        x_hat = centred * rstd[:, None]  # [BLOCK_N, BLOCK_D]
+        gain = 1.0 + load_row(scale_ptr + b * stride_scale, D, BLOCK_D)  # [1, BLOCK_D]
+        shift = load_row(shift_ptr + b * stride_shift, D, BLOCK_D)  # [1, BLOCK_D]
+        store_rows(h_ptr, rows, mask_n, x_hat * gain + shift, D, BLOCK_D)
+        tl.store(stats_ptr + rows * 2, mean, mask=mask_n)
+        tl.store(stats_ptr + rows * 2 + 1, rstd, mask=mask_n)
 
-    x = load_rows(x_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    if HAS_RESIDUAL:
-        y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        gate = load_row(gate_ptr + b * stride_gate, D, BLOCK_D)  # [1, BLOCK_D]
-        # the norm sees x_new as it is stored: the backward reads it from there
-        x = (x + gate * y).to(x_new_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
-        store_rows(x_new_ptr, rows, mask_n, x, D, BLOCK_D)
-        x = x.to(tl.float32)
-    mean = tl.sum(x, 1) / D  # [BLOCK_N]
-    centred = zero_past(x - mean[:, None], D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)  # [BLOCK_N]
-    x_hat = centred * rstd[:, None]  # [BLOCK_N, BLOCK_D]
-    gain = 1.0 + load_row(scale_ptr + b * stride_scale, D, BLOCK_D)  # [1, BLOCK_D]
-    shift = load_row(shift_ptr + b * stride_shift, D, BLOCK_D)  # [1, BLOCK_D]
-    store_rows(h_ptr, rows, mask_n, x_hat * gain + shift, D, BLOCK_D)
-    tl.store(stats_ptr + rows * 2, mean, mask=mask_n)
-    tl.store(stats_ptr + rows * 2 + 1, rstd, mask=mask_n)
-
-    if HAS_TANGENT:  # noqa: SIM102 (a constant, decided before b is compared)
-        if b < B_t:
-            h_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
-            if x_dot_ptr is not None or HAS_RESIDUAL:
-                x_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
-                if x_dot_ptr is not None:
-                    x_dot = load_rows(x_dot_ptr, rows, mask_n, D, BLOCK_D)
-                if HAS_RESIDUAL:
-                    if y_dot_ptr is not None:
-                        x_dot += gate * load_rows(y_dot_ptr, rows, mask_n, D, BLOCK_D)
-                    if gate_dot_ptr is not None:
-                        x_dot += load_row(gate_dot_ptr + b * stride_gate_dot, D, BLOCK_D) * y
-                    store_rows(x_new_dot_ptr, rows, mask_n, x_dot, D, BLOCK_D)
-                mean_dot = tl.sum(x_dot, 1) / D  # [BLOCK_N]
-                coupling = tl.sum(x_hat * x_dot, 1) / D  # [BLOCK_N]
-                x_hat_dot = (x_dot - mean_dot[:, None] - x_hat * coupling[:, None]) * rstd[:, None]
-                h_dot = x_hat_dot * gain  # [BLOCK_N, BLOCK_D]
-            if scale_dot_ptr is not None:
-                h_dot += x_hat * load_row(scale_dot_ptr + b * stride_scale_dot, D, BLOCK_D)
-            if shift_dot_ptr is not None:
-                h_dot += load_row(shift_dot_ptr + b * stride_shift_dot, D, BLOCK_D)
-            store_rows(h_dot_ptr, rows, mask_n, h_dot, D, BLOCK_D)
+        if HAS_TANGENT:  # noqa: SIM102 (a constant, decided before b is compared)
+            if b < B_t:
+                h_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+                if x_dot_ptr is not None or HAS_RESIDUAL:
+                    x_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+                    if x_dot_ptr is not None:
+                        x_dot = load_rows(x_dot_ptr, rows, mask_n, D, BLOCK_D)
+                    if HAS_RESIDUAL:
+                        if y_dot_ptr is not None:
+                            x_dot += gate * load_rows(y_dot_ptr, rows, mask_n, D, BLOCK_D)
+                        if gate_dot_ptr is not None:
+                            x_dot += load_row(gate_dot_ptr + b * stride_gate_dot, D, BLOCK_D) * y
+                        store_rows(x_new_dot_ptr, rows, mask_n, x_dot, D, BLOCK_D)
+                    mean_dot = tl.sum(x_dot, 1) / D  # [BLOCK_N]
+                    coupling = tl.sum(x_hat * x_dot, 1) / D  # [BLOCK_N]
+                    x_hat_dot = (x_dot - mean_dot[:, None] - x_hat * coupling[:, None]) * rstd[:, None]
+                    h_dot = x_hat_dot * gain  # [BLOCK_N, BLOCK_D]
+                if scale_dot_ptr is not None:
+                    h_dot += x_hat * load_row(scale_dot_ptr + b * stride_scale_dot, D, BLOCK_D)
+                if shift_dot_ptr is not None:
+                    h_dot += load_row(shift_dot_ptr + b * stride_shift_dot, D, BLOCK_D)
+                store_rows(h_dot_ptr, rows, mask_n, h_dot, D, BLOCK_D)
 
 
 @triton.jit
@@ -202,7 +205,7 @@ def forward_launch(
     scale_dot, stride_scale_dot = per_sample(scale_dot)
     return Launch.of(
         _ada_layer_norm_forward_kernel,
-        lambda config: (B * triton.cdiv(N, config["BLOCK_N"]),),
+        lambda config: (B * triton.cdiv(N, config["CHUNK"]),),
         config or launch_config("ada_layer_norm_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,

@@ -42,27 +42,31 @@ def _gated_residual_forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    mask_n = offs_n < N  # [BLOCK_N]
-    rows = b * N + offs_n  # [BLOCK_N]
+    """One chunk of tokens of one sample, whose gate stays in registers."""
+    chunks = tl.cdiv(N, CHUNK)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
     gate = load_row(gate_ptr + b * stride_gate, D, BLOCK_D)  # [1, BLOCK_D]
-    y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    out = load_rows(x_ptr, rows, mask_n, D, BLOCK_D) + gate * y  # [BLOCK_N, BLOCK_D]
-    store_rows(out_ptr, rows, mask_n, out, D, BLOCK_D)
-    if HAS_TANGENT:  # noqa: SIM102 (a constant, decided before b is compared)
-        if b < B_t:
-            out_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
-            if x_dot_ptr is not None:
-                out_dot = load_rows(x_dot_ptr, rows, mask_n, D, BLOCK_D)
-            if y_dot_ptr is not None:
-                out_dot += gate * load_rows(y_dot_ptr, rows, mask_n, D, BLOCK_D)
-            if gate_dot_ptr is not None:
-                out_dot += load_row(gate_dot_ptr + b * stride_gate_dot, D, BLOCK_D) * y
-            store_rows(out_dot_ptr, rows, mask_n, out_dot, D, BLOCK_D)
+    for start in range(0, tl.minimum(CHUNK, N - chunk * CHUNK), BLOCK_N):
+        offs_n = chunk * CHUNK + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        mask_n = offs_n < N  # [BLOCK_N]
+        rows = b * N + offs_n  # [BLOCK_N]
+        y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        out = load_rows(x_ptr, rows, mask_n, D, BLOCK_D) + gate * y  # [BLOCK_N, BLOCK_D]
+        store_rows(out_ptr, rows, mask_n, out, D, BLOCK_D)
+        if HAS_TANGENT:  # noqa: SIM102 (a constant, decided before b is compared)
+            if b < B_t:
+                out_dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+                if x_dot_ptr is not None:
+                    out_dot = load_rows(x_dot_ptr, rows, mask_n, D, BLOCK_D)
+                if y_dot_ptr is not None:
+                    out_dot += gate * load_rows(y_dot_ptr, rows, mask_n, D, BLOCK_D)
+                if gate_dot_ptr is not None:
+                    out_dot += load_row(gate_dot_ptr + b * stride_gate_dot, D, BLOCK_D) * y
+                store_rows(out_dot_ptr, rows, mask_n, out_dot, D, BLOCK_D)
 
 
 @triton.jit
@@ -117,7 +121,7 @@ def forward_launch(
     gate_dot, stride_gate_dot = per_sample(gate_dot)
     return Launch.of(
         _gated_residual_forward_kernel,
-        lambda config: (B * triton.cdiv(N, config["BLOCK_N"]),),
+        lambda config: (B * triton.cdiv(N, config["CHUNK"]),),
         config or launch_config("gated_residual_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,

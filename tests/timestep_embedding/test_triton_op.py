@@ -25,7 +25,9 @@ def oracle(t, dim=16, max_period=10000.0):
 
 
 # measured in the interpreter: 1.3e-7, 3.3e-4, 3.7e-3 (it cuts bfloat16 off where a GPU rounds)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2.6e-7), (torch.float16, 6.6e-4), (torch.bfloat16, 7.4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2.6e-7), (torch.float16, 6.6e-4), (torch.bfloat16, 7.4e-3)]
+)
 @pytest.mark.parametrize(("B", "dim"), [(1, 16), (17, 256), (5, 6), (33, 2)])
 def test_against_float64(B, dim, dtype, bound):
     assert_dual(
