@@ -248,10 +248,8 @@ class FlowMatching:
     time_sampler: TimeSampler = field(default_factory=lambda: LogitNormal(0.0, 1.0))
 
     def __post_init__(self) -> None:
-        self._as_meanflow()
-
-    def _as_meanflow(self) -> MeanFlow:
-        return MeanFlow(
+        # made once, here: torch.compile does not take an objective that is made within the region
+        meanflow = MeanFlow(
             ratio=0.0,
             omega=1.0,
             kappa=0.0,
@@ -260,6 +258,11 @@ class FlowMatching:
             norm_eps=self.norm_eps,
             time_sampler=self.time_sampler,
         )
+        object.__setattr__(self, "_meanflow", meanflow)
+
+    def _as_meanflow(self) -> MeanFlow:
+        meanflow: MeanFlow = self.__dict__["_meanflow"]
+        return meanflow
 
     def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> ObjectiveOutput:
         """Draw noise, time and label dropout, and evaluate the loss; arguments as `MeanFlow.__call__`."""
