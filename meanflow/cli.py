@@ -21,7 +21,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 
 from .data import load_data
 from .errors import UsageError
-from .presets import PRESETS
+from .presets import find_preset
 from .training.config import TrainConfig
 from .training.loop import TrainingError
 from .training.network import LoadedNetwork, generate, load_network
@@ -37,7 +37,19 @@ from .training.run import (
 )
 
 Flag = FlagCreatePairsOff[bool]
-PresetName = Literal["digits", "DiT-B/4", "DiT-B/2", "DiT-M/2", "DiT-L/2", "DiT-XL/2"]
+PresetName = Literal[
+    "digits",
+    "digits-imf",
+    "DiT-B/4",
+    "DiT-B/2",
+    "DiT-M/2",
+    "DiT-L/2",
+    "DiT-XL/2",
+    "iMF-DiT-B/2",
+    "iMF-DiT-M/2",
+    "iMF-DiT-L/2",
+    "iMF-DiT-XL/2",
+]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -48,9 +60,8 @@ class Train:
     Values come from, later ones first: flags, the YAML file, the saved run (with --resume), the preset, the defaults.
     """
 
-    preset: Positional[PresetName | None] = (
-        None  # digits: 8x8 digits, a minute and a half; DiT-*: the MeanFlow paper's recipes
-    )
+    # digits: 8x8 digits, a minute and a half (--objective imf: three, for any guidance scale); others: the papers'
+    preset: Positional[PresetName | None] = None
     config: Path | None = None  # YAML file with values for any of the options below
     resume: Flag = False  # continue the run of this name from its newest checkpoint
     overwrite: Flag = False  # replace the run of this name, if there is one
@@ -61,8 +72,13 @@ def train(args: Sequence[str]) -> int:
     """Train a network"""
     # The defaults that --help shows, and that flags override, depend on the preset and files named among the arguments.
     first = _parse(Train, [a for a in args if a not in ("-h", "--help")], prog="train")
-    base = PRESETS[first.preset] if first.preset else TrainConfig()
+    base = TrainConfig()
+    if first.preset:
+        asked = first.settings.objective  # "meanflow" is the flag's default: then the preset and the file decide
+        base = find_preset(first.preset, None if asked == base.objective else asked)
     given = _values_of_file(first.config, base) if first.config else {}
+    if first.preset and "objective" in given and first.settings.objective == TrainConfig().objective:
+        base = find_preset(first.preset, given["objective"])
     if first.resume:
         name = _given_name(args) or given.get("name") or base.name
         saved = read_config(run_folder(name))
@@ -155,6 +171,9 @@ class Sample:
     weights: Literal["ema", "raw"] = "ema"  # averaged weights, or those of the last step
     method: Literal["heun", "euler"] = "heun"  # flow_matching: the ODE solver
     guidance_scale: float = 1.0  # flow_matching: classifier-free guidance; 1 is none
+    omega: float | None = None  # imf: guidance scale, 1 is none; None: as the run's configuration says
+    t_min: float | None = None  # imf: guided times, from; None: as the run's configuration says
+    t_max: float | None = None  # imf: guided times, to; None: as the run's configuration says
     device: Device = "auto"  # auto: a GPU if there is one
 
 
@@ -165,6 +184,7 @@ def sample_command(args: Sequence[str]) -> int:
         raise UsageError(f"count, steps: expected at least 1, got {options.count} and {options.steps}")
     device = _device(options.device)
     loaded = load_network(_source(options.run), options.weights, device)
+    guidance = _guidance(options, loaded)
     labels = _labels(options.labels, loaded)
     channels = loaded.image_shape[0]
     if options.out.suffix != ".npy" and channels not in (1, 3):
@@ -178,6 +198,7 @@ def sample_command(args: Sequence[str]) -> int:
         torch.tensor(labels).repeat_interleave(options.count),
         loaded.image_shape,
         objective=loaded.objective,
+        guidance=guidance,
         steps=options.steps,
         seed=options.seed,
         method=options.method,
@@ -195,6 +216,25 @@ def sample_command(args: Sequence[str]) -> int:
             raise UsageError(f"out: cannot write {options.out}: {error}") from error
     _say(f"{len(images)} images from {loaded.source}: {options.out}")
     return 0
+
+
+def _guidance(options: Sample | Evaluate, loaded: LoadedNetwork) -> dict[str, float]:
+    """The network's guidance with what was asked for instead."""
+    asked = {name: getattr(options, name) for name in ("omega", "t_min", "t_max")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and loaded.objective != "imf":
+        raise UsageError(
+            f"{', '.join(asked)}: {loaded.source} has its guidance built in; only a network trained with "
+            "--objective imf can be asked for another"
+        )
+    guidance = {**loaded.guidance, **asked}
+    if guidance and not guidance["omega"] >= 1.0:
+        raise UsageError(f"omega: expected a number >= 1, got {guidance['omega']}")
+    if guidance and not 0.0 <= guidance["t_min"] <= guidance["t_max"] <= 1.0:
+        raise UsageError(
+            f"t_min, t_max: expected 0 <= t_min <= t_max <= 1, got {guidance['t_min']} and {guidance['t_max']}"
+        )
+    return guidance
 
 
 def _labels(text: str, loaded: LoadedNetwork) -> list[int]:
@@ -239,6 +279,9 @@ class Evaluate:
     seed: int = 0  # of the noise
     weights: Literal["ema", "raw"] = "ema"  # averaged weights, or those of the last step
     data: str | None = None  # another folder of images to compare with; None: what the run was trained on
+    omega: float | None = None  # imf: guidance scale, 1 is none; None: as the run's configuration says
+    t_min: float | None = None  # imf: guided times, from; None: as the run's configuration says
+    t_max: float | None = None  # imf: guided times, to; None: as the run's configuration says
     device: Device = "auto"  # auto: a GPU if there is one
 
 
@@ -250,17 +293,25 @@ def evaluate(args: Sequence[str]) -> int:
     folder = _source(options.run)
     device = _device(options.device)
     loaded = load_network(folder, options.weights, device)
+    guidance = _guidance(options, loaded)
     config = _configured(TrainConfig(), read_config(folder), folder / "config.yaml")
     data = load_data(
         options.data or config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out
     )
     figures, sampler = evaluate_network(
-        loaded, data, samples=options.samples, steps=options.steps, seed=options.seed, device=device
+        loaded,
+        data,
+        samples=options.samples,
+        steps=options.steps,
+        seed=options.seed,
+        guidance=guidance,
+        device=device,
     )
     report = report_figures(figures, sampler)
     _say_report(report)
     path = folder / "report.json"
     plain = options.steps is None and options.weights == "ema" and options.data is None
+    plain = plain and guidance == loaded.guidance
     if plain:
         before = json.loads(path.read_text()) if path.is_file() else {}
         before.pop("note", None)

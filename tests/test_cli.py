@@ -245,6 +245,43 @@ def test_the_authors_recipes_build():
     for name, effective in scale.items():
         objective = build_objective(PRESETS[name])
         assert objective.omega / (1 - objective.kappa) == pytest.approx(effective, rel=1e-6)
+    with torch.device("meta"):
+        for size, blocks in {"B": 12, "M": 24, "L": 32, "XL": 48}.items():
+            preset = PRESETS[f"iMF-DiT-{size}/2"]
+            net = build_model(preset, latents)
+            assert (len(net.shared_blocks), len(net.u_heads), len(net.v_heads)) == (blocks - 8, 8, 8)
+            objective = build_objective(preset)
+            assert (objective.ratio, objective.cfg_beta, objective.omega_max) == (0.5, 1.0, 8.0)
+
+
+TINY_IMF = TINY.replace("--model DiT", "--objective imf --depth 2 --aux-head-depth 1").replace("--depth 1 ", "")
+
+
+def test_digits_with_improved_meanflow_at_any_guidance_scale(capsys):
+    assert run(f"train digits {TINY_IMF} --steps 2") == 0
+    folder = Path("runs/digits-imf")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["objective"] == "imf"
+    assert report["sampler"] == "MeanFlow, 1 network evaluation, omega 2 on [0, 1]"
+    assert [row["omega"] for row in report["guidance"]] == [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
+    assert picture(folder / "samples.png") == ((2 + 10 * 42, 2 + 7 * 42), "L")  # omega down the side
+
+    def images(flags):
+        assert run(f"sample digits-imf --labels 1,2 --count 2 --out x.npy {flags}") == 0
+        return np.load("x.npy")
+
+    assert images("").shape == (4, 1, 8, 8)
+    assert np.array_equal(images(""), images("--omega 2 --t-min 0 --t-max 1"))
+    assert run("sample digits-imf --omega 3.5 --t-min 0.2 --t-max 0.8 --out grid.png") == 0
+    before = (folder / "report.json").read_text()
+    assert run("evaluate digits-imf --omega 4 --samples 20") == 0
+    assert "keeps the figures" in capsys.readouterr().out
+    assert (folder / "report.json").read_text() == before
+    fails("sample digits-imf --omega 0.5", capsys, "omega: expected a number >= 1")
+    fails("sample digits-imf --t-min 0.9 --t-max 0.1", capsys, "t_min, t_max: expected")
+    assert run(f"train digits {TINY} --steps 1 --no-evaluate") == 0
+    fails("sample digits --omega 3", capsys, "has its guidance built in")
+    fails(f"train digits {TINY} --objective imf --name x", capsys, "objective: imf trains an iMF-DiT")
 
 
 def test_info_names_every_op_and_its_backend(capsys):

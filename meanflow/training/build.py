@@ -9,7 +9,7 @@ from torch import nn
 from ..data import ImageData
 from ..errors import UsageError
 from ..models import create_model
-from ..objectives import FlowMatching, LogitNormal, MeanFlow, TimeSampler, Uniform
+from ..objectives import FlowMatching, ImprovedMeanFlow, LogitNormal, MeanFlow, TimeSampler, Uniform
 from .config import TrainConfig
 
 
@@ -21,9 +21,17 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
     """
     sizes: dict[str, Any] = {
         name: getattr(config, name)
-        for name in ("hidden_size", "depth", "num_heads", "patch_size")
+        for name in ("hidden_size", "depth", "num_heads", "patch_size", "aux_head_depth")
         if getattr(config, name) is not None
     }
+    if config.prefix_tokens is not None:
+        names = ("num_class_tokens", "num_time_tokens", "num_cfg_tokens", "num_interval_tokens")
+        sizes.update(zip(names, config.prefix_tokens, strict=True))
+    if config.model.startswith("iMF-DiT") != (config.objective == "imf"):
+        raise UsageError(
+            "objective: imf trains an iMF-DiT (such as --model iMF-DiT-B/2), and no other objective does; got "
+            f"objective {config.objective} with model {config.model}"
+        )
     try:
         return create_model(
             config.model,
@@ -36,23 +44,34 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
         raise UsageError(f"model: {config.model} cannot be built for {data.name}: {error}") from error
 
 
-def build_objective(config: TrainConfig) -> MeanFlow | FlowMatching:
+def build_objective(config: TrainConfig) -> MeanFlow | ImprovedMeanFlow | FlowMatching:
     """The training objective.
 
     Raises:
         UsageError: a value is out of its range.
     """
-    meanflow = config.objective == "meanflow"
-    mean = (-0.4 if meanflow else 0.0) if config.time_mean is None else config.time_mean
-    norm_p = (1.0 if meanflow else 0.0) if config.norm_p is None else config.norm_p
+    plain = config.objective == "flow_matching"
+    mean = (0.0 if plain else -0.4) if config.time_mean is None else config.time_mean
+    norm_p = (0.0 if plain else 1.0) if config.norm_p is None else config.norm_p
+    ratio = (0.5 if config.objective == "imf" else 0.25) if config.ratio is None else config.ratio
     try:
         times: TimeSampler = Uniform() if config.time_sampler == "uniform" else LogitNormal(mean, config.time_std)
-        if not meanflow:
+        if plain:
             return FlowMatching(
                 label_dropout=config.label_dropout, norm_p=norm_p, norm_eps=config.norm_eps, time_sampler=times
             )
+        if config.objective == "imf":
+            return ImprovedMeanFlow(
+                ratio=ratio,
+                cfg_beta=config.cfg_beta,
+                omega_max=config.omega_max,
+                label_dropout=config.label_dropout,
+                norm_p=norm_p,
+                norm_eps=config.norm_eps,
+                time_sampler=times,
+            )
         return MeanFlow(
-            ratio=config.ratio,
+            ratio=ratio,
             omega=config.omega,
             kappa=config.kappa,
             guidance_interval=config.guidance_interval,

@@ -22,24 +22,30 @@ class TrainConfig:
     workers: int = 2  # processes that decode images, when there are too many to keep in memory
 
     # model
-    model: str = "DiT-S/4"  # DiT-{S,B,M,L,XL}/{2,4,8}, "DiT" with every size below, or the baseline "Affine"
+    model: str = "DiT-S/4"  # DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; "DiT", "iMF-DiT", "Affine": sizes below
     hidden_size: int | None = None  # width; None: as the model's name says
     depth: int | None = None  # number of blocks; None: as the model's name says
     num_heads: int | None = None  # attention heads; None: as the model's name says
     patch_size: int | None = None  # side of a patch; None: as the model's name says
+    aux_head_depth: int | None = None  # iMF-DiT: blocks of each head, out of depth; None: as the model's name says
+    prefix_tokens: tuple[int, int, int, int] | None = None  # iMF-DiT: for label, t - r, omega, each end; None: 8 4 4 2
     init: str | None = None  # safetensors file of weights to start from (see meanflow convert); None: random
 
     # objective
-    objective: Literal["meanflow", "flow_matching"] = "meanflow"  # average velocity (one step), or plain velocity (ODE)
-    ratio: float = 0.25  # meanflow: share of samples with r != t
+
+    # average velocity (one step), the same at any guidance scale (improved MeanFlow), or plain velocity (ODE)
+    objective: Literal["meanflow", "imf", "flow_matching"] = "meanflow"
+    ratio: float | None = None  # meanflow, imf: share of samples with r != t; None: 0.25 for meanflow, 0.5 for imf
     omega: float = 1.0  # meanflow: weight of the data's velocity in the guided target; scale is omega / (1 - kappa)
     kappa: float = 0.0  # meanflow: weight of the network's own class-conditional velocity in the guided target
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # meanflow: times at which the target is guided
+    cfg_beta: float = 1.0  # imf: guidance scales are drawn with density omega^-cfg_beta from 1 to omega_max
+    omega_max: float = 8.0  # imf: largest guidance scale in training
     label_dropout: float = 0.1  # share of samples trained without their label
-    norm_p: float | None = None  # power of the adaptive loss weight; None: 1 for meanflow, 0 for flow_matching
+    norm_p: float | None = None  # power of the adaptive loss weight; None: 1 for meanflow and imf, 0 for flow_matching
     norm_eps: float = 0.01  # epsilon of the adaptive loss weight
     time_sampler: Literal["logit_normal", "uniform"] = "logit_normal"  # how times are drawn
-    time_mean: float | None = None  # of logit(t); None: -0.4 for meanflow, 0 for flow_matching
+    time_mean: float | None = None  # of logit(t); None: -0.4 for meanflow and imf, 0 for flow_matching
     time_std: float = 1.0  # of logit(t)
 
     # optimiser
@@ -58,6 +64,8 @@ class TrainConfig:
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds
     threads: int = 0  # CPU threads of each process; 0: one per core. One is best for small networks
+    checkpoint_blocks: Literal["all"] | int = 0  # blocks recomputed in the backward instead of kept, from the first on
+    compile: bool = False  # torch.compile of the whole objective, as one graph
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights, averages and optimiser stay in float32
 
     # run
@@ -68,6 +76,8 @@ class TrainConfig:
     checkpoint_every: int = 1000  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that are kept
     tensorboard: bool = False  # also log for TensorBoard, in the run folder
+    sample_omega: float = 2.0  # imf: guidance scale of the report's images, and the default of `meanflow sample`
+    sample_interval: tuple[float, float] = (0.0, 1.0)  # imf: the times that it guides
     evaluate: bool = True  # at the end, write report.json (accuracy and Frechet distance of generated images)
 
     def __post_init__(self) -> None:
@@ -82,7 +92,7 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("hidden_size", "depth", "num_heads", "patch_size"):
+        for name in ("hidden_size", "depth", "num_heads", "patch_size", "aux_head_depth"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("workers", "threads", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
@@ -91,12 +101,25 @@ class TrainConfig:
         for name in ("held_out", "ema_decay", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not self.sample_omega >= 1.0:
+            raise UsageError(f"sample_omega: expected a number >= 1, got {self.sample_omega}")
+        if not 0.0 <= self.sample_interval[0] <= self.sample_interval[1] <= 1.0:
+            raise UsageError(f"sample_interval: expected 0 <= low <= high <= 1, got {self.sample_interval}")
+        if self.checkpoint_blocks != "all" and self.checkpoint_blocks < 0:
+            raise UsageError(f"checkpoint_blocks: expected 'all' or at least 0, got {self.checkpoint_blocks}")
         if not self.lr > 0.0:
             raise UsageError(f"lr: expected a number > 0, got {self.lr}")
         if self.batch_size % self.accumulate != 0:
             raise UsageError(
                 f"batch_size: expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}"
             )
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """What an iMF-DiT is asked for when it samples; empty for networks whose guidance is built in."""
+        if self.objective != "imf":
+            return {}
+        return {"omega": self.sample_omega, "t_min": self.sample_interval[0], "t_max": self.sample_interval[1]}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML and JSON hold them."""

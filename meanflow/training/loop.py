@@ -14,9 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
+from mfkernels import checkpoint_module
+
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import shard
 from ..errors import UsageError
+from ..objectives import Draws, ObjectiveOutput
 from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
@@ -119,15 +122,39 @@ class Trainer:
         self.model = build_model(config, data)
         if config.init is not None:
             load_weights(self.model, load_tensors(Path(config.init)), Path(config.init))
+        checkpoint_blocks(self.model, config.checkpoint_blocks)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
         self.net, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.loss_of = self._compiled() if config.compile else self._loss_of
         self.ema = EMA(self.model, config.ema_decay)
+        self._check_parts()
         self.order = StepOrder(len(data.train), config.batch_size, config.seed)
         self.step = 0
         self.seconds = 0.0
+
+    def _check_parts(self) -> None:
+        parts = self.config.accumulate * self.accelerator.num_processes
+        rows = round(self.config.batch_size * getattr(self.objective, "ratio", 0.0))
+        if rows % parts != 0:
+            raise UsageError(
+                f"ratio, batch_size: {rows} of the batch's {self.config.batch_size} samples have r != t; expected a "
+                f"multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
+                f"{self.config.accumulate}), so that each part has as many"
+            )
+
+    def _loss_of(self, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
+        return self.objective.loss_of(self.net, x, y, draws)
+
+    def _compiled(self) -> Callable[..., ObjectiveOutput]:
+        if self.accelerator.num_processes > 1:
+            raise UsageError(
+                "compile: the gradient exchange of several processes does not compile into one graph yet; expected 1 "
+                f"process, got {self.accelerator.num_processes}"
+            )
+        return torch.compile(self._loss_of, fullgraph=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -158,6 +185,7 @@ class Trainer:
             "model": {"name": self.config.model, "config": getattr(self.model, "config", {})},
             "class_names": list(self.data.class_names),
             "objective": self.config.objective,
+            "guidance": self.config.guidance,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         if self.accelerator.is_main_process:
@@ -169,9 +197,9 @@ class Trainer:
             save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def averaged(self, *args: Tensor) -> Tensor:
+    def averaged(self, *args: Tensor, **conditions: Any) -> Any:
         """The network with averaged weights."""
-        return torch.func.functional_call(self.model, self.ema.weights, args)
+        return torch.func.functional_call(self.model, self.ema.weights, args, conditions)
 
     def run(self) -> TrainResult:
         """Train up to the last step, or until SIGINT or SIGTERM; either way the end is in a checkpoint.
@@ -264,6 +292,7 @@ class Trainer:
             group["lr"] = learning_rate(self.step, config)
         flips = self.order.flips(self.step) if config.flip else None
         figures = torch.zeros(3, device=accelerator.device)
+        draws = self._draws()
         where = {"micros": config.accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
         for micro in range(config.accumulate):
             x, y = next(batches)
@@ -272,10 +301,9 @@ class Trainer:
                 x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
             x = x.to(accelerator.device, non_blocking=True)
             y = y.to(accelerator.device, non_blocking=True)
-            # Draws are a function of (seed, step, part, process), so a resumed run makes the same ones.
-            generator = generator_for(config.seed, 4, self.step, micro, where["rank"], device=accelerator.device)
+            part = draws.part(micro * where["world"] + where["rank"], where["micros"] * where["world"])
             with accelerator.accumulate(self.net):
-                out = self.objective(self.net, x, y, generator=generator)
+                out = self.loss_of(x, y, part)
                 accelerator.backward(out.loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
@@ -286,6 +314,14 @@ class Trainer:
             figures[1] += out.squared_error.mean().float() / config.accumulate
         self.ema.update(self.model, self.step)
         return figures
+
+    def _draws(self) -> Draws:
+        """The draws of this step's whole batch: a function of (seed, step), so that a resumed run makes the same ones
+        and any number of processes and parts shares the same."""
+        device = self.accelerator.device
+        shape = (self.config.batch_size, self.data.channels, self.data.image_size, self.data.image_size)
+        generator = generator_for(self.config.seed, 4, self.step, device=device)
+        return self.objective.draw(shape, generator=generator, device=device, spread=True)
 
     def _finite_means(self, pending: list[Tensor]) -> list[float]:
         """Means over steps and processes; one transfer from the device for all of them."""
@@ -321,6 +357,21 @@ class Trainer:
             return False
         flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
+    """Recompute the first `count` transformer blocks of `model` (or "all") in the backward, primal alone.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+    if count != "all" and int(count) > len(blocks):
+        raise UsageError(
+            f"checkpoint_blocks: expected 'all' or a number up to {len(blocks)} (blocks of the model), got {count}"
+        )
+    for block in blocks if count == "all" else blocks[: int(count)]:
+        checkpoint_module(block)
 
 
 def parameter_count(model: nn.Module) -> int:

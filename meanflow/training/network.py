@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,11 @@ class LoadedNetwork:
     """A network and what is needed to draw from it.
 
     net: in evaluation mode.
-    objective: "meanflow" or "flow_matching": which sampler fits.
+    objective: "meanflow", "imf" or "flow_matching": which sampler fits.
     class_names: one per label.
     step: optimiser steps it was trained for; None for a weight file.
     source: where it came from.
+    guidance: omega, t_min and t_max that an iMF-DiT is asked for by default; empty for other networks.
     """
 
     net: nn.Module
@@ -36,6 +37,7 @@ class LoadedNetwork:
     class_names: tuple[str, ...]
     step: int | None
     source: Path
+    guidance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -54,21 +56,24 @@ def load_network(source: Path, weights: Literal["ema", "raw"] = "ema", device: s
         if "model" not in metadata:
             raise UsageError(f"{source}: expected a weight file written by `meanflow convert`, which names its model")
         model, state = json.loads(metadata["model"]), None
-        tensors, objective = load_tensors(source), "meanflow"
+        tensors, objective = load_tensors(source), "imf" if model["name"] == "iMF-DiT" else "meanflow"
+        guidance = {"omega": 1.0, "t_min": 0.0, "t_max": 1.0} if objective == "imf" else {}
         names = tuple(str(label) for label in range(model["config"]["num_classes"]))
     else:
         path = find_checkpoint(source)
         state = load_state(path)
         model, objective, names = state["model"], state["objective"], tuple(state["class_names"])
+        guidance = state.get("guidance", {})
         source = path / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
         tensors = load_tensors(source)
     try:
-        net = create_model("Affine" if model["name"] == "Affine" else "DiT", **model["config"])
+        family = next((name for name in ("Affine", "iMF-DiT") if model["name"].startswith(name)), "DiT")
+        net = create_model(family, **model["config"])
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: cannot build its model: {error}") from error
     load_weights(net, tensors, source)
     step = None if state is None else int(state["step"])
-    return LoadedNetwork(net.to(device).eval(), objective, names, step, source)
+    return LoadedNetwork(net.to(device).eval(), objective, names, step, source, guidance)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -87,11 +92,12 @@ def find_checkpoint(source: Path) -> Path:
 
 
 def generate(
-    net: Callable[..., Tensor],
+    net: Callable[..., Any],
     labels: Tensor,
     image_shape: tuple[int, int, int],
     *,
     objective: str = "meanflow",
+    guidance: Mapping[str, float] | None = None,
     steps: int | None = None,
     seed: int = 0,
     method: Literal["euler", "heun"] = "heun",
@@ -104,7 +110,9 @@ def generate(
         net: u = net(z, r, t, y).
         labels: (n,) integer labels.
         image_shape: C, H, W.
-        objective: "meanflow" takes `steps` (default 1) MeanFlow steps, "flow_matching" `steps` (default 50) ODE steps.
+        objective: "meanflow" and "imf" take `steps` (default 1) MeanFlow steps, "flow_matching" `steps` (default 50)
+            ODE steps.
+        guidance: of "imf": omega, t_min and t_max.
         method, guidance_scale: of the ODE sampler.
 
     Returns:
@@ -114,7 +122,10 @@ def generate(
     images = []
     for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
         z, y = z.to(device), y.to(device)
-        if objective == "meanflow":
+        if objective == "imf":
+            conditions: dict[str, Any] = {"heads": "u", **(guidance or {})}
+            x = sample(net, z, y, steps=1 if steps is None else steps, **conditions)
+        elif objective == "meanflow":
             x = sample(net, z, y, steps=1 if steps is None else steps)
         else:
             steps_ode = 50 if steps is None else steps

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .pictures import image_grid, save_loss_curve, save_picture
 
 RUNS = Path("runs")
 GRID_ROWS, GRID_COLUMNS = 10, 10
+OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # rows of an iMF-DiT's grid, and of its report
 EVALUATION_SAMPLES = 2000
 
 
@@ -150,6 +151,7 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
     figures, sampler = evaluate_network(loaded, data, device=device)
     report = {
         **report_figures(figures, sampler),
+        **({"guidance": _by_omega(loaded, data, device)} if config.objective == "imf" else {}),
         "seconds": round(time.perf_counter() - started, 3),
         "training_seconds": round(result.seconds, 3),
         "images_per_second": round(result.images_per_second, 1),
@@ -169,13 +171,32 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
 
+def _by_omega(loaded: LoadedNetwork, data: ImageData, device: torch.device | str) -> list[dict[str, Any]]:
+    """The report's figures at each of `OMEGAS`."""
+    rows = []
+    for omega in OMEGAS:
+        figures, _ = evaluate_network(loaded, data, guidance={**loaded.guidance, "omega": omega}, device=device)
+        values = report_figures(figures, "")
+        rows.append({"omega": omega, **{key: values[key] for key in ("class_accuracy", "frechet_distance")}})
+    return rows
+
+
 def save_samples(
-    net: Callable[..., Tensor], config: TrainConfig, data: ImageData, path: Path, *, device: torch.device | str
+    net: Callable[..., Any], config: TrainConfig, data: ImageData, path: Path, *, device: torch.device | str
 ) -> None:
-    """A grid of generated images, one row per class (the first ten classes)."""
-    labels = torch.arange(min(GRID_ROWS, data.num_classes)).repeat_interleave(GRID_COLUMNS)  # [rows·columns]
+    """A grid of generated images, one row per class (the first ten classes).
+
+    For an iMF-DiT: one row per guidance scale of `OMEGAS` and one column per class, the noise of a column the same.
+    """
     shape = (data.channels, data.image_size, data.image_size)
-    images = generate(net, labels, shape, objective=config.objective, seed=config.seed, device=device)
+    of_all: dict[str, Any] = {"objective": config.objective, "seed": config.seed, "device": device}
+    if config.objective == "imf":
+        labels = torch.arange(GRID_COLUMNS) % data.num_classes  # [columns]
+        rows = [generate(net, labels, shape, guidance={**config.guidance, "omega": w}, **of_all) for w in OMEGAS]
+        images = torch.cat(rows)  # [rows·columns, C, H, W]
+    else:
+        labels = torch.arange(min(GRID_ROWS, data.num_classes)).repeat_interleave(GRID_COLUMNS)  # [rows·columns]
+        images = generate(net, labels, shape, **of_all)  # [rows·columns, C, H, W]
     save_picture(image_grid(images, GRID_COLUMNS), path)
 
 
@@ -186,18 +207,29 @@ def evaluate_network(
     samples: int = EVALUATION_SAMPLES,
     steps: int | None = None,
     seed: int = 0,
+    guidance: Mapping[str, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Evaluation, str]:
     """Figures of `samples` images, their labels in the training set's proportions; and the sampler in words."""
+    guidance = loaded.guidance if guidance is None else guidance
     labels = evaluation_labels(data.train.labels, samples)
     shape = (data.channels, data.image_size, data.image_size)
     if loaded.image_shape != shape:
         raise UsageError(f"{loaded.source} makes images of shape {loaded.image_shape}, {data.name} has {shape}")
     images = generate(
-        loaded.net, labels, shape, objective=loaded.objective, steps=steps, seed=seed, device=device
+        loaded.net,
+        labels,
+        shape,
+        objective=loaded.objective,
+        guidance=guidance,
+        steps=steps,
+        seed=seed,
+        device=device,
     )  # [n, C, H, W]
-    if loaded.objective == "meanflow":
+    if loaded.objective in ("meanflow", "imf"):
         sampler = f"MeanFlow, {steps or 1} network evaluation{'s' if (steps or 1) > 1 else ''}"
+        if guidance:
+            sampler += f", omega {guidance['omega']:g} on [{guidance['t_min']:g}, {guidance['t_max']:g}]"
     else:
         sampler = f"Heun's method, {steps or 50} steps, {2 * (steps or 50)} network evaluations"
     return evaluate_images(images, labels, data), sampler

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from meanflow.data import ImageData, TensorImages, load_digits_data
 from meanflow.errors import UsageError
-from meanflow.objectives import MeanFlow
 from meanflow.training import (
     TrainConfig,
     Trainer,
@@ -78,9 +78,10 @@ def stop_after(monkeypatch, steps: int) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("objective", ["meanflow", "flow_matching"])
+@pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_a_resumed_run_continues_the_same_curve(monkeypatch, accumulate, objective):
-    config = dataclasses.replace(TINY, accumulate=accumulate, objective=objective, flip=True)
+    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
+    config = dataclasses.replace(TINY, accumulate=accumulate, objective=objective, flip=True, **model)
     run_training(dataclasses.replace(config, name="whole"))
     with monkeypatch.context() as interrupted:
         stop_after(interrupted, 4)  # not a multiple of checkpoint_every
@@ -107,22 +108,43 @@ def test_rows_that_a_crash_left_behind_are_not_logged_twice(monkeypatch):
     assert 7.0 not in losses("tiny")
 
 
-def test_accumulation_sees_the_same_samples(monkeypatch):
-    """The draws of the objective differ, so what is compared is what it is fed: the step's batch in order."""
-    fed: list[torch.Tensor] = []
-    call = MeanFlow.__call__
-
-    def noting(self, net, x, y, *, generator=None):
-        fed.append(x)
-        return call(self, net, x, y, generator=generator)
-
-    monkeypatch.setattr(MeanFlow, "__call__", noting)
-    batches = []
+@pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
+def test_accumulation_changes_nothing(objective):
+    """The same samples, the same draws, and as many of them with r ≠ t in each part."""
+    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
+    config = dataclasses.replace(TINY, objective=objective, flip=True, norm_p=0.5, kappa=0.0, omega=2.0, **model)
     for accumulate in (1, 4):
-        run_training(dataclasses.replace(TINY, accumulate=accumulate, steps=2, flip=True), overwrite=accumulate > 1)
-        batches.append(torch.cat(fed))
-        fed.clear()
-    assert torch.equal(*batches)
+        run_training(dataclasses.replace(config, accumulate=accumulate, name=f"in{accumulate}"))
+    assert losses("in4") == pytest.approx(losses("in1"), rel=1e-5)
+
+
+def test_parts_must_share_the_rows_that_carry_tangents():
+    with pytest.raises(UsageError, match=r"2 of the batch's 8 samples have r != t; expected a multiple of 4"):
+        run_training(dataclasses.replace(TINY, accumulate=4, ratio=0.25))
+
+
+@pytest.mark.parametrize("count", [1, "all"])
+def test_checkpointed_blocks_change_nothing(count):
+    config = dataclasses.replace(TINY, depth=2)
+    run_training(dataclasses.replace(config, name="plain"))
+    run_training(dataclasses.replace(config, name="recomputed", checkpoint_blocks=count))
+    assert losses("recomputed") == losses("plain")
+    with pytest.raises(UsageError, match="checkpoint_blocks: expected 'all' or a number up to 2"):
+        run_training(dataclasses.replace(config, name="more", checkpoint_blocks=3))
+    with pytest.raises(UsageError, match="checkpoint_blocks: expected 'all' or at least 0, got -1"):
+        dataclasses.replace(config, checkpoint_blocks=-1)
+
+
+@pytest.mark.parametrize("count", [0, "all"])
+def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, count):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compile(fn, backend=counter, **options))
+    run_training(dataclasses.replace(TINY, name="eager"))
+    run_training(dataclasses.replace(TINY, name="compiled", compile=True, checkpoint_blocks=count))
+    assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -283,6 +305,8 @@ def test_the_affine_baseline_trains():
         ({"lr": math.nan}, "lr: expected"),
         ({"batch_size": 9, "accumulate": 2}, "batch_size: expected a multiple of accumulate = 2"),
         ({"held_out": 1.0}, "held_out"),
+        ({"sample_omega": 0.5}, "sample_omega: expected a number >= 1"),
+        ({"sample_interval": (0.5, 0.2)}, "sample_interval: expected"),
     ],
 )
 def test_values_out_of_range_are_named(change, words):
@@ -295,6 +319,9 @@ def test_values_out_of_range_are_named(change, words):
     [
         ({"ratio": 1.5}, "ratio: expected"),
         ({"model": "DiT-Q/3"}, "DiT-Q/3"),
+        ({"objective": "imf"}, "objective: imf trains an iMF-DiT .* got objective imf with model DiT"),
+        ({"model": "iMF-DiT"}, "got objective meanflow with model iMF-DiT"),
+        ({"aux_head_depth": 1}, "aux_head_depth"),
         ({"name": "../elsewhere"}, "name: expected"),
         ({"precision": "fp16"}, "precision: fp16"),
         ({"patch_size": 3}, "multiple of patch_size"),
