@@ -335,8 +335,9 @@ def _say_report(report: dict[str, Any]) -> None:
 class Convert:
     """Turn other programs' weights into a safetensors file for `meanflow sample` and `meanflow train --init`.
 
-    Reads the MeanFlow authors' JAX weights as .npz of '/'-joined names, and DiT's and SiT's PyTorch weights (.pt, .pth,
-    .safetensors). Those two predict other quantities: they are a start for training, not a MeanFlow model.
+    Reads the MeanFlow and improved MeanFlow authors' JAX weights as .npz of '/'-joined names, and PyTorch weights (.pt,
+    .pth, .safetensors) of the improved MeanFlow authors, DiT and SiT. The last two predict other quantities: they are a
+    start for training, not a MeanFlow model.
     """
 
     weights: Positional[Path]  # .npz, .pt, .pth or .safetensors

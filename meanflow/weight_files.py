@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .convert import dit_from_flax, load_dit
+from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name
 from .errors import UsageError
-from .models import DiT
+from .models import create_model
 
 
 def dit_config(
@@ -60,6 +60,47 @@ def dit_config(
     }
 
 
+def imf_dit_config(state: Mapping[str, Tensor], *, input_size: int | None = None) -> dict[str, Any]:
+    """Sizes of the iMF-DiT whose state dict this is; every one but `input_size` (default 32) is in the weights.
+
+    Raises:
+        UsageError: it is not an iMF-DiT's.
+    """
+    shapes = {plain_name(name): tuple(value.shape) for name, value in state.items()}
+    try:
+        width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        (head_dim,) = shapes["u_heads.0.attn.q_norm.weight"]
+        hidden = shapes["u_heads.0.mlp.w1.weight"][0]
+        tokens = {f"num_{ours}_tokens": shapes[f"{theirs}_tokens"][0] for ours, theirs in _TOKENS.items()}
+        num_classes = shapes["y_embedder.embedding_table.weight"][0] - 1
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"expected the weights of an iMF-DiT, but {error} is missing or of another shape") from error
+
+    def blocks(kind: str) -> int:
+        return len({name.split(".")[1] for name in shapes if name.startswith(f"{kind}.")})
+
+    return {
+        "input_size": 32 if input_size is None else input_size,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": blocks("shared_blocks") + blocks("u_heads"),
+        "num_heads": width // head_dim,
+        "num_classes": num_classes,
+        "aux_head_depth": blocks("u_heads"),
+        **tokens,
+        "mlp_ratio": 8 / 3 if int(width * (8 / 3)) == hidden else (hidden + 0.5) / width,
+        "v_head": any(name.startswith("v_final_layer.") for name in shapes),
+    }
+
+
+_TOKENS = {"class": "class", "time": "time", "cfg": "omega", "interval": "t_min"}
+
+
+def _is_imf(names: Iterable[str]) -> bool:
+    return any(re.search(r"u_final_layer[./]", name) for name in names)
+
+
 def _load_pickle(source: Path) -> Mapping[str, Any]:
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
@@ -74,12 +115,13 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
     """Read the weights in `source`, write them to `out`; returns what was done, in words.
 
     Raises:
-        UsageError: the file cannot be read or is not a DiT's.
+        UsageError: the file cannot be read or is neither a DiT's nor an iMF-DiT's.
     """
     try:
         if source.suffix == ".npz":
             with np.load(source, allow_pickle=False) as arrays:
-                state: Mapping[str, Any] = dit_from_flax({name: arrays[name] for name in arrays.files})
+                from_flax = imf_dit_from_flax if _is_imf(arrays.files) else dit_from_flax
+                state: Mapping[str, Any] = from_flax({name: arrays[name] for name in arrays.files})
         elif source.suffix == ".safetensors":
             state = load_file(source)
         elif source.suffix in (".pt", ".pth"):
@@ -95,15 +137,18 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
             state = state[key]
             break
     try:
-        config = dit_config(state, num_heads=num_heads, input_size=input_size)
-        net = DiT(**config)
+        if _is_imf(state):
+            name, config = "iMF-DiT", imf_dit_config(state, input_size=input_size)
+        else:
+            name, config = "DiT", dit_config(state, num_heads=num_heads, input_size=input_size)
+        net = create_model(name, **config)
         report = load_dit(net, state)
     except ValueError as error:
         raise UsageError(f"weights: {source}: {error}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    save_file(weights, partial, metadata={"model": json.dumps({"name": "DiT", "config": config})})
+    save_file(weights, partial, metadata={"model": json.dumps({"name": name, "config": config})})
     os.replace(partial, out)
     sizes = ", ".join(f"{key} {value:g}" for key, value in config.items())
-    return f"{report}\nDiT ({sizes}) written to {out}"
+    return f"{report}\n{name} ({sizes}) written to {out}"

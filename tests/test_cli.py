@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from meanflow import cli
-from meanflow.models import DiT
+from meanflow.models import DiT, IMFDiT
 from meanflow.presets import PRESETS
 from meanflow.training import TrainConfig, TrainingError, list_checkpoints
 from meanflow.training.log import read_log
@@ -330,6 +330,24 @@ def test_weights_of_the_jax_program_are_converted():
     assert run("convert jax.npz --out ours.safetensors") == 0
     ours = load_file("ours.safetensors")
     assert all(torch.equal(ours[name], value) for name, value in net.state_dict().items())
+
+
+def test_improved_meanflow_weights_are_converted(capsys):
+    net = IMFDiT(
+        input_size=8, patch_size=4, in_channels=1, hidden_size=20, depth=2, num_heads=2, num_classes=10,
+        aux_head_depth=1, num_class_tokens=1, num_time_tokens=2, num_cfg_tokens=3, num_interval_tokens=4, v_head=False,
+    )  # fmt: skip
+    theirs = {f"net.{name.replace('_proj.', '_proj._flax_linear.')}": value for name, value in net.state_dict().items()}
+    torch.save(theirs, "theirs.pt")
+    assert run("convert theirs.pt --out ours.safetensors --input-size 8") == 0
+    assert "iMF-DiT (" in capsys.readouterr().out
+    with safe_open("ours.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["model"]) == {"name": "iMF-DiT", "config": net.config}
+    ours = load_file("ours.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in net.state_dict().items())
+    assert run("sample ours.safetensors --labels 1,2 --count 2 --omega 4 --out grid.png") == 0
+    save_file({"u_final_layer.linear.bias": torch.zeros(1)}, "other.safetensors")
+    fails("convert other.safetensors --out x.safetensors", capsys, "expected the weights of an iMF-DiT")
 
 
 def test_a_checkpoint_of_another_model_is_refused(capsys):
