@@ -269,6 +269,11 @@ class Trainer:
                 if self.step > saved_at:
                     checkpoint()
                 raise
+            except RuntimeError as error:
+                lost = self._lost_peer(error)
+                if lost is None:
+                    raise
+                raise lost from error
             finally:
                 log.close()
             early = self.step < config.steps
@@ -279,6 +284,19 @@ class Trainer:
             images_per_second=(self.step - first) * config.batch_size / elapsed,
             checkpoint=self.last_checkpoint(),
             signal=signals.received if early else None,
+        )
+
+    def _lost_peer(self, error: RuntimeError) -> TrainingError | None:
+        """What to say where another process of the run is gone; None for other errors."""
+        words = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
+        communication = isinstance(error, torch.distributed.DistError) or any(w in str(error).lower() for w in words)
+        if self.accelerator.num_processes == 1 or not communication:
+            return None
+        path = self.last_checkpoint()
+        return TrainingError(
+            f"process {self.accelerator.process_index} of {self.accelerator.num_processes} lost another one after step "
+            f"{self.step}, so the run ends; what that process said last is the cause. "
+            + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
         )
 
     def last_checkpoint(self) -> Path | None:
