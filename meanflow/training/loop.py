@@ -206,7 +206,7 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is no longer finite.
-            UsageError: an image cannot be read; what was trained is in a checkpoint.
+            UsageError: an image cannot be read; with one process what was trained is in a checkpoint.
         """
         config, first = self.config, self.step
         log = RunLog(self.folder, config, self.accelerator, first)
@@ -266,7 +266,8 @@ class Trainer:
                 if self.step > saved_at:
                     checkpoint()
             except UsageError:  # an image that cannot be read: keep what was trained
-                if self.step > saved_at:
+                # with several processes the others are in the step still, and a save would wait for them for ever
+                if self.step > saved_at and self.accelerator.num_processes == 1:
                     checkpoint()
                 raise
             except RuntimeError as error:
