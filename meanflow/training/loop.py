@@ -131,6 +131,7 @@ class Trainer:
         self.loss_of = self._compiled() if config.compile else self._loss_of
         self.ema = EMA(self.model, config.ema_decay)
         self._check_parts()
+        self._check_backends()
         self.order = StepOrder(len(data.train), config.batch_size, config.seed)
         self.step = 0
         self.seconds = 0.0
@@ -144,6 +145,17 @@ class Trainer:
                 f"multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
                 f"{self.config.accumulate}), so that each part has as many"
             )
+
+    def _check_backends(self) -> None:
+        """Four samples through the loss and its gradient, so that a backend that cannot serve an op says so now."""
+        device = self.accelerator.device
+        x = torch.zeros(4, self.data.channels, self.data.image_size, self.data.image_size, device=device)
+        y = torch.zeros(4, dtype=torch.long, device=device)
+        try:
+            loss = self.objective(self.model, x, y, generator=torch.Generator(device)).loss
+            torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
+        except (NotImplementedError, ValueError) as error:
+            raise UsageError(f"backend: this run cannot be served: {error}") from error
 
     def _loss_of(self, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
         return self.objective.loss_of(self.net, x, y, draws)

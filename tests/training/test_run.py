@@ -334,3 +334,11 @@ def test_mistakes_are_named_before_anything_is_written(change, words):
     with pytest.raises(UsageError, match=words):
         run_training(dataclasses.replace(TINY, **change))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("backend", "words"), [("tritn", "expected one of"), ("cuda", "cuda backend")])
+def test_a_backend_that_cannot_serve_the_run_is_named_before_anything_is_written(monkeypatch, backend, words):
+    monkeypatch.setattr("mfkernels.backend._requested", backend)
+    with pytest.raises(UsageError, match=f"backend: .*{words}"):
+        run_training(TINY)
+    assert not Path("runs").exists()
