@@ -95,6 +95,10 @@ def train(args: Sequence[str]) -> int:
             f"everything is saved in {result.checkpoint}. Continue with: meanflow train --resume --name {name}"
         )
         return 128 + result.signal
+    if result.new_steps == 0:
+        asked = final.settings.steps
+        _say(f"{folder} has {result.step} steps already, and --steps asks for {asked}: nothing was trained")
+        return 0
     _say(f"Trained {result.step} steps in {result.seconds:.0f} s. Samples: {folder / 'samples.png'}")
     report = folder / "report.json"
     if final.settings.evaluate and report.is_file():

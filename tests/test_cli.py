@@ -134,6 +134,25 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
     fails("evaluate nothing", capsys, "nothing does not exist")
 
 
+def test_a_finished_run_is_left_alone_and_its_seconds_add_up(capsys):
+    assert run(f"train digits {TINY} --steps 4") == 0
+    folder = Path("runs/digits")
+    kept = [folder / name for name in ("config.yaml", "report.json", "log.jsonl")]
+    before = [path.read_text() for path in kept]
+    for steps in (2, 4):
+        capsys.readouterr()
+        assert run(f"train --resume --name digits --lr 0.5 --steps {steps}") == 0
+        assert f"has 4 steps already, and --steps asks for {steps}: nothing was trained" in capsys.readouterr().out
+        assert [path.read_text() for path in kept] == before
+    report = json.loads(before[1])
+    (folder / "report.json").write_text(json.dumps({**report, "seconds": report["seconds"] + 1000}))
+    assert run("train --resume --name digits --steps 5") == 0
+    after = json.loads((folder / "report.json").read_text())
+    assert after["steps"] == 5
+    assert after["seconds"] > report["seconds"] + 1000
+    assert after["training_seconds"] < 1000
+
+
 def test_a_folder_of_images_trains_a_flow_matching_model(tmp_path, capsys):
     make_folder(tmp_path / "pets")
     line = f"train --data pets --image-size 8 --flip --objective flow_matching --name pets {TINY} --steps 2"

@@ -49,6 +49,7 @@ class TrainResult:
     """How a call of `Trainer.run` ended.
 
     step: optimiser steps done, over all calls.
+    new_steps: those of this call; 0 where the run had reached its last step before.
     seconds: spent in them, over all calls.
     images_per_second: over this call.
     checkpoint: the newest one, None where there is none.
@@ -56,6 +57,7 @@ class TrainResult:
     """
 
     step: int
+    new_steps: int
     seconds: float
     images_per_second: float
     checkpoint: Path | None
@@ -293,6 +295,7 @@ class Trainer:
         self.seconds += elapsed
         return TrainResult(
             step=self.step,
+            new_steps=self.step - first,
             seconds=self.seconds,
             images_per_second=(self.step - first) * config.batch_size / elapsed,
             checkpoint=self.last_checkpoint(),

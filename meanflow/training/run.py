@@ -124,21 +124,32 @@ def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> Trai
         trainer = Trainer(config, data, folder, accelerator, on_samples)
         if checkpoint is not None:
             trainer.resume(checkpoint)
+            started -= trainer.seconds + _other_seconds(folder)  # as if the sessions had followed without a break
+        finished = trainer.step >= config.steps
         if accelerator.is_main_process:
             if folder.exists() and overwrite:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            if not finished:  # else it keeps the values that the run was trained with
+                write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
         accelerator.wait_for_everyone()
         result = trainer.run()
         if accelerator.is_main_process:
             save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
-            if result.signal is None:
+            reported = not config.evaluate or (folder / "report.json").is_file()
+            if result.signal is None and not (finished and reported):
                 _finish(trainer, result, started)
         accelerator.wait_for_everyone()
         return result
     finally:
         accelerator.end_training()  # closes TensorBoard and the process group
+
+
+def _other_seconds(folder: Path) -> float:
+    """What the report of a run counts besides training: starts and evaluations of its sessions; 0 without a report."""
+    path = folder / "report.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    return float(report.get("seconds", 0.0) - report.get("training_seconds", 0.0))
 
 
 def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
