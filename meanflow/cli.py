@@ -27,6 +27,7 @@ from .training.loop import TrainingError
 from .training.network import LoadedNetwork, generate, load_network
 from .training.pictures import image_grid, save_picture
 from .training.run import (
+    EVALUATION_SAMPLES,
     RUNS,
     evaluate_network,
     read_config,
@@ -279,7 +280,7 @@ class Evaluate:
 
     run: Positional[str]  # a run folder or its name
     steps: int | None = None  # network steps; None: 1 for meanflow, 50 (of an ODE solver) for flow_matching
-    samples: int = 2000  # generated images
+    samples: int = EVALUATION_SAMPLES  # generated images
     seed: int = 0  # of the noise
     weights: Literal["ema", "raw"] = "ema"  # averaged weights, or those of the last step
     data: str | None = None  # another folder of images to compare with; None: what the run was trained on
@@ -314,14 +315,14 @@ def evaluate(args: Sequence[str]) -> int:
     report = report_figures(figures, sampler)
     _say_report(report)
     path = folder / "report.json"
-    plain = options.steps is None and options.weights == "ema" and options.data is None
-    plain = plain and guidance == loaded.guidance
-    if plain:
+    standard = Evaluate(run=options.run, device=options.device)
+    asked = dataclasses.replace(options, omega=None, t_min=None, t_max=None)
+    if asked == standard and guidance == loaded.guidance:
         before = json.loads(path.read_text()) if path.is_file() else {}
         before.pop("note", None)
         write_text(path, json.dumps({**before, **report}, indent=2) + "\n")
     else:
-        _say(f"{path} keeps the figures of the default sampler, weights and data.")
+        _say(f"{path} keeps the figures of the standard evaluation: {standard.samples} samples, default options.")
     return 0
 
 

@@ -120,11 +120,15 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
     assert not np.array_equal(a, b)
 
     capsys.readouterr()
-    assert run("evaluate digits --samples 100") == 0
+    assert run("evaluate digits") == 0
     assert "held-out real images: 0.9" in capsys.readouterr().out
     after = json.loads((folder / "report.json").read_text())
-    assert after["samples"] == 100
+    assert after["samples"] == 2000
     assert after["steps"] == 6  # what training wrote stays
+    for flags in ("--samples 100", "--seed 1", "--steps 2", "--weights raw"):
+        assert run(f"evaluate digits {flags}") == 0
+        assert "keeps the figures of the standard evaluation" in capsys.readouterr().out
+        assert json.loads((folder / "report.json").read_text()) == after
 
     fails("sample digits --labels 3,11", capsys, "labels:", "'11'")
     fails("sample digits --count 0", capsys, "count")
