@@ -190,6 +190,12 @@ def sample_command(args: Sequence[str]) -> int:
     device = _device(options.device)
     loaded = load_network(_source(options.run), options.weights, device)
     guidance = _guidance(options, loaded)
+    given = [name for name in ("method", "guidance_scale") if getattr(options, name) != getattr(Sample, name)]
+    if given and loaded.objective != "flow_matching":
+        raise UsageError(
+            f"{', '.join(given)}: only a network trained with --objective flow_matching takes an ODE solver and its "
+            f"guidance; {loaded.source} is of {loaded.objective}"
+        )
     labels = _labels(options.labels, loaded)
     channels = loaded.image_shape[0]
     if options.out.suffix != ".npy" and channels not in (1, 3):

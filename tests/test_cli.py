@@ -132,6 +132,8 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
 
     fails("sample digits --labels 3,11", capsys, "labels:", "'11'")
     fails("sample digits --count 0", capsys, "count")
+    fails("sample digits --guidance-scale 3", capsys, "guidance_scale: only", "flow_matching")
+    fails("sample digits --method euler", capsys, "method: only", "flow_matching")
     fails("sample digits --out nowhere/grid.png", capsys, "no folder", "nowhere")
     fails("sample digits --out grid.xyz", capsys, "cannot write grid.xyz")
     fails("sample nothing", capsys, "nothing does not exist")
