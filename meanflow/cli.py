@@ -30,6 +30,7 @@ from .training.run import (
     EVALUATION_SAMPLES,
     RUNS,
     evaluate_network,
+    prepare_folder,
     read_config,
     report_figures,
     run_folder,
@@ -61,7 +62,8 @@ class Train:
     Values come from, later ones first: flags, the YAML file, the saved run (with --resume), the preset, the defaults.
     """
 
-    # digits: 8x8 digits, a minute and a half (--objective imf: three, for any guidance scale); others: the papers'
+    # values to start from. digits: 8x8 digits, a minute and a half (--objective imf: three, for any guidance scale);
+    # others: the papers' recipes
     preset: Positional[PresetName | None] = None
     config: Path | None = None  # YAML file with values for any of the options below
     resume: Flag = False  # continue the run of this name from its newest checkpoint
@@ -82,6 +84,7 @@ def train(args: Sequence[str]) -> int:
         base = find_preset(first.preset, given["objective"])
     if first.resume:
         name = _given_name(args) or given.get("name") or base.name
+        prepare_folder(run_folder(name), resume=True, overwrite=first.overwrite)
         saved = read_config(run_folder(name))
         base = _configured(base, saved, run_folder(name) / "config.yaml")
         base = dataclasses.replace(base, name=name)

@@ -219,7 +219,8 @@ def test_mistakes_on_the_command_line_end_with_code_2(capsys):
     fails("train", capsys, "meanflow train digits")
     fails("train --data nowhere", capsys, "no folder nowhere")
     fails("train digits --config none.yaml", capsys, "cannot read none.yaml")
-    fails("train digits --resume", capsys, "runs/digits")
+    fails("train digits --resume", capsys, "runs/digits does not exist")
+    fails("train --resume --name nope", capsys, "runs/nope does not exist; start the run without --resume")
     fails("nonsense", capsys, "nonsense")
     fails("", capsys, "COMMAND")
     assert not Path("runs").exists()
@@ -230,6 +231,7 @@ def test_every_option_has_a_line_of_help(capsys, command):
     assert run(f"{command} --help") == 0
     text = capsys.readouterr().out
     if command == "train":
+        assert "values to start from. digits: 8x8" in " ".join(text.replace("│", " ").split())
         for name in ("preset", "--config", "--resume", "--overwrite", "--objective", "average velocity"):
             assert name in text
     assert "(default" in text or command == "convert"
