@@ -18,16 +18,23 @@ def _schedule(steps: int, times: Sequence[float] | Tensor | None) -> list[float]
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return [1.0 - i / steps for i in range(steps + 1)]
     schedule = [float(a) for a in times]
-    if len(schedule) < 2 or any(a < b for a, b in itertools.pairwise(schedule)):
+    if len(schedule) < 2 or not all(a >= b for a, b in itertools.pairwise(schedule)):
         raise ValueError(f"times: expected at least two times that never increase, such as [1, 0.5, 0], got {schedule}")
     if schedule[0] > 1 or schedule[-1] < 0:
         raise ValueError(f"times: expected times in [0, 1], got {schedule}")
     return schedule
 
 
+def _first(out: Any) -> Tensor:
+    """u of a network that returns u, or a tuple that begins with it."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 def _check(noise: Tensor, y: Tensor) -> None:
     if not noise.is_floating_point():
         raise TypeError(f"noise: expected a floating-point dtype, got {noise.dtype}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor of labels, got {type(y).__name__}")
     if y.shape != noise.shape[:1]:
         raise ValueError(f"y: expected shape ({noise.shape[0]},), the batch of noise, got {tuple(y.shape)}")
 
@@ -63,8 +70,7 @@ def sample(
     z = noise
     for now, after in itertools.pairwise(schedule):
         t, r = z.new_full((z.shape[0],), now), z.new_full((z.shape[0],), after)  # [B]
-        u = net(z, r, t, y, **conditions)  # [B, C, H, W]
-        z = z - (now - after) * (u[0] if isinstance(u, tuple) else u)  # [B, C, H, W]
+        z = z - (now - after) * _first(net(z, r, t, y, **conditions))  # [B, C, H, W]
     return z
 
 
@@ -104,9 +110,10 @@ def sample_ode(
     def velocity(z: Tensor, at: float) -> Tensor:
         t = z.new_full((z.shape[0],), at)  # [B]
         if guidance_scale == 1.0:
-            return net(z, t, t, y, **conditions)
+            return _first(net(z, t, t, y, **conditions))
         t2 = torch.cat([t, t])
-        with_label, without = net(torch.cat([z, z]), t2, t2, torch.cat([y, null]), **conditions).chunk(2)
+        both = _first(net(torch.cat([z, z]), t2, t2, torch.cat([y, null]), **conditions))  # [2·B, C, H, W]
+        with_label, without = both.chunk(2)
         return without + guidance_scale * (with_label - without)
 
     z = noise

@@ -10,7 +10,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_flatten, tree_map_only, tree_unflatten
 
 T = TypeVar("T")
 
@@ -73,7 +73,12 @@ class Dual(NamedTuple):
     def __truediv__(self, other: Any) -> Dual:
         if isinstance(other, Dual):
             raise TypeError("other: a Dual can be divided by a tensor or a number, got a Dual")
-        return linear_map(lambda x, rows: x / leading(other, rows, self.primal.ndim), self, pass_rows=True)
+        p = _same_batch(self.primal / other, self)
+        if self.tangent is None:
+            return Dual(p)
+        with torch.no_grad():
+            t = self.tangent / leading(other, self.rows, p.ndim)
+            return Dual(p, t.expand(self.rows, *p.shape[1:]).to(p.dtype))
 
 
 TensorOrDual = Tensor | Dual
@@ -146,6 +151,11 @@ def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any
     a Dual or a tuple of these) go back to forward mode, where a gradient through them is an error that names `op`.
     """
     if any(isinstance(x, Dual) for x in operands):
+        if any(_carries_tangent(part) for x in operands for part in (x if isinstance(x, Dual) else (x,))):
+            raise NotImplementedError(
+                f"mfkernels.{op}: forward-mode tangents (torch.func.jvp, forward_ad) and Duals cannot be mixed in one "
+                "call; give every tangent as a Dual, or every one to forward mode"
+            )
         return run(*operands)
 
     def back(out: Any) -> Any:
@@ -171,21 +181,20 @@ def leading(x: Any, rows: int, ndim: int) -> Any:
     return x[:rows] if isinstance(x, Tensor) and x.ndim == ndim and x.shape[0] > 1 else x
 
 
-def linear_map(fn: Callable[..., Tensor], x: TensorOrDual, *, pass_rows: bool = False) -> Any:
+def linear_map(fn: Callable[[Tensor], Tensor], x: TensorOrDual) -> Any:
     """Apply a map that is linear in `x` and keeps the batch first (reshape, permute, scaling …) to primal and tangent.
 
     Args:
-        fn: the map, called on the primal and, under no_grad, on the tangent. With `pass_rows` it is called as
-            `fn(x, rows)` so that it can slice other operands to the rows at hand.
+        fn: the map, called on the primal and, under no_grad, on the tangent.
         x: (B, …) tensor or Dual.
     """
     if not isinstance(x, Dual):
-        return fn(x, x.shape[0]) if pass_rows else fn(x)
-    y = fn(x.primal, x.primal.shape[0]) if pass_rows else fn(x.primal)
+        return fn(x)
+    y = fn(x.primal)
     if x.tangent is None:
         return Dual(y)
     with torch.no_grad():
-        return Dual(y, fn(x.tangent, x.tangent.shape[0]) if pass_rows else fn(x.tangent))
+        return Dual(y, fn(x.tangent))
 
 
 def split_map(fn: Callable[[Tensor], Sequence[Tensor]], x: TensorOrDual) -> tuple[Any, ...]:
@@ -199,8 +208,20 @@ def split_map(fn: Callable[[Tensor], Sequence[Tensor]], x: TensorOrDual) -> tupl
         return tuple(Dual(p, t) for p, t in zip(ps, fn(x.tangent), strict=True))
 
 
+def _same_batch(out: Tensor, *operands: Any) -> Tensor:
+    """`out`, if its rows are those of every Dual operand: broadcasting over a batch would move the tangents' rows."""
+    for x in operands:
+        if isinstance(x, Dual) and (x.primal.ndim != out.ndim or x.primal.shape[0] != out.shape[0]):
+            raise ValueError(
+                f"other: expected an operand that leaves the rows of a Dual of shape {tuple(x.shape)} in place, got a "
+                f"result of shape {tuple(out.shape)}; expand the Dual to it first"
+            )
+    return out
+
+
 def _add(x: Dual, other: Any, sign: float) -> Dual:
     p = x.primal + primal_of(other) if sign > 0 else x.primal - primal_of(other)
+    _same_batch(p, x, other)
     rows = tangent_rows(x, other)
     if rows is None:
         return Dual(p)
@@ -218,7 +239,7 @@ def _add(x: Dual, other: Any, sign: float) -> Dual:
 
 def _mul(x: Dual, other: Any) -> Dual:
     q = primal_of(other)
-    p = x.primal * q
+    p = _same_batch(x.primal * q, x, other)
     rows = tangent_rows(x, other)
     if rows is None:
         return Dual(p)
@@ -302,6 +323,11 @@ def jvp(
     if is_dual_aware(fn):
         duals = [p if t is None else Dual(p, t) for p, t in zip(primals, cut, strict=True)]
         return _split(fn(*duals, **kwargs), R)
+    if any(_carries_tangent(a) for a in (*primals, *cut)):
+        raise NotImplementedError(
+            "primals: a second derivative (jvp inside torch.func.jvp or forward_ad) needs torch.func.jvp itself, or a "
+            "dual-aware fn; this would return zero"
+        )
     out = fn(*primals, **kwargs)
     bare = _unwrapped(fn)
     with torch.no_grad():
@@ -309,15 +335,19 @@ def jvp(
         active = [i for i, t in enumerate(cut) if t is not None]
         leads = [p.detach()[:R] for p in primals]
 
-        def of_active(*xs: Tensor) -> Any:
+        structure: list[Any] = []  # of fn's output: its leaves that are not tensors, and how to put them together
+
+        def of_active(*xs: Tensor) -> tuple[Tensor, ...]:
             args = list(leads)
             for i, x in zip(active, xs, strict=True):
                 args[i] = x
-            return bare(*args, **first)
+            leaves, spec = tree_flatten(bare(*args, **first))
+            structure[:] = [[isinstance(leaf, Tensor) for leaf in leaves], spec]
+            return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
         try:
             with _RefuseSilentZeros():
-                tangent_out = torch.func.jvp(
+                leaf_tangents = torch.func.jvp(
                     of_active, tuple(leads[i] for i in active), tuple(t for t in cut if t is not None)
                 )[1]
         except (NotImplementedError, RuntimeError) as error:
@@ -325,7 +355,9 @@ def jvp(
             if explained is None:
                 raise
             raise explained from error
-    return out, tree_map_only(Tensor, torch.Tensor.detach, tangent_out)
+    are_tensors, spec = structure
+    left = iter(leaf_tangents)
+    return out, tree_unflatten([next(left).detach() if is_tensor else None for is_tensor in are_tensors], spec)
 
 
 def _check_jvp(
@@ -345,6 +377,8 @@ def _check_jvp(
                 f"primals[{i}]: expected a batch of {tuple(primals[0].shape)[:1]} rows, got shape {tuple(p.shape)}"
             )
     B = primals[0].shape[0]
+    if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool)):
+        raise TypeError(f"rows: expected an integer or None, got {rows!r}")
     if rows is not None and not 0 <= rows <= B:
         raise ValueError(f"rows: expected a number in [0, {B}] (the batch size), got {rows}")
     for i, (p, t) in enumerate(zip(primals, tangents, strict=True)):
@@ -365,7 +399,7 @@ def _check_jvp(
 def check_tangent(name: str, primal: Tensor, tangent: Tensor) -> None:
     """Raise unless `tangent` can be the tangent of the first rows of `primal`."""
     if not isinstance(tangent, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(tangent).__name__}")
+        raise TypeError(f"{name}: expected a tensor, got {type(tangent).__name__}")
     if not (primal.is_floating_point() or primal.is_complex()):
         raise TypeError(f"{name}: a {primal.dtype} primal has no tangent")
     if tangent.dtype != primal.dtype:
@@ -392,7 +426,8 @@ def _split(out: Any, rows: int) -> tuple[Any, Any]:
         return {k: p for k, (p, _) in pairs.items()}, {k: t for k, (_, t) in pairs.items()}
     if isinstance(out, (tuple, list)):
         parts = [_split(v, rows) for v in out]
-        return type(out)(p for p, _ in parts), type(out)(t for _, t in parts)
+        make = out._make if hasattr(out, "_make") else type(out)  # a NamedTuple takes its fields one by one
+        return make(p for p, _ in parts), make(t for _, t in parts)
     return out, None
 
 
@@ -416,9 +451,9 @@ def _carries_tangent(x: Any) -> bool:
 def _explained(error: Exception) -> Exception | None:
     """PyTorch's message about a missing forward-mode rule as one that says what to do; None for other errors."""
     text = str(error)
-    if "forward AD" not in text and "jvp" not in text:
+    found = re.search(r"forward AD with (\S+) that does not support", text)
+    if found is None and not ("autograd.Function" in text and "jvp" in text):
         return None
-    found = re.search(r"forward AD with (\S+)", text)
     op = found.group(1).rstrip(".") if found else "a custom autograd.Function"
     if "attention" in op or "flash" in op or "attn" in op:
         cure = "replace it by mfkernels.attention, which computes output and tangent in one pass"

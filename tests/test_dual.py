@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -246,3 +248,63 @@ Z, T = torch.randn(4, 5), torch.rand(4)
 def test_bad_arguments(primals, tangents, rows, error, match):
     with pytest.raises(error, match=match):
         jvp(lambda z, t: z, primals, tangents, rows=rows)
+
+
+def test_broadcasting_that_would_move_rows_is_refused():
+    one, four, row = make(1, 1), torch.randn(4, 3, dtype=torch.float64), Dual(torch.randn(3), torch.randn(3))
+    for call in (lambda: one / four, lambda: one * four, lambda: one + four, lambda: make() - one, lambda: row * four):
+        with pytest.raises(ValueError, match="other: expected an operand that leaves the rows of a Dual"):
+            call()
+
+
+def test_a_named_tuple_comes_back_as_one():
+    class Out(NamedTuple):
+        u: object
+        aux: object
+
+    out, out_dot = jvp(dual_aware(lambda z: Out(z * 2, None)), (torch.randn(3, 2),), (torch.ones(3, 2),))
+    assert isinstance(out, Out)
+    assert torch.equal(out_dot.u, torch.full((3, 2), 2.0))
+
+
+def test_fallback_outputs_that_are_no_tensors_have_no_tangent():
+    x = torch.randn(3, 2)
+    out, out_dot = jvp(lambda x: {"u": x * 2, "n": 7, "none": None}, (x,), (torch.ones(3, 2),), rows=2)
+    assert out["n"] == 7
+    assert out_dot["n"] is None
+    assert out_dot["none"] is None
+    assert torch.equal(out_dot["u"], torch.full((2, 2), 2.0))
+
+
+def test_forward_mode_is_never_dropped_in_silence():
+    x = torch.randn(3)
+    with pytest.raises(NotImplementedError, match="a second derivative"):
+        torch.func.jvp(lambda x: jvp(torch.sin, (x,), (torch.ones(3),))[1], (x,), (x,))
+    z = torch.randn(2, 5, 1, 8)
+    with pytest.raises(NotImplementedError, match="cannot be mixed"):
+        torch.func.jvp(lambda k: mfkernels.attention(Dual(z, z), k, z).primal, (z,), (z,))
+
+
+def test_weights_of_another_dtype_or_device_are_named():
+    x, w = torch.randn(2, 3), torch.randn(4, 3)
+    with pytest.raises(TypeError, match="weight: expected the dtype of x"):
+        mfkernels.linear(x, w.double())
+    with pytest.raises(ValueError, match="weight: expected the device of x"):
+        mfkernels.linear(x, w.to("meta"))
+    with pytest.raises(TypeError, match="b1: expected the dtype of x"):
+        mfkernels.mlp(x, w, torch.zeros(4).double(), w.T, None)
+    with pytest.raises(ValueError, match=r"x: expected .* at least 2 dimensions"):
+        mfkernels.mlp(x[0], w, None, w.T, None)
+    u, t = torch.randn(2, 1, 2, 2), torch.rand(2)
+    with pytest.raises(ValueError, match="v: expected the device of u"):
+        mfkernels.meanflow_loss(u, u, u.to("meta"), t, t)
+    with pytest.raises(TypeError, match="u: expected a tensor, got a Dual"):
+        mfkernels.meanflow_loss(Dual(u, u), u, u, t, t)
+    with pytest.raises(TypeError, match="rows: expected an integer"):
+        jvp(torch.sin, (x,), (x,), rows=1.0)
+
+
+def test_a_dual_pass_runs_on_meta_tensors():
+    net = mfkernels.Attention(8, 2).to("meta")
+    out = net(Dual(torch.empty(2, 3, 8, device="meta"), torch.empty(1, 3, 8, device="meta")))
+    assert out.tangent.shape == (1, 3, 8)

@@ -63,3 +63,16 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+def test_networks_that_return_more_than_u():
+    noise, y = start()
+
+    def pair(z, r, t, y):
+        return net(z, r, t, y), z
+
+    pair.num_classes = 2
+    torch.testing.assert_close(sample(pair, noise, y), exact(noise))
+    for scale in (1.0, 2.0):
+        wanted = sample_ode(net, noise, y, steps=3, guidance_scale=scale)
+        torch.testing.assert_close(sample_ode(pair, noise, y, steps=3, guidance_scale=scale), wanted)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfkernels import (
     Attention,
+    Dual,
     Linear,
     Mlp,
     PatchEmbed,
@@ -213,10 +214,12 @@ def check_inputs(z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, i
     if tuple(z.shape[1:]) != image:
         raise ValueError(f"z: expected shape (B, {', '.join(map(str, image))}), got {tuple(z.shape)}")
     for name, a in (("r", r), ("t", t), ("y", y)):
+        if not isinstance(a, (Tensor, Dual)):
+            raise TypeError(f"{name}: expected a tensor of {B} entries, got {type(a).__name__}")
         if tuple(a.shape) != (B,):
             raise ValueError(f"{name}: expected shape ({B},), the batch of z, got {tuple(a.shape)}")
-    if y.is_floating_point():
-        raise TypeError(f"y: expected integer labels, got {y.dtype}")
+    if y.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"y: expected integer labels (int32 or int64), got {y.dtype}")
 
 
 def _fill_positions(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

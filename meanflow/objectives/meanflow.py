@@ -5,6 +5,7 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,9 +74,12 @@ class MeanFlow:
 
     def __post_init__(self) -> None:
         check_shares_and_norm(self)
-        low, high = self.guidance_interval
-        if not 0.0 <= low <= high <= 1.0:
+        interval = tuple(self.guidance_interval)
+        if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, got {self.guidance_interval}")
+        for name in ("omega", "kappa"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
         if self.kappa >= 1.0 and self.omega != 0.0:
             raise ValueError(f"kappa: expected less than 1 (the effective scale is ω/(1−κ)), got {self.kappa}")
 
@@ -318,9 +322,9 @@ def check_shares_and_norm(objective: Any) -> None:
     for name in ("ratio", "label_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(objective, name)}")
-    if objective.norm_p < 0:
+    if not 0 <= objective.norm_p < math.inf:
         raise ValueError(f"norm_p: expected a number >= 0, got {objective.norm_p}")
-    if objective.norm_eps <= 0:
+    if not 0 < objective.norm_eps < math.inf:
         raise ValueError(f"norm_eps: expected a number > 0, got {objective.norm_eps}")
 
 
@@ -333,8 +337,10 @@ def check_draws(x: Tensor, noise: Tensor, *, t: Tensor, r: Tensor, drop: Tensor 
             raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
     if drop is not None and drop.dtype != torch.bool:
         raise TypeError(f"drop: expected bool, got {drop.dtype}")
-    if bool((r > t).any()):
-        raise ValueError("r: expected r <= t in every row")
+    if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):  # NaN fails too
+        if bool((r > t).any()):
+            raise ValueError("r: expected r <= t in every row")
+        raise ValueError("t, r: expected times in [0, 1] in every row")
 
 
 def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:

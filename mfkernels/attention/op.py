@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
 from ..checks import check_operand, check_same
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
 from . import reference
 from .limits import unsupported
 
@@ -16,7 +17,7 @@ from .limits import unsupported
 _BACKWARD = os.environ.get("MFKERNELS_ATTENTION_BACKWARD", "triton")
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
-# One op for every kernel backend, so that torch.compile keeps it whole; `backend` says which kernels run inside.
+# torch.compile keeps each of them whole.
 
 
 @torch.library.custom_op("mfkernels::attention_forward", mutates_args=())
@@ -29,7 +30,6 @@ def _forward(
     v_dot: Tensor | None,
     scale: float,
     is_causal: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o (B, N_q, H, d), its tangent (B_t, N_q, H, d) with B_t = 0 where there is none, and lse (B, H, N_q) float32."""
     from .kernels import attention_forward
@@ -49,7 +49,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal):  # type: ignore[no-untyped-def]
     rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
     B, N_q, H, _d = q.shape
     return (
@@ -69,10 +69,11 @@ def _backward(
     lse: Tensor,
     scale: float,
     is_causal: bool,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .backward_kernels import aten_backend, attention_backward, attention_backward_aten
 
+    if _BACKWARD not in ("triton", "aten"):
+        raise ValueError(f"MFKERNELS_ATTENTION_BACKWARD: expected triton or aten, got {_BACKWARD!r}")
     if _BACKWARD == "aten" and do.numel() > 0:
         kernels = aten_backend(q, k, causal=is_causal)
         if kernels is None:
@@ -95,12 +96,12 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do, q, k, v, o, lse, scale, is_causal, backend):  # type: ignore[no-untyped-def]
+def _(do, q, k, v, o, lse, scale, is_causal):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, _, _, _, ctx.scale, ctx.is_causal, ctx.backend = inputs
+    q, k, v, _, _, _, ctx.scale, ctx.is_causal = inputs
     o, o_dot, lse = output
     ctx.mark_non_differentiable(o_dot, lse)
     ctx.set_materialize_grads(False)
@@ -109,9 +110,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
     if do is None:
-        return (None,) * 9
+        return (None,) * 8
     q, k, v, o, lse = ctx.saved_tensors
-    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal, ctx.backend), *(None,) * 6
+    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal), *(None,) * 5
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -170,6 +171,8 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
         check_operand(name, a, 4)
         check_same(name, a, "q", q)
     B, _, H, d = q.shape
+    if d == 0:
+        raise ValueError(f"q: expected a head dim of at least 1, got shape {tuple(q.shape)}")
     if k.shape[0] != B or k.shape[3] != d or k.shape[2] == 0 or H % k.shape[2] != 0:
         raise ValueError(f"k: expected ({B}, N_kv, a divisor of {H}, {d}) to match q, got {tuple(k.shape)}")
     if v.shape != k.shape:
@@ -178,14 +181,27 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
         raise ValueError("k: expected at least one key (N_kv >= 1), got none: softmax over an empty set is undefined")
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device_type)  # it is not on "meta"
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
+def _autocast(x: TensorOrDual) -> TensorOrDual:
+    """What autocast does to the operands of PyTorch's own attention; float64 stays."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x if x.dtype == torch.float64 else linear_map(lambda a: a.to(dtype), x)
+
+
 def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        q, k, v = (_autocast(a) for a in (q, k, v))
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)
     backend = choose("attention", qp.device, {"triton": lambda: _triton_unsupported(qp, kp, scale)})
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
-        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend)
+        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal)
         return Dual(o, None if rows is None else o_dot) if dual else o
 
     o = reference.attention(qp, kp, vp, scale, is_causal)
@@ -196,7 +212,7 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
         return a[:rows]
 
     # the reference chooses its precisions itself
-    with torch.no_grad(), torch.autocast(qp.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(qp.device.type):
         o_dot = reference.attention_tangent(
             q=first(qp),
             k=first(kp),

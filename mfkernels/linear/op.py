@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_operand, check_shape
+from ..checks import check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual
 from . import reference
 
@@ -27,8 +27,10 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     check_operand("weight", weight, 2)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected last size {weight.shape[1]} (D_in of weight), got shape {tuple(x.shape)}")
+    check_same("weight", weight, "x", x)
     if bias is not None:
         check_operand("bias", bias, 1)
+        check_same("bias", bias, "x", x)
         check_shape("bias", bias, (weight.shape[0],), "(D_out,) of weight")
     choose("linear", x.device, {})
     if not isinstance(x, Dual):

@@ -127,10 +127,16 @@ def meanflow_loss(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
+    if isinstance(u, Dual):
+        raise TypeError("u: expected a tensor, got a Dual; its tangent is the argument du_dt")
     check_operand("u", u)
     if u.ndim < 2:
         raise ValueError(f"u: expected (B, …) with at least 2 dimensions, got shape {tuple(u.shape)}")
     check_tangent("du_dt", u, du_dt)
+    for name, a in (("v", v), ("t", t), ("r", r)):
+        check_operand(name, a)
+        if a.device != u.device:
+            raise ValueError(f"{name}: expected the device of u, {u.device}, got {a.device}")
     check_shape("v", v, tuple(u.shape), "that of u")
     check_shape("t", t, (u.shape[0],), "(B,)")
     check_shape("r", r, (u.shape[0],), "(B,)")

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
-from ..checks import check_operand, check_shape
+from ..checks import check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, forward_mode_tangent, primal_of
 from . import reference
 
@@ -120,8 +120,12 @@ def mlp(
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_operand("x", x)
-    check_operand("w1", w1, 2)
-    check_operand("w2", w2, 2)
+    if len(x.shape) < 2:
+        raise ValueError(f"x: expected (B, …, D_in) with at least 2 dimensions, got shape {tuple(x.shape)}")
+    for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
+        if p is not None:
+            check_operand(name, p, ndim)
+            check_same(name, p, "x", x)
     if x.shape[-1] != w1.shape[1]:
         raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
     if w2.shape[1] != w1.shape[0]:

@@ -28,5 +28,5 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: TensorOrDual) -> TensorOrDual:
         features = timestep_embedding(t, self.frequency_embedding_size)  # [B, frequency_embedding_size]
-        dtype = self.mlp[0].weight.dtype
+        dtype = self.mlp[0].get_parameter("weight").dtype
         return self.mlp(linear_map(lambda a: a.to(dtype), features))  # [B, D]

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from mfkernels import Attention, Dual, attention
+from mfkernels import Attention, Dual, attention, use_backend
 from mfkernels.testing import assert_dual, dual_errors, relative_error
 
 # measured: 9.0e-16, 4.1e-7, 3.3e-3
@@ -149,3 +149,14 @@ def test_bad_dtype():
 def test_num_heads_must_divide():
     with pytest.raises(ValueError, match="num_heads: expected a divisor"):
         Attention(24, 5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_autocast_casts_as_it_does_for_pytorchs_attention(backend):
+    q, k, v = torch.randn(3, 2, 5, 2, 8)
+    with use_backend(backend), torch.autocast("cpu", torch.float16):
+        out = attention(Dual(q, q[:1]), k, v.half())
+    assert out.primal.dtype == out.tangent.dtype == torch.float16
+    exact = attention(Dual(q, q[:1]), k, v)
+    assert relative_error(out.primal, exact.primal) <= 1.5e-3
+    assert relative_error(out.tangent, exact.tangent) <= 1.5e-3
