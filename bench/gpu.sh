@@ -13,7 +13,7 @@ assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
 python3 -m pytest tests -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -n 15
-for what in attention step; do
+for what in attention dit_block modern_block step; do
     timeout 240 python3 -m pytest "bench/$what" -s -p no:cacheprovider --json "$out/$what.json" 2>&1 |
         tee "$out/$what.log" | tail -n 60
 done
