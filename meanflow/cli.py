@@ -90,7 +90,9 @@ def train(args: Sequence[str]) -> int:
         base = dataclasses.replace(base, name=name)
     if first.config:
         base = _configured(base, given, first.config)
-    final = _parse(Train, args, prog="train", default=Train(settings=base))
+    if {"-h", "--help"} & set(args):
+        args = ["--help"]  # alone: a preset before it would be left out of the text
+    final = _parse(Train, args, prog="train", default=Train(preset=first.preset, settings=base))
     result = run_training(final.settings, resume=final.resume, overwrite=final.overwrite)
     name, folder = final.settings.name, run_folder(final.settings.name)
     if result.signal is not None:

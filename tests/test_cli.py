@@ -251,6 +251,7 @@ def test_the_help_of_a_preset_shows_its_values(capsys):
     assert run("train digits --help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert f"optimiser steps (default: {PRESETS['digits'].steps})" in text
+    assert "values to start from. digits: 8x8" in text
 
 
 def test_training_that_fails_ends_with_code_1(no_training, capsys):
