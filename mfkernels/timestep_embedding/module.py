@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
+
+from torch import Tensor, nn
 
 from ..dual import TensorOrDual, dual_aware, linear_map
 from ..linear import Linear
@@ -28,5 +30,5 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: TensorOrDual) -> TensorOrDual:
         features = timestep_embedding(t, self.frequency_embedding_size)  # [B, frequency_embedding_size]
-        dtype = self.mlp[0].get_parameter("weight").dtype
+        dtype = cast(Tensor, self.mlp[0].weight).dtype
         return self.mlp(linear_map(lambda a: a.to(dtype), features))  # [B, D]
