@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -427,7 +428,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meanflow {options.command}: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"meanflow {options.command}: {error}", file=sys.stderr)
+        print(f"meanflow {options.command}: {error}", file=sys.stderr, flush=True)
+        if PartialState().num_processes > 1:
+            # a process group that lost a member can abort the interpreter on its way out, and hide this exit code
+            sys.stdout.flush()
+            os._exit(1)
         return 1
     except KeyboardInterrupt:
         print(f"meanflow {options.command}: interrupted", file=sys.stderr)
