@@ -11,7 +11,6 @@ from meanflow import sample
 from meanflow.convert import dit_from_flax
 from meanflow.models import DiT
 from mfkernels import use_backend
-from mfkernels.attention import op as attention_op
 from mfkernels.backend import recorded_choices
 from mfkernels.testing import relative_error
 
@@ -28,11 +27,8 @@ def _triton(poison_empty):
         yield
 
 
-def load(name, monkeypatch):
+def load(name):
     size, objective = CASES[name]
-    if size["hidden_size"] // size["num_heads"] % 8 != 0:
-        # heads of 12 are refused by the attention kernels (multiples of 8): attention alone is PyTorch's there
-        monkeypatch.setattr(attention_op, "choose", lambda *_: "reference")
     data = np.load(Path(__file__).parent / "golden" / f"{name}.npz")
     net = DiT(**size).to(DEVICE)
     net.load_state_dict(dit_from_flax(part(data, "param/")))
@@ -40,8 +36,8 @@ def load(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_objective_and_gradients(name, monkeypatch):
-    net, objective, data = load(name, monkeypatch)
+def test_objective_and_gradients(name):
+    net, objective, data = load(name)
     x, labels = image(data["x"]).to(DEVICE), torch.from_numpy(data["labels"]).long().to(DEVICE)
     t, r = (torch.from_numpy(data[a]).flatten().to(DEVICE) for a in "tr")
     noise = x + image(data["v"] if "v" in data.files else data["v_g"]).to(DEVICE)
@@ -66,7 +62,7 @@ def test_objective_and_gradients(name, monkeypatch):
     assert all(errors[part] <= bound for part, bound in bounds.items()), errors
 
 
-def test_samples(monkeypatch):
-    net, _, data = load("meanflow_dit_a", monkeypatch)
+def test_samples():
+    net, _, data = load("meanflow_dit_a")
     noise, labels = image(data["sample_2_noise"]).to(DEVICE), torch.from_numpy(data["labels"]).long().to(DEVICE)
     assert relative_error(sample(net, noise, labels, steps=2), image(data["sample_2"])) <= 1e-6

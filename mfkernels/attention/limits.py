@@ -11,10 +11,11 @@ MAX_HEAD_DIM = 256
 def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the Triton kernels cannot serve these arguments, naming the one at fault; None where they can."""
     head_dim = q.shape[-1]
-    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        return f"q: expected a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"q: expected float16, bfloat16 or float32, got {q.dtype}"
+    step = 16 // q.dtype.itemsize  # rows load 16 bytes at a time
+    if head_dim % step or not 8 <= head_dim <= MAX_HEAD_DIM:
+        return f"q: expected a head dim that is a multiple of {step} up to {MAX_HEAD_DIM} in {q.dtype}, got {head_dim}"
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return "q: Triton's CPU interpreter gets bfloat16 products wrong; expected float16 or float32 there"
     if k.shape[1] == 0:

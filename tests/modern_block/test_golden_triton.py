@@ -4,7 +4,6 @@ import pytest
 from test_golden_imf import data, net, test_objective_and_gradients, test_samples
 
 from mfkernels import use_backend
-from mfkernels.attention import op as attention_op
 from mfkernels.backend import recorded_choices
 
 pytest.importorskip("triton")
@@ -13,12 +12,11 @@ __all__ = ["data", "net", "test_objective_and_gradients", "test_samples"]  # col
 
 
 @pytest.fixture(autouse=True)
-def _triton(poison_empty, monkeypatch):
-    # heads of 12 are refused by the attention kernels (multiples of 8): attention alone is PyTorch's here
-    monkeypatch.setattr(attention_op, "choose", lambda *_: "reference")
+def _triton(poison_empty):
     with use_backend("triton"), recorded_choices() as chosen:
         yield
     assert {op for op, backend in chosen.items() if backend == "triton"} >= {
+        "attention",
         "rms_norm",
         "qk_norm_rotary",
         "swiglu",
