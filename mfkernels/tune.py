@@ -164,6 +164,21 @@ def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) ->
     return [row for row in old if key(row) not in replaced] + list(new)
 
 
+def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The sizes that each measured size speaks for: down to the next smaller one, the smallest for itself alone."""
+    ordered = sorted(set(sizes))
+    return [(low + 1, high) for low, high in zip([ordered[0] - 1, *ordered], ordered, strict=False)]
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the table in one step, so that an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(list(rows), indent=1) + "\n")
+    new.replace(path)
+    clear_cache()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mfkernels.tune", description="Measure launch configurations on this GPU."
@@ -178,31 +193,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     machine = {"arch": f"sm_{major}{minor}", "triton": triton_minor(), "dtype": arguments.dtype}
-    rows: list[Mapping[str, Any]] = []
-    tokens = sorted(arguments.tokens)
-    for head_dim in sorted(arguments.head_dims):
-        for n in tokens:
-            bounds = {"max_head_dim": head_dim, **({} if n == tokens[-1] else {"max_tokens": n})}
+    path = user_table()
+    try:
+        table = read_table(path)  # before hours of measuring, not after
+        if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):
+            raise ValueError(f"--head-dims: expected multiples of 8 up to {MAX_HEAD_DIM}, got {arguments.head_dims}")
+        if min(arguments.tokens) < 1:
+            raise ValueError(f"--tokens: expected at least 1, got {arguments.tokens}")
+    except ValueError as error:
+        print(f"mfkernels.tune: {error}", file=sys.stderr)
+        return 2
+    measured = 0
+    for least_head_dim, head_dim in ranges(arguments.head_dims):
+        for least, n in ranges(arguments.tokens):
+            bounds = {
+                "min_head_dim": least_head_dim,
+                "max_head_dim": head_dim,
+                "min_tokens": least,
+                "max_tokens": n,
+            }
             batch = max(1, 65536 // n)
             dtype = getattr(torch, arguments.dtype)
             for problem in attention_problems(head_dim, n, batch, dtype, device, bounds):
                 print(f"{problem.op} head_dim={head_dim} tokens={n}")
                 best = measure(problem)
                 if best is not None:
-                    rows.append(
-                        {
-                            "op": problem.op,
-                            **machine,
-                            **problem.conditions,
-                            "config": dict(best[0]),
-                            "milliseconds": round(best[1], 4),
-                        }
-                    )
-    path = user_table()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(merge(read_table(path), rows), indent=1) + "\n")
-    clear_cache()
-    print(f"wrote {len(rows)} rows to {path}")
+                    row = {
+                        "op": problem.op,
+                        **machine,
+                        **problem.conditions,
+                        "config": dict(best[0]),
+                        "milliseconds": round(best[1], 4),
+                    }
+                    table = merge(table, [row])
+                    write_table(path, table)  # after each: an interrupted run keeps what it measured
+                    measured += 1
+    print(f"wrote {measured} rows to {path}")
     return 0
 
 
