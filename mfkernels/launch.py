@@ -1,10 +1,11 @@
 """Launch configurations from a table, and the launch itself. Every Triton op of the library goes through here.
 
 The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
-`triton` ("3.6") and `dtype` must equal the request or be a list that holds it, and `max_<size>` must not lie below the
-request's `<size>`. A condition that a row leaves out holds for everything, so the shortest row of an op is its safe
-default. Of the rows that hold, one that names the arch goes before one that does not; then the one with the tightest
-sizes wins, then the one that names more, then a row of the user's own table, which `python -m mfkernels.tune` writes.
+`triton` ("3.6") and `dtype` must equal the request or be a list that holds it, and the request's `<size>` must not lie
+above `max_<size>` or below `min_<size>`. A condition that a row leaves out holds for everything, so the shortest row of
+an op is its safe default. Of the rows that hold, one that names the arch goes before one that does not; then the one
+with the tightest sizes wins, then the one that names more, then a row of the user's own table, which
+`python -m mfkernels.tune` writes.
 """
 
 import contextlib
@@ -55,11 +56,14 @@ def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | Non
 
     def holds(row: Row) -> bool:
         named = [(row[key], request.get(key)) for key in EXACT if key in row]
-        bounds = [(row[key], request.get(key.removeprefix("max_"))) for key in row if key.startswith("max_")]
+        sizes = [(key[:4], row[key], request.get(key[4:])) for key in row if key.startswith(("max_", "min_"))]
         return (
             row["op"] == request["op"]
             and all(asked == value or (isinstance(value, list) and asked in value) for value, asked in named)
-            and all(isinstance(asked, int) and asked <= bound for bound, asked in bounds)
+            and all(
+                isinstance(asked, int) and (asked <= bound if end == "max_" else asked >= bound)
+                for end, bound, asked in sizes
+            )
         )
 
     def rank(row: Row) -> tuple[float, ...]:

@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from mfkernels.attention.limits import MAX_HEAD_DIM
 from mfkernels.launch import Config, Launch, clear_cache, read_table, triton_minor, user_table
 
 # Largest difference from the first candidate's result, in norms, that rounding in another order explains.
@@ -187,22 +189,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096], metavar="N")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("mfkernels.tune measures on a GPU, and torch.cuda.is_available() is False here", file=sys.stderr)
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    machine = {"arch": f"sm_{major}{minor}", "triton": triton_minor(), "dtype": arguments.dtype}
     path = user_table()
     try:
-        table = read_table(path)  # before hours of measuring, not after
+        table = read_table(path)  # now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):
             raise ValueError(f"--head-dims: expected multiples of 8 up to {MAX_HEAD_DIM}, got {arguments.head_dims}")
         if min(arguments.tokens) < 1:
             raise ValueError(f"--tokens: expected at least 1, got {arguments.tokens}")
+        if not torch.cuda.is_available():
+            raise ValueError("it measures on a GPU, and torch.cuda.is_available() is False here")
     except ValueError as error:
         print(f"mfkernels.tune: {error}", file=sys.stderr)
         return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    machine = {"arch": f"sm_{major}{minor}", "triton": triton_minor(), "dtype": arguments.dtype}
     measured = 0
     for least_head_dim, head_dim in ranges(arguments.head_dims):
         for least, n in ranges(arguments.tokens):

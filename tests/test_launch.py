@@ -41,6 +41,11 @@ def test_the_smallest_size_that_is_large_enough_wins() -> None:
     assert chosen(row(1, max_head_dim=80, max_tokens=64), row(2, max_head_dim=80)) == 2
 
 
+def test_a_row_does_not_speak_for_sizes_below_its_own() -> None:
+    rows = [row(1), row(2, min_tokens=65, max_tokens=256)]
+    assert [chosen(*rows, tokens=n) for n in (64, 65, 256, 257)] == [1, 2, 2, 1]
+
+
 def test_a_size_that_the_request_lacks_never_holds() -> None:
     assert chosen(row(1), row(2, max_width=8)) == 1
 
@@ -112,6 +117,52 @@ def test_cache_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
     assert "measures on a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "table", "told"),
+    [
+        (["--head-dims", "64", "12"], "[]", "--head-dims: expected multiples of 8 up to 256, got [64, 12]"),
+        (["--head-dims", "264"], "[]", "--head-dims: expected multiples of 8"),
+        (["--tokens", "0", "64"], "[]", "--tokens: expected at least 1, got [0, 64]"),
+        ([], "[{", "launch.json is not JSON"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(cache_dir, capsys, arguments, table, told) -> None:
+    (cache_dir / "launch.json").write_text(table)
+    assert tune.main(arguments) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_measured_size_speaks_down_to_the_next_smaller_one() -> None:
+    assert tune.ranges([256, 64, 64, 1024]) == [(64, 64), (65, 256), (257, 1024)]
+
+
+def test_measured_rows_are_kept_one_by_one(cache_dir, monkeypatch) -> None:
+    """An interruption in the fourth problem leaves the rows found before, and what the user had."""
+    before = [row(9, arch="sm_70")]
+    (cache_dir / "launch.json").write_text(json.dumps(before))
+    measured = {"p": (tune.config(64, 64, 4, 2), 1.0), "q": None, "r": (tune.config(32, 32, 4, 2), 2.0)}
+
+    def problems(head_dim, tokens, batch, dtype, device, bounds):
+        for op in ("p", "q", "r", "s"):
+            yield tune.Problem(op, bounds, [], lambda config: None, [])
+
+    monkeypatch.setattr(tune, "attention_problems", problems)
+    monkeypatch.setattr(tune, "measure", lambda problem: measured[problem.op])
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with pytest.raises(KeyError, match="s"):
+        tune.main(["--head-dims", "64", "--tokens", "256"])
+    rows = launch.read_table(cache_dir / "launch.json")
+    assert [row["op"] for row in rows] == ["a", "p", "r"]
+    assert {key: rows[1][key] for key in rows[1] if key[:4] in ("min_", "max_")} == {
+        "min_head_dim": 64,
+        "max_head_dim": 64,
+        "min_tokens": 256,
+        "max_tokens": 256,
+    }
+    assert sorted(path.name for path in cache_dir.iterdir()) == ["launch.json"]
 
 
 def test_new_rows_replace_those_of_the_same_conditions() -> None:
