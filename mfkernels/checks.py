@@ -27,6 +27,11 @@ def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) 
         check_tangent(f"{name}.tangent", p, x.tangent)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; a device that knows no autocast ("meta") has it off."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def check_rows(name: str, x: Any) -> None:
     """`x` is an operand (B, …, D): a batch and a last dimension at least."""
     check_operand(name, x)
@@ -42,7 +47,7 @@ def check_shape(name: str, x: Any, shape: tuple[int, ...], meaning: str) -> None
 
 def check_same(name: str, x: Any, like_name: str, like: Any) -> None:
     """`x` has the device of `like` and, outside autocast (which mixes dtypes by design), its dtype."""
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if x.dtype != like.dtype and not autocast_enabled(like.device):
         raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {x.device}")

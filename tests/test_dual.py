@@ -308,3 +308,5 @@ def test_a_dual_pass_runs_on_meta_tensors():
     net = mfkernels.Attention(8, 2).to("meta")
     out = net(Dual(torch.empty(2, 3, 8, device="meta"), torch.empty(1, 3, 8, device="meta")))
     assert out.tangent.shape == (1, 3, 8)
+    with pytest.raises(TypeError, match="weight: expected the dtype of x"):  # "meta" knows no autocast to ask about
+        mfkernels.linear(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta", dtype=torch.float16))

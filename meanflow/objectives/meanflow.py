@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mfkernels import jvp, meanflow_loss
+from mfkernels.checks import autocast_enabled
 
 from .draws import Draws, choose_moved
 from .time_samplers import LogitNormal, TimeSampler
@@ -352,7 +353,7 @@ def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:
 def forget_autocast(device: torch.device) -> None:
     """After a forward under no_grad: autocast would hand the weights it cast there to the training pass, and those
     have no gradient."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         torch.clear_autocast_cache()
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable
+from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
@@ -92,15 +92,6 @@ def _backward_rule(ctx, dh, _dh_dot, _dstats):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
-def triton_unsupported(x: Tensor) -> str | None:
-    reason = triton_unavailable(x.device)
-    if reason is not None:
-        return reason
-    from ..rowwise import unsupported_row
-
-    return unsupported_row("x", x)
-
-
 # ------------------------------------------------------------------------------------------------- the public function
 
 
@@ -131,7 +122,7 @@ def ada_layer_norm(
     """
     check_ada_layer_norm(x, shift, scale, eps)
     xp = primal_of(x)
-    if choose("ada_layer_norm", xp.device, {"triton": lambda: triton_unsupported(xp)}) == "reference":
+    if choose("ada_layer_norm", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
         return run_reference(x, shift, scale, eps)
     return bridge_forward_mode("ada_layer_norm", partial(_run_triton, eps=eps), x, shift, scale)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
-from ..checks import check_operand, check_same
+from ..checks import autocast_enabled, check_operand, check_same
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
 from . import reference
 from .limits import unsupported
@@ -193,7 +193,7 @@ def _autocast(x: TensorOrDual) -> TensorOrDual:
 
 
 def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if autocast_enabled(q.device):
         q, k, v = (_autocast(a) for a in (q, k, v))
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))

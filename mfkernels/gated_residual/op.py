@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ada_layer_norm.op import check_ada_layer_norm, promoted, triton_unsupported
+from ..ada_layer_norm.op import check_ada_layer_norm, promoted
 from ..ada_layer_norm.op import run_reference as ada_layer_norm_reference
-from ..backend import choose
+from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
@@ -182,7 +182,7 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> Tens
     """
     _check(x, y, gate)
     xp = primal_of(x)
-    if choose("gated_residual", xp.device, {"triton": lambda: triton_unsupported(xp)}) == "reference":
+    if choose("gated_residual", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
         return _run_reference(x, y, gate)
     return bridge_forward_mode("gated_residual", _run_triton, x, y, gate)
 
@@ -214,7 +214,7 @@ def gated_residual_ada_layer_norm(
     _check(x, y, gate)
     check_ada_layer_norm(x, shift, scale, eps)
     xp = primal_of(x)
-    if choose("gated_residual_ada_layer_norm", xp.device, {"triton": lambda: triton_unsupported(xp)}) == "reference":
+    if choose("gated_residual_ada_layer_norm", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
         x_new = _run_reference(x, y, gate)
         return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
 
