@@ -10,9 +10,10 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import tyro
@@ -411,8 +412,16 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 training failed, 2 a mistake to mend, 130 after Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; returns the exit code: 0 done, 1 training failed, 2 a mistake to mend, 130 after Ctrl-C.
+
+    One of several processes (torchrun, accelerate launch) whose program this is (`argv` is None) ends here.
+    """
+    if argv is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _run_and_leave(sys.argv[1:])
+    return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: list[str]) -> int:
     commands = "\n".join(f"  {name:<10}{function.__doc__}" for name, function in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="meanflow",
@@ -428,15 +437,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"meanflow {options.command}: {error}", file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"meanflow {options.command}: {error}", file=sys.stderr, flush=True)
-        if PartialState().num_processes > 1:
-            # a process group that lost a member can abort the interpreter on its way out, and hide this exit code
-            sys.stdout.flush()
-            os._exit(1)
+        print(f"meanflow {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"meanflow {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _run_and_leave(argv: list[str]) -> NoReturn:
+    """Leave without tearing the interpreter down: a process group's threads can abort that, and hide the exit code."""
+    try:
+        code = _run(argv)
+    except SystemExit as stop:  # the parsers' way out
+        code = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,52 @@
     checkpoints/step_00001000/model.safetensors       weights
                               ema.safetensors         averaged weights, float32
                               optimizer.safetensors   AdamW's moments, one tensor per parameter and moment
+                              shares/                 under FSDP2, instead of optimizer.safetensors: weights, averages
+                                                      and moments, written by torch.distributed.checkpoint, each
+                                                      process's pieces in a file of its own
                               rng.safetensors         states of the main process's global PyTorch generators
                               state.json              step, model, timing; written last
 
-Batches and the objective's draws are functions of (seed, step), so the step is the data position too.
+Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and the objective's draws are functions of
+(seed, step), so the step is the data position too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
+from .parallel import spread_like, whole
 
 FORMAT = 1
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
+_SHARED = ("model", "ema", "optimizer")  # parts that FSDP2 spreads over the processes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved: everything that the next step depends on."""
+    """What is saved: everything that the next step depends on. Tensors may be spread over the processes (FSDP2)."""
 
     step: int
     model: Mapping[str, Tensor]
@@ -48,23 +57,46 @@ class Checkpoint:
     rng: Mapping[str, Tensor]
     state: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def spread(self) -> bool:
+        """Whether every process holds a piece only; then every process takes part in saving and loading."""
+        return any(isinstance(value, DTensor) for value in self.model.values())
+
+    @property
+    def shares(self) -> dict[str, Tensor]:
+        """What may be spread, by part and name."""
+        return {f"{part}{_SEPARATOR}{name}": value for part in _SHARED for name, value in getattr(self, part).items()}
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint into `folder` and remove all but the newest `keep`.
 
-    It is written beside its place and renamed when every byte is on disk: a crash leaves the previous ones whole.
+    It is written beside its place and renamed when every byte is on disk: a crash leaves the previous ones whole. The
+    main process calls this, or all do where the checkpoint is spread.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    main = PartialState().is_main_process
     final = folder / f"step_{checkpoint.step:08d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name in ("model", "ema", "optimizer", "rng"):
-        tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
-        save_file(tensors, partial / f"{name}.safetensors")
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    if checkpoint.spread:
+        PartialState().wait_for_everyone()  # for the folder
+        _save_shares(partial / "shares", checkpoint.shares)
+    for name in ("model", "ema", "rng") if checkpoint.spread else ("model", "ema", "optimizer", "rng"):
+        tensors = {}
+        for key, value in getattr(checkpoint, name).items():
+            value = whole(value.detach())
+            if main:
+                tensors[key] = value.cpu().contiguous()
+        if main:
+            save_file(tensors, partial / f"{name}.safetensors")
+    if not main:
+        return final
     state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         _sync(path)
     if final.exists():  # the same step again, after a resume with nothing left to do
         shutil.rmtree(final)
@@ -73,6 +105,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def _save_shares(path: Path, shares: dict[str, Tensor]) -> None:
+    try:
+        dcp.save(shares, checkpoint_id=path)
+    except CheckpointException as error:
+        raise OSError(f"cannot write {path}: {_cause(error)}") from error
+
+
+def _cause(error: CheckpointException) -> str:
+    """The first of the processes' errors, without its traceback."""
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"{cause} (process {rank})"
 
 
 def _sync(path: Path) -> None:
@@ -127,15 +172,82 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
+    """Read a checkpoint, by any number of processes.
+
+    Args:
+        path: its folder.
+        like: what this run holds now: tensors of its names and shapes come back spread over the processes as its are.
+            Default: every tensor whole.
 
     Raises:
         UsageError: it is missing or damaged; the message names the file.
     """
     state = load_state(path)
-    parts = {name: load_tensors(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer", "rng")}
-    return Checkpoint(step=int(state["step"]), state=state, **parts)
+    held = like.shares if like else {}
+    if (path / "shares").is_dir():
+        shares = _load_shares(path / "shares", held)
+    else:
+        shares = {
+            f"{part}{_SEPARATOR}{name}": value
+            for part in _SHARED
+            for name, value in load_tensors(path / f"{part}.safetensors").items()
+        }
+        for key, value in shares.items():
+            if key in held and held[key].shape == value.shape:
+                shares[key] = spread_like(value, held[key])
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _SHARED}
+    for key, value in shares.items():
+        part, name = key.split(_SEPARATOR, 1)
+        parts[part][name] = value
+    return Checkpoint(step=int(state["step"]), rng=load_tensors(path / "rng.safetensors"), state=state, **parts)
+
+
+def _load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    shares: dict[str, Any] = {}
+    for key, saved in _read_metadata(path).state_dict_metadata.items():
+        assert isinstance(saved, TensorStorageMetadata)
+        if key in held and held[key].shape == saved.size:
+            shares[key] = torch.empty_like(held[key])
+        else:
+            shares[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # a single process: that is meant
+            dcp.load(shares, checkpoint_id=path)
+    except CheckpointException as error:
+        raise UsageError(f"cannot read {path}: {_cause(error)}") from error
+    return shares
+
+
+def _read_metadata(path: Path) -> dcp.Metadata:
+    try:
+        return dcp.FileSystemReader(path).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(f"cannot read {path / '.metadata'}: {error}") from error
+
+
+def newest_intact(folder: Path, *, before: Path) -> Path | None:
+    """The newest checkpoint in `folder` older than `before` whose files are all there and as long as they should be."""
+    older = [path for path in list_checkpoints(folder) if path.name < before.name]
+    return next((path for path in reversed(older) if _is_intact(path)), None)
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        load_state(path)
+        names = {"model", "ema", "rng"}
+        if (path / "shares").is_dir():
+            for place in _read_metadata(path / "shares").storage_data.values():
+                if (path / "shares" / place.relative_path).stat().st_size < place.offset + place.length:
+                    return False
+        else:
+            names.add("optimizer")
+        for name in names:
+            load_metadata(path / f"{name}.safetensors")  # reads the header, which must fit the file's length
+    except (OSError, UsageError):
+        return False
+    return True
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
@@ -164,9 +276,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name, gathered to the main process; the others take part and get nothing."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    """The optimiser's state by parameter name, spread as the parameters are.
+
+    Every process takes part. Where no step has been made it is filled in with placeholders.
+    """
+    state: Any = get_optimizer_state_dict(model, optimizer).get("state", {})
     return {
         f"{name}{_SEPARATOR}{moment}": value for name, moments in state.items() for moment, value in moments.items()
     }
@@ -174,17 +288,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; hyper-parameters stay as the optimiser has them."""
-    fresh = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, moment = key.split(_SEPARATOR)
         state.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(
-        model,
-        optimizer,
-        {"state": state, "param_groups": fresh["param_groups"]},  # type: ignore[dict-item]
-        options=StateDictOptions(full_state_dict=True),
-    )
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups})  # type: ignore[dict-item]
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -64,8 +64,10 @@ class TrainConfig:
     # machine
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds
     threads: int = 0  # CPU threads of each process; 0: one per core. One is best for small networks
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # several processes: a copy of the network in each, or a piece (FSDP2)
     checkpoint_blocks: Literal["all"] | int = 0  # blocks recomputed in the backward instead of kept, from the first on
-    compile: bool = False  # torch.compile of the whole objective, as one graph
+    compile: bool = False  # torch.compile of the whole objective, as one graph; under fsdp of each block
+    compile_mode: Literal["default", "reduce-overhead"] = "default"  # reduce-overhead: with CUDA graphs, needs a GPU
     precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights, averages and optimiser stay in float32
 
     # run

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .parallel import own_piece
+
 
 def ema_decay_at(step: int, decay: float) -> float:
     """min(decay, (1 + step) / (10 + step)): the average forgets the first weights quickly."""
@@ -15,6 +17,8 @@ def ema_decay_at(step: int, decay: float) -> float:
 
 class EMA:
     """Averaged parameters in float32, w̄ ← d·w̄ + (1 − d)·w with d = `ema_decay_at(step, decay)`.
+
+    Where the model is spread over processes (FSDP2), each averages its own pieces.
 
     Args:
         model: whose `named_parameters` are averaged.
@@ -28,8 +32,9 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 0)."""
-        current = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - ema_decay_at(step, self.decay))
+        averages = [own_piece(average) for average in self.weights.values()]
+        current = [own_piece(p.detach()).float() for p in model.parameters()]
+        torch._foreach_lerp_(averages, current, 1.0 - ema_decay_at(step, self.decay))
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -14,12 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
-from mfkernels import checkpoint_module
-
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import shard
 from ..errors import UsageError
-from ..objectives import Draws, ObjectiveOutput
+from ..objectives import Draws
 from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
@@ -29,6 +27,7 @@ from .checkpoint import (
     load_rng_tensors,
     load_tensors,
     load_weights,
+    newest_intact,
     optimizer_tensors,
     rng_tensors,
     save_checkpoint,
@@ -36,6 +35,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .ema import EMA
 from .log import RunLog
+from .parallel import checkpoint_blocks, is_sharded, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
 
@@ -115,7 +115,7 @@ class Trainer:
         data: ImageData,
         folder: Path,
         accelerator: Accelerator,
-        on_samples: Callable[[Callable[..., Tensor], int], None] | None = None,
+        on_samples: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         self.config, self.data, self.folder, self.accelerator = config, data, folder, accelerator
         self.on_samples = on_samples
@@ -125,14 +125,14 @@ class Trainer:
         if config.init is not None:
             load_weights(self.model, load_tensors(Path(config.init)), Path(config.init))
         checkpoint_blocks(self.model, config.checkpoint_blocks)
+        self._check_parts()
+        self.loss_of = training_loss(self.model, self.objective, config, accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
         )
-        self.net, self.optimizer = accelerator.prepare(self.model, optimizer)
-        self.loss_of = self._compiled() if config.compile else self._loss_of
+        self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.ema_decay)
-        self._check_parts()
         self._check_backends()
         self.order = StepOrder(len(data.train), config.batch_size, config.seed)
         self.step = 0
@@ -155,20 +155,13 @@ class Trainer:
         y = torch.zeros(4, dtype=torch.long, device=device)
         try:
             loss = self.objective(self.model, x, y, generator=torch.Generator(device)).loss
-            torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
+            if is_sharded(self.config, self.accelerator):
+                loss.backward()
+                self.optimizer.zero_grad()
+            else:
+                torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
         except (NotImplementedError, ValueError) as error:
             raise UsageError(f"backend: this run cannot be served: {error}") from error
-
-    def _loss_of(self, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
-        return self.objective.loss_of(self.net, x, y, draws)
-
-    def _compiled(self) -> Callable[..., ObjectiveOutput]:
-        if self.accelerator.num_processes > 1:
-            raise UsageError(
-                "compile: the gradient exchange of several processes does not compile into one graph yet; expected 1 "
-                f"process, got {self.accelerator.num_processes}"
-            )
-        return torch.compile(self._loss_of, fullgraph=True)
 
     @property
     def checkpoints(self) -> Path:
@@ -180,10 +173,15 @@ class Trainer:
         Raises:
             UsageError: it is damaged, or of another model.
         """
-        saved = load_checkpoint(path)
+        try:
+            saved = load_checkpoint(path, like=self._held())
+        except UsageError as error:
+            older = newest_intact(self.checkpoints, before=path)
+            cure = f". {older} is intact: remove {path} to continue from there" if older else ""
+            raise UsageError(f"{error}{cure}") from error
         load_weights(self.model, saved.model, path)
         self.ema.load(saved.ema)
-        load_optimizer_tensors(self.net, self.optimizer.optimizer, saved.optimizer)
+        load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and saved.state.get("scaler"):
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         rank = f"{self.accelerator.process_index}."
@@ -191,8 +189,14 @@ class Trainer:
         self.step, self.seconds = saved.step, float(saved.state["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint of the current step; every process takes part, the main one writes."""
-        optimizer = optimizer_tensors(self.net, self.optimizer.optimizer)
+        """Write a checkpoint of the current step; every process takes part."""
+        saved = self._held(seconds)
+        if saved.spread or self.accelerator.is_main_process:
+            save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _held(self, seconds: float = 0.0) -> Checkpoint:
+        """What a checkpoint of this moment holds; the tensors are the run's own."""
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
             "seconds": seconds,
@@ -202,18 +206,27 @@ class Trainer:
             "guidance": self.config.guidance,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        if self.accelerator.is_main_process:
-            rng = {f"{self.accelerator.process_index}.{key}": value for key, value in rng_tensors().items()}
-            weights = self.model.state_dict()
-            saved = Checkpoint(
-                step=self.step, model=weights, ema=self.ema.weights, optimizer=optimizer, rng=rng, state=state
-            )
-            save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        return Checkpoint(
+            step=self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.weights,
+            optimizer=optimizer_tensors(self.model, self.optimizer.optimizer),
+            rng={f"{self.accelerator.process_index}.{key}": value for key, value in rng_tensors().items()},
+            state=state,
+        )
 
-    def averaged(self, *args: Tensor, **conditions: Any) -> Any:
-        """The network with averaged weights."""
-        return torch.func.functional_call(self.model, self.ema.weights, args, conditions)
+    @torch.no_grad()
+    def averaged(self) -> nn.Module | None:
+        """The network with averaged weights, whole; every process takes part, and all but the main one get None."""
+        net = None
+        if self.accelerator.is_main_process:
+            with torch.random.fork_rng(devices=[]):
+                net = build_model(self.config, self.data).to(self.accelerator.device).eval()
+        for name, average in self.ema.weights.items():
+            value = whole(average)
+            if net is not None:
+                net.get_parameter(name).copy_(value)
+        return net
 
     def run(self) -> TrainResult:
         """Train up to the last step, or until SIGINT or SIGTERM; either way the end is in a checkpoint.
@@ -234,7 +247,7 @@ class Trainer:
             world=self.accelerator.num_processes,
             workers=config.workers,
         )
-        self.net.train()
+        self.model.train()
         begun = last_log = time.perf_counter()
         pending: list[Tensor] = []  # one (3,) tensor a step: loss, squared error, gradient norm
         saved_at = first
@@ -274,8 +287,10 @@ class Trainer:
                         flush()
                     if self.step % config.checkpoint_every == 0:
                         checkpoint()
-                    if self._samples_due():
-                        self.on_samples(self.averaged, self.step)  # type: ignore[misc]
+                    if self.on_samples is not None and self._samples_due():
+                        net = self.averaged()
+                        if net is not None:
+                            self.on_samples(net, self.step)
                 elapsed = time.perf_counter() - begun
                 if self.step > saved_at:
                     checkpoint()
@@ -336,12 +351,12 @@ class Trainer:
             x = x.to(accelerator.device, non_blocking=True)
             y = y.to(accelerator.device, non_blocking=True)
             part = draws.part(micro * where["world"] + where["rank"], where["micros"] * where["world"])
-            with accelerator.accumulate(self.net):
+            with accelerator.accumulate(self.loss_of):
                 out = self.loss_of(x, y, part)
                 accelerator.backward(out.loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
-                    figures[2] = norm
+                    figures[2] = whole(norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             figures[0] += out.loss.detach().float() / config.accumulate
@@ -380,8 +395,7 @@ class Trainer:
 
     def _samples_due(self) -> bool:
         every = self.config.sample_every
-        due = self.on_samples is not None and every > 0 and self.step % every == 0 and self.step < self.config.steps
-        return due and self.accelerator.is_main_process
+        return every > 0 and self.step % every == 0 and self.step < self.config.steps
 
     def _stop(self, signals: StopSignals) -> bool:
         """Whether a signal came; with several processes they agree, every `log_every` steps."""
@@ -391,21 +405,6 @@ class Trainer:
             return False
         flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-
-
-def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
-    """Recompute the first `count` transformer blocks of `model` (or "all") in the backward, primal alone.
-
-    Raises:
-        UsageError: it has fewer.
-    """
-    blocks = [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
-    if count != "all" and int(count) > len(blocks):
-        raise UsageError(
-            f"checkpoint_blocks: expected 'all' or a number up to {len(blocks)} (blocks of the model), got {count}"
-        )
-    for block in blocks if count == "all" else blocks[: int(count)]:
-        checkpoint_module(block)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import nn
 
 from ..data import ImageData, load_data
 from ..errors import UsageError
@@ -117,7 +117,7 @@ def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> Trai
     if not len(data.train):
         raise UsageError(f"held_out: {config.held_out} leaves nothing to train on")
 
-    def on_samples(net: Callable[..., Tensor], step: int) -> None:
+    def on_samples(net: nn.Module, step: int) -> None:
         save_samples(net, config, data, folder / "samples.png", device=accelerator.device)
 
     try:

@@ -1,0 +1,134 @@
+"""How the processes of a run share the network: DDP keeps a copy in each, FSDP2 a piece of every tensor in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mfkernels import checkpoint_module
+
+from ..errors import UsageError
+from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput
+from .config import TrainConfig
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
+
+
+class TrainingLoss(nn.Module):
+    """The objective of a network as one module: what DDP wraps, and what the compiler takes whole."""
+
+    def __init__(self, net: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.net, self.objective = net, objective
+
+    def forward(self, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
+        return self.objective.loss_of(self.net, x, y, draws)
+
+
+class ShardedLoss(TrainingLoss):
+    """`TrainingLoss` of a network under FSDP2, with the `no_sync` that DDP has."""
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here keep their gradients whole in each process; the next one outside shares the sum."""
+        net = cast(FSDPModule, self.net)
+        net.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            net.set_requires_gradient_sync(True)
+
+
+def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether the network is spread by FSDP2. One process has nothing to share: there either strategy is plain."""
+    return config.strategy == "fsdp" and accelerator.num_processes > 1
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a backbone, in the order of their definition."""
+    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
+    """Recompute the first `count` transformer blocks of `model` (or "all") in the backward, primal alone.
+
+    Raises:
+        UsageError: it has fewer.
+    """
+    blocks = transformer_blocks(model)
+    if count != "all" and int(count) > len(blocks):
+        raise UsageError(
+            f"checkpoint_blocks: expected 'all' or a number up to {len(blocks)} (blocks of the model), got {count}"
+        )
+    for block in blocks if count == "all" else blocks[: int(count)]:
+        checkpoint_module(block)
+
+
+def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
+    """(x, y, draws) -> ObjectiveOutput over all processes, `model` on its device and in the run's precision.
+
+    DDP wraps the whole objective, so that it exchanges gradients once a step whatever the objective evaluates. FSDP2
+    gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway, they are
+    rounded before they travel, and gradients are summed in float32. What is outside of the blocks travels in float32.
+
+    `config.compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of
+    each block.
+    """
+    sharded = is_sharded(config, accelerator)
+    # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself
+    accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
+    if sharded:
+        blocks = transformer_blocks(model)
+        for block in blocks:
+            if config.compile:
+                compile_forward(block, config)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        half = HALF.get(config.precision)
+        policy = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=None if half is None else torch.float32, cast_forward_inputs=False
+        )
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+        return ShardedLoss(model, objective)
+    loss = TrainingLoss(model, objective)
+    if config.compile:
+        compile_forward(loss, config)
+    if accelerator.num_processes == 1:
+        return loss
+    device = accelerator.device
+    return DistributedDataParallel(loss, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def compile_forward(module: nn.Module, config: TrainConfig) -> None:
+    """Compile what `module` computes, as one graph; wrappers around it and hooks on it stay outside."""
+    module.forward = torch.compile(module.forward, fullgraph=True, mode=config.compile_mode)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be spread over the processes; every process takes part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def own_piece(value: Tensor) -> Tensor:
+    """This process's piece of a tensor that may be spread over the processes; it shares the memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, spread over the processes as `like` is; every process takes part."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
