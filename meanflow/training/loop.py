@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     if config.tensorboard and not is_tensorboard_available():
         raise UsageError('tensorboard: it is not installed: pip install "meanflow[tensorboard]"')
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise UsageError(
+                f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
+                "--strategy ddp or --strategy fsdp"
+            )
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
