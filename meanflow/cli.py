@@ -13,17 +13,18 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import tyro
 import yaml
 from accelerate import PartialState
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+from tyro.constructors import PrimitiveConstructorSpec
 
 from .data import load_data
 from .errors import UsageError
-from .presets import find_preset
+from .presets import PRESETS, find_preset
 from .training.config import TrainConfig
 from .training.loop import TrainingError
 from .training.network import LoadedNetwork, generate, load_network
@@ -41,18 +42,17 @@ from .training.run import (
 )
 
 Flag = FlagCreatePairsOff[bool]
-PresetName = Literal[
-    "digits",
-    "digits-imf",
-    "DiT-B/4",
-    "DiT-B/2",
-    "DiT-M/2",
-    "DiT-L/2",
-    "DiT-XL/2",
-    "iMF-DiT-B/2",
-    "iMF-DiT-M/2",
-    "iMF-DiT-L/2",
-    "iMF-DiT-XL/2",
+# Not `Literal[…] | None`: tyro would take the word "None" for a preset.
+Preset = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(PRESETS) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [value or "none"],
+        choices=tuple(PRESETS),
+    ),
 ]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -66,7 +66,7 @@ class Train:
 
     # values to start from. digits: 8x8 digits, a minute and a half (--objective imf: three, for any guidance scale);
     # others: the papers' recipes
-    preset: Positional[PresetName | None] = None
+    preset: Positional[Preset] = None
     config: Path | None = None  # YAML file with values for any of the options below
     resume: Flag = False  # continue the run of this name from its newest checkpoint
     overwrite: Flag = False  # replace the run of this name, if there is one

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,7 @@ def test_mistakes_on_the_command_line_end_with_code_2(capsys):
     fails("train digits --steps 0", capsys, "steps: expected at least 1, got 0")
     fails("train digits --ratio 3", capsys, "ratio: expected a number in [0, 1]")
     fails("train nothing", capsys, "nothing")
+    fails("train None", capsys, "None")  # the default of the field, but no name of a preset
     fails("train", capsys, "meanflow train digits")
     fails("train --data nowhere", capsys, "no folder nowhere")
     fails("train digits --config none.yaml", capsys, "cannot read none.yaml")
@@ -384,6 +386,25 @@ def test_a_checkpoint_of_another_model_is_refused(capsys):
     newest = list_checkpoints(Path("runs/digits/checkpoints"))[-1]
     (newest / "ema.safetensors").write_bytes(b"half")
     fails("sample digits", capsys, "cannot read", "ema.safetensors")
+
+
+def test_a_damaged_newest_checkpoint_names_an_older_one_that_is_intact(capsys):
+    assert run(f"train digits {TINY} --steps 3 --checkpoint-every 1 --keep-checkpoints 3 --no-evaluate") == 0
+    first, second, third = list_checkpoints(Path("runs/digits/checkpoints"))
+    (third / "optimizer.safetensors").write_bytes((third / "optimizer.safetensors").read_bytes()[:-1])
+    fails(
+        "train digits --resume --steps 4",
+        capsys,
+        "cannot read",
+        "step_00000003/optimizer.safetensors",
+        "step_00000002 is intact",
+    )
+    (second / "ema.safetensors").unlink()
+    fails("train digits --resume --steps 4", capsys, f"{first} is intact: remove {third} and {second} to")
+    shutil.rmtree(third)
+    shutil.rmtree(second)
+    assert run("train digits --resume --steps 4") == 0
+    assert [row["step"] for row in read_log(Path("runs/digits/log.jsonl"))] == [1, 2, 3, 4]
 
 
 def test_the_module_runs_as_a_program():

@@ -227,13 +227,18 @@ def _read_metadata(path: Path) -> dcp.Metadata:
         raise UsageError(f"cannot read {path / '.metadata'}: {error}") from error
 
 
-def newest_intact(folder: Path, *, before: Path) -> Path | None:
-    """The newest checkpoint in `folder` older than `before` whose files are all there and as long as they should be."""
-    older = [path for path in list_checkpoints(folder) if path.name < before.name]
-    return next((path for path in reversed(older) if _is_intact(path)), None)
+def cure_for_damage(folder: Path, path: Path) -> str:
+    """What to do where the checkpoint `path` in `folder` is damaged; empty where no older one is whole."""
+    damaged: list[Path] = []
+    for other in reversed(list_checkpoints(folder)):
+        if other != path and _is_intact(other):
+            return f". {other} is intact: remove {' and '.join(map(str, damaged))} to continue from there"
+        damaged.append(other)
+    return ""
 
 
 def _is_intact(path: Path) -> bool:
+    """Whether all files are there and as long as they should be."""
     try:
         load_state(path)
         names = {"model", "ema", "rng"}

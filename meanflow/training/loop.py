@@ -22,13 +22,13 @@ from ..objectives import Draws
 from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
+    cure_for_damage,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
     load_rng_tensors,
     load_tensors,
     load_weights,
-    newest_intact,
     optimizer_tensors,
     rng_tensors,
     save_checkpoint,
@@ -183,9 +183,7 @@ class Trainer:
         try:
             saved = load_checkpoint(path, like=self._held())
         except UsageError as error:
-            older = newest_intact(self.checkpoints, before=path)
-            cure = f". {older} is intact: remove {path} to continue from there" if older else ""
-            raise UsageError(f"{error}{cure}") from error
+            raise UsageError(f"{error}{cure_for_damage(self.checkpoints, path)}") from error
         load_weights(self.model, saved.model, path)
         self.ema.load(saved.ema)
         load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from meanflow.errors import UsageError
 from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, load_network, run_training
-from meanflow.training.checkpoint import newest_intact
+from meanflow.training.checkpoint import cure_for_damage
 from meanflow.training.log import read_log
 
 TINY = TrainConfig(
@@ -129,11 +129,13 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     assert losses("many") == pytest.approx(losses("one"), rel=1e-6)  # measured 1e-7
 
     (piece, *_) = sorted((checkpoint / "shares").glob("*.distcp"))
-    shutil.copytree(checkpoint, older := checkpoint.with_name("step_00000001"))
+    shutil.rmtree(Path("runs/many/checkpoints/step_00000006"))
+    shutil.copytree(checkpoint, checkpoint.with_name("step_00000001"))
     os.truncate(piece, piece.stat().st_size // 2)
     with pytest.raises(UsageError, match=r"cannot read .*step_00000005/shares"):
         load_checkpoint(checkpoint)
-    assert newest_intact(checkpoint.parent, before=checkpoint.with_name("step_00000006")) == older
+    cure = cure_for_damage(checkpoint.parent, checkpoint)
+    assert f"step_00000001 is intact: remove {checkpoint} to" in cure
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
