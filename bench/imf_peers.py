@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from measure import flops_of
 from peers import features, math_attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 class RMSNorm(nn.Module):
@@ -135,32 +135,6 @@ def improved_meanflow(net, x, noise, t, r, y, drop, omega, t_min, t_max, *, norm
     big_v = u + (c_t - c_r) * du.detach()
     losses = [(a - v_g).square().sum((1, 2, 3)) for a in (big_v, v_head)]
     return sum(e / (e.detach() + norm_eps) ** norm_p for e in losses), u, du, v_g, v_head
-
-
-def _bmm_in_place(self_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-    B, n, k = a_shape
-    return 2 * B * n * k * b_shape[-1]
-
-
-def _attention(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-
-def _attention_backward(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(do_shape, q_shape, k_shape, v_shape)
-
-
-def flops_of(fn) -> int:
-    """FLOPs of `fn()` on the CPU; PyTorch's counter knows neither its CPU attention nor `baddbmm_`."""
-    aten = torch.ops.aten
-    more = {
-        aten.baddbmm_: _bmm_in_place,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=more) as counter:
-        fn()
-    return counter.get_total_flops()
 
 
 def step_flops(net, objective, *, rows: int = 2) -> tuple[int, int]:

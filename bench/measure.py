@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def synchronize() -> None:
@@ -82,3 +83,29 @@ def copy_bytes() -> float:
     b = torch.empty_like(a)
     times = interleaved_seconds({"copy": lambda: b.copy_(a)}, rounds=10, warmup=3)["copy"]
     return 2 * a.numel() * a.element_size() / min(times)
+
+
+def _bmm_in_place(self_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    B, n, k = a_shape
+    return 2 * B * n * k * b_shape[-1]
+
+
+def _attention(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(q_shape, k_shape, v_shape)
+
+
+def _attention_backward(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(do_shape, q_shape, k_shape, v_shape)
+
+
+def flops_of(fn) -> int:
+    """FLOPs of `fn()`, on the CPU or on meta tensors; PyTorch's counter alone misses CPU attention and `baddbmm_`."""
+    aten = torch.ops.aten
+    more = {
+        aten.baddbmm_: _bmm_in_place,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        fn()
+    return counter.get_total_flops()

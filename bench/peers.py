@@ -231,3 +231,21 @@ def handwritten_dual(net, z, v, r, t, y, rows) -> Tensor:
     """A dual pass written by hand without fusing anything, on `rows` rows."""
     u, du = dual_forward(net, z, r, t, y, v[:rows], torch.ones_like(t[:rows]))
     return squared_error(u, _target(v, du.detach(), r, t))
+
+
+# ------------------------------------------------------------------- the objective whole, as public trainers write it
+
+
+def meanflow_step_loss(net, x, e, t, r, y, omega, kappa) -> Tensor:
+    """MeanFlow's loss (arXiv 2505.13447) with guidance and adaptive weight, every sample through `torch.func.jvp`."""
+    t_ = t.view(-1, 1, 1, 1)
+    z, v = (1 - t_) * x + t_ * e, e - x  # [B, C, H, W]
+    if omega != 1 or kappa != 0:
+        with torch.no_grad():
+            both = torch.cat([y, torch.full_like(y, net.num_classes)])
+            u_y, u_null = net(torch.cat([z, z]), torch.cat([t, t]), torch.cat([t, t]), both).chunk(2)
+            v = omega * v + kappa * u_y + (1 - omega - kappa) * u_null
+    u, du = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+    target = (v - (t - r).view(-1, 1, 1, 1) * du).detach()
+    error = (u - target).square().flatten(1).sum(1)  # [B]
+    return (error / (error.detach() + 0.01)).mean()
