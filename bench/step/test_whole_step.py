@@ -8,20 +8,26 @@ The loss and the gradients of every way are compared with a float32 oracle's bef
     python -m pytest bench/step/test_whole_step.py -s --json FILE
 
 BENCH_MODELS (names, with commas), BENCH_BATCHES (numbers or "fill"), BENCH_ROUNDS and BENCH_COMPILE (0 leaves the
-compiled ways out) choose less or more.
+compiled ways out) choose less or more; BENCH_JAX is a Python that has JAX.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import peers
 import pytest
 import torch
@@ -166,6 +172,40 @@ def check(way: Way, net: nn.Module) -> None:
         assert error < bound, f"{way.name} is wrong by {error:.1e}, so it is not timed"
 
 
+def jax_step(net: nn.Module, batch: int, kappa: float) -> dict | None:
+    """jax_step.py's answer, run by the Python of BENCH_JAX (default: this one); None where that has no JAX."""
+    python = os.environ.get("BENCH_JAX", sys.executable)
+    if subprocess.run([python, "-c", "import jax"], capture_output=True).returncode != 0:
+        return None
+    answers = []
+    for size, half, rounds in ((CHECKED, False, 1), (batch, GPU, ROUNDS)):
+        step = Step(Way("", MeanFlow(kappa=kappa, label_dropout=0.0)), net, size, torch.float32)
+        x, y = (a.to(step.device) for a in step.data)
+        draws = step.way.objective.draw(x.shape, generator=step.generator, device=step.device)
+        case = {
+            "x": x,
+            "e": draws.noise,
+            "t": draws.t,
+            "r": draws.r,
+            "y": y,
+            "null": torch.full_like(y, net.num_classes),
+        }
+        arrays = {name: a.detach().cpu().numpy() for name, a in (net.state_dict() | case).items()}
+        sizes = (net.patch_size, len(net.blocks), net.blocks[0].attn.num_heads)
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez(f"{folder}/case.npz", sizes=sizes, kappa=kappa, half=half, **arrays)
+            command = [python, str(Path(__file__).with_name("jax_step.py")), f"{folder}/case.npz", str(rounds)]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"jax_step.py failed:\n{done.stderr[-2000:]}")
+        answers.append(json.loads(done.stdout))
+        if len(answers) == 1:
+            loss, gradients = Step(step.way, net, size, torch.float32).loss_and_gradients()
+            for got, wanted in ((answers[0]["loss"], loss), (answers[0]["gradient_norm"], gradients.norm())):
+                assert abs(got / float(wanted) - 1) < 1e-4, "JAX's step is another one, so it is not timed"
+    return answers[1]
+
+
 def step_flops(way: Way, net: nn.Module, batch: int) -> float:
     """What a step of this kind has to compute: this library's, counted on four samples of meta tensors."""
     meta = copy.deepcopy(net).to("meta")
@@ -203,6 +243,7 @@ def test_whole_step(name, kappa, device, figures, benchmark):
             step = None
             if GPU:
                 torch.cuda.empty_cache()
+        jax = jax_step(net, batch, kappa)
         base = ways[0]
         for way in ways:
             guidance = "guided" if kappa else "not guided"
@@ -219,6 +260,17 @@ def test_whole_step(name, kappa, device, figures, benchmark):
                 memory[way] / memory[base],
             )
             figures.append({**row, **dict(zip(COLUMNS, values, strict=True))})
+        if jax is not None:
+            taken = statistics.median(jax["seconds"])
+            values = (
+                1e3 * taken,
+                batch / taken,
+                taken / seconds[base],
+                step_flops(ways[1], net, batch) / taken / gemm_flops(DTYPE),
+                math.nan,  # its allocator takes the GPU's memory beforehand, so nothing comparable is to be had
+                math.nan,
+            )
+            figures.append({**row, "way": f"JAX {jax['jax']}, jax.jvp", **dict(zip(COLUMNS, values, strict=True))})
     benchmark.pedantic(Step(ways[1], net, 8, DTYPE), rounds=1)
 
 
