@@ -50,7 +50,7 @@ COMPILE = os.environ.get("BENCH_COMPILE", "1" if GPU else "0") == "1"
 # Of loss and gradients. In bfloat16 they are a sieve for mistakes, not for rounding.
 BOUNDS = (5e-2, 2e-1) if GPU else (1e-5, 1e-5)
 CHECKED = 16  # samples in the comparison with the oracle
-COLUMNS = ("ms", "images/s", "× flow matching", "of the GEMM ceiling", "peak GiB", "× its memory")
+COLUMNS = ("ms", "images/s", "× flow matching", "× its FLOPs", "of the GEMM ceiling", "peak GiB", "× its memory")
 
 Objective = MeanFlow | FlowMatching
 Loss = Callable[..., Tensor]  # (objective, net, x, y, draws)
@@ -244,7 +244,7 @@ def test_whole_step(name, kappa, device, figures, benchmark):
             if GPU:
                 torch.cuda.empty_cache()
         jax = jax_step(net, batch, kappa)
-        base = ways[0]
+        base, flops = ways[0], {way: step_flops(way, net, batch) for way in ways}
         for way in ways:
             guidance = "guided" if kappa else "not guided"
             row = {"table": f"Whole step: {name}, {guidance}, {DTYPE}, batch {batch}", "way": way.name}
@@ -255,7 +255,8 @@ def test_whole_step(name, kappa, device, figures, benchmark):
                 1e3 * seconds[way],
                 batch / seconds[way],
                 seconds[way] / seconds[base],
-                step_flops(way, net, batch) / seconds[way] / gemm_flops(DTYPE),
+                flops[way] / flops[base],
+                flops[way] / seconds[way] / gemm_flops(DTYPE),
                 memory[way] / 2**30,
                 memory[way] / memory[base],
             )
@@ -266,7 +267,8 @@ def test_whole_step(name, kappa, device, figures, benchmark):
                 1e3 * taken,
                 batch / taken,
                 taken / seconds[base],
-                step_flops(ways[1], net, batch) / taken / gemm_flops(DTYPE),
+                flops[ways[1]] / flops[base],
+                flops[ways[1]] / taken / gemm_flops(DTYPE),
                 math.nan,  # its allocator takes the GPU's memory beforehand, so nothing comparable is to be had
                 math.nan,
             )
