@@ -17,9 +17,8 @@ from mfkernels.attention.kernels import (
     long_head,
     require_supported,
     row_strides,
-    split_head_dim,
+    shape_arguments,
     store_tile,
-    vector_width,
 )
 from mfkernels.launch import Launch, launch_config
 
@@ -37,18 +36,18 @@ def _dq_kernel(
     stride_do_b,  # all strides count vectors of ALIGN elements
     stride_do_n,
     stride_do_h,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_ob,
-    stride_on,
-    stride_oh,
+    stride_q_b,
+    stride_q_n,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
+    stride_o_b,
+    stride_o_n,
+    stride_o_h,
     scale,
     N_q,
     N_kv,
@@ -84,29 +83,29 @@ def _dq_kernel(
     mask_m = rows_m < left_m  # [BLOCK_M]
 
     stride_do_n = stride_do_n * ALIGN
-    stride_qn = stride_qn * ALIGN
-    stride_kn = stride_kn * ALIGN
-    stride_vn = stride_vn * ALIGN
-    stride_on = stride_on * ALIGN
+    stride_q_n = stride_q_n * ALIGN
+    stride_k_n = stride_k_n * ALIGN
+    stride_v_n = stride_v_n * ALIGN
+    stride_o_n = stride_o_n * ALIGN
     if ONE_STRIDE:
-        stride_vn = stride_kn
+        stride_v_n = stride_k_n
     do_ptr += (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
-    q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
-    o_ptr += (batch * stride_ob + head * stride_oh) * ALIGN + row_m * stride_on
-    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN
-    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN
+    q_ptr += (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
+    o_ptr += (batch * stride_o_b + head * stride_o_h) * ALIGN + row_m * stride_o_n
+    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN
+    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN
     offs_row = (batch * H + head) * N_q + row_m
     dq_ptr += ((batch * N_q + row_m) * H + head) * D
 
-    q = load_tile(q_ptr, stride_qn, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    q = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
     do = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-    o = load_tile(o_ptr, stride_on, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    o = load_tile(o_ptr, stride_o_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # [BLOCK_M]
     dq = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
     if D_TAIL > 0:
-        q_tail = load_tile(q_ptr, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        q_tail = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
         do_tail = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
-        o_tail = load_tile(o_ptr, stride_on, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        o_tail = load_tile(o_ptr, stride_o_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
         delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)  # [BLOCK_M]
         dq_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
     tl.store(delta_ptr + offs_row + rows_m, delta, mask=mask_m)
@@ -119,13 +118,13 @@ def _dq_kernel(
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
         row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
-        k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        k = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        v = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         dp = tl.dot(do, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if D_TAIL > 0:
-            k_tail = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-            v_tail = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            k_tail = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            v_tail = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
             s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             dp = tl.dot(do_tail, v_tail.T, dp, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         # Absent keys read as zeros, and exp2(0 - lse) can overflow: inf * 0 would reach dq.
@@ -157,15 +156,15 @@ def _dkdv_kernel(
     stride_do_b,  # all strides count vectors of ALIGN elements
     stride_do_n,
     stride_do_h,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
+    stride_q_b,
+    stride_q_n,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
     scale,
     N_q,
     N_kv,
@@ -198,22 +197,22 @@ def _dkdv_kernel(
     offs_n = start_n + rows_n  # [BLOCK_N]
 
     stride_do_n = stride_do_n * ALIGN
-    stride_qn = stride_qn * ALIGN
-    stride_kn = stride_kn * ALIGN
-    stride_vn = stride_vn * ALIGN
+    stride_q_n = stride_q_n * ALIGN
+    stride_k_n = stride_k_n * ALIGN
+    stride_v_n = stride_v_n * ALIGN
     if ONE_STRIDE:
-        stride_do_n = stride_qn
-    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN + row_n * stride_kn
-    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN + row_n * stride_vn
+        stride_do_n = stride_q_n
+    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN + row_n * stride_k_n
+    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN + row_n * stride_v_n
     offs_out = ((batch * N_kv + row_n) * H_kv + head_kv) * D
 
-    k = load_tile(k_ptr, stride_kn, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
-    v = load_tile(v_ptr, stride_vn, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
+    k = load_tile(k_ptr, stride_k_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
+    v = load_tile(v_ptr, stride_v_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
     dk = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
     dv = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
     if D_TAIL > 0:
-        k_tail = load_tile(k_ptr, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
-        v_tail = load_tile(v_ptr, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
+        k_tail = load_tile(k_ptr, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
+        v_tail = load_tile(v_ptr, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
         dk_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
         dv_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
 
@@ -228,18 +227,18 @@ def _dkdv_kernel(
         row_m = tl.cast(start_m, tl.int64 if LONG_HEAD else tl.int32)
         left_m = N_q - start_m
         do_row = do_ptr + (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
-        q_row = q_ptr + (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
+        q_row = q_ptr + (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
         offs_row = (batch * H + head) * N_q + row_m
 
         # Absent queries read as zeros, lse too: p is 1 for them, do and dp - delta are 0, nothing is added.
-        q = load_tile(q_row, stride_qn, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
+        q = load_tile(q_row, stride_q_n, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
         do = load_tile(do_row, stride_do_n, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
         lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0) * LOG2_E  # [BLOCK_M]
         delta = tl.load(delta_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0)  # [BLOCK_M]
         s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if D_TAIL > 0:
-            q_tail = load_tile(q_row, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
+            q_tail = load_tile(q_row, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
             do_tail = load_tile(do_row, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
             s = tl.dot(k_tail, q_tail.T, s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v_tail, do_tail.T, dp, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
@@ -278,14 +277,8 @@ def dq_launch(
 ) -> Launch:
     """The launch that fills delta and dq."""
     B, N_q, H, D = q.shape
-    N_kv, H_kv = k.shape[1:3]
-    D_MAIN, D_TAIL = split_head_dim(D)
+    N_kv = k.shape[1]
     config = config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=N_kv)
-    stride_do_b, stride_do_n, stride_do_h = row_strides(do)
-    stride_qb, stride_qn, stride_qh = row_strides(q)
-    stride_kb, stride_kn, stride_kh = row_strides(k)
-    stride_vb, stride_vn, stride_vh = row_strides(v)
-    stride_ob, stride_on, stride_oh = row_strides(o)
     return Launch.of(
         _dq_kernel,
         lambda config: (triton.cdiv(N_q, config["BLOCK_M"]) * H * B,),
@@ -299,35 +292,14 @@ def dq_launch(
         lse_ptr=lse,
         delta_ptr=delta,
         dq_ptr=dq,
-        stride_do_b=stride_do_b,
-        stride_do_n=stride_do_n,
-        stride_do_h=stride_do_h,
-        stride_qb=stride_qb,
-        stride_qn=stride_qn,
-        stride_qh=stride_qh,
-        stride_kb=stride_kb,
-        stride_kn=stride_kn,
-        stride_kh=stride_kh,
-        stride_vb=stride_vb,
-        stride_vn=stride_vn,
-        stride_vh=stride_vh,
-        stride_ob=stride_ob,
-        stride_on=stride_on,
-        stride_oh=stride_oh,
+        **row_strides(do=do, q=q, k=k, v=v, o=o),
         scale=scale,
-        N_q=N_q,
-        N_kv=N_kv,
-        H=H,
-        GROUP=H // H_kv,
-        D=D,
-        D_MAIN=D_MAIN,
-        D_TAIL=D_TAIL,
+        **shape_arguments(q, k),
         CAUSAL=causal,
         MASK_N=N_kv % config["BLOCK_N"] != 0,
         LONG_HEAD=long_head(k, v),
         ONE_STRIDE=k.stride(1) == v.stride(1),
         PRECISION=precision,
-        ALIGN=vector_width(q.dtype),
     )
 
 
@@ -347,14 +319,9 @@ def dkdv_launch(
     config: Mapping[str, int] | None = None,
 ) -> Launch:
     """The launch that fills dk and dv; delta comes from the launch above."""
-    B, N_q, H, D = q.shape
+    B, N_q, _, D = q.shape
     N_kv, H_kv = k.shape[1:3]
-    D_MAIN, D_TAIL = split_head_dim(D)
     config = config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=N_q)
-    stride_do_b, stride_do_n, stride_do_h = row_strides(do)
-    stride_qb, stride_qn, stride_qh = row_strides(q)
-    stride_kb, stride_kn, stride_kh = row_strides(k)
-    stride_vb, stride_vn, stride_vh = row_strides(v)
     return Launch.of(
         _dkdv_kernel,
         lambda config: (triton.cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
@@ -368,32 +335,14 @@ def dkdv_launch(
         delta_ptr=delta,
         dk_ptr=dk,
         dv_ptr=dv,
-        stride_do_b=stride_do_b,
-        stride_do_n=stride_do_n,
-        stride_do_h=stride_do_h,
-        stride_qb=stride_qb,
-        stride_qn=stride_qn,
-        stride_qh=stride_qh,
-        stride_kb=stride_kb,
-        stride_kn=stride_kn,
-        stride_kh=stride_kh,
-        stride_vb=stride_vb,
-        stride_vn=stride_vn,
-        stride_vh=stride_vh,
+        **row_strides(do=do, q=q, k=k, v=v),
         scale=scale,
-        N_q=N_q,
-        N_kv=N_kv,
-        H=H,
-        GROUP=H // H_kv,
-        D=D,
-        D_MAIN=D_MAIN,
-        D_TAIL=D_TAIL,
+        **shape_arguments(q, k),
         CAUSAL=causal,
         MASK_M=N_q % config["BLOCK_M"] != 0,
         LONG_HEAD=long_head(q, do),
         ONE_STRIDE=q.stride(1) == do.stride(1),
         PRECISION=precision,
-        ALIGN=vector_width(q.dtype),
     )
 
 

@@ -87,9 +87,9 @@ def _sweep(
     o_ptr,
     o_dot_ptr,
     lse_ptr,
-    stride_qn,
-    stride_kn,
-    stride_vn,
+    stride_q_n,
+    stride_k_n,
+    stride_v_n,
     stride_q_dot_n,
     stride_k_dot_n,
     stride_v_dot_n,
@@ -123,9 +123,9 @@ def _sweep(
     left_m = N_q - start_m
     offs_m = start_m + rows_m  # [BLOCK_M]
 
-    q = load_tile(q_ptr, stride_qn, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
+    q = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
     if D_TAIL > 0:
-        q_tail = load_tile(q_ptr, stride_qn, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+        q_tail = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
     if HAS_Q_DOT:
         q_dot = load_tile(q_dot_ptr, stride_q_dot_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
         if D_TAIL > 0:
@@ -146,10 +146,10 @@ def _sweep(
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
         row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
-        k = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        k = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if D_TAIL > 0:
-            k_tail = load_tile(k_ptr + row_n * stride_kn, stride_kn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            k_tail = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
             s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if MASK_N:
             s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))  # [BLOCK_M, BLOCK_N]
@@ -193,10 +193,10 @@ def _sweep(
             if D_TAIL > 0:
                 t_tail = t_tail * alpha[:, None]  # [BLOCK_M, D_TAIL]
 
-        v = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
+        v = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
         o = tl.dot(p_low, v, o * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
         if D_TAIL > 0:
-            v_tail = load_tile(v_ptr + row_n * stride_vn, stride_vn, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
+            v_tail = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
             o_tail = tl.dot(p_low, v_tail, o_tail * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
         if HAS_V_DOT:
             v_dot_row = v_dot_ptr + row_n * stride_v_dot_n
@@ -213,19 +213,19 @@ def _sweep(
     # The addresses are worked out only now: across the loop they would cost D = 128 the registers it lacks.
     inv_l = 1.0 / l  # [BLOCK_M]
     row_m = start_m.to(tl.int64)
-    stride_on = H * D
+    stride_o_n = H * D
     offs_o = ((batch * N_q + row_m) * H + head) * D
     o_ptr += offs_o
     tl.store(lse_ptr + (batch * H + head) * N_q + row_m + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
-    store_tile(o_ptr, stride_on, rows_m, left_m, o * inv_l[:, None], D, 0, D_MAIN)
+    store_tile(o_ptr, stride_o_n, rows_m, left_m, o * inv_l[:, None], D, 0, D_MAIN)
     if D_TAIL > 0:
-        store_tile(o_ptr, stride_on, rows_m, left_m, o_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
+        store_tile(o_ptr, stride_o_n, rows_m, left_m, o_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
     if DUAL:
         o_dot_ptr += offs_o
         # c is now the mean over all keys, mu of README.md, so nothing is left to subtract.
-        store_tile(o_dot_ptr, stride_on, rows_m, left_m, t * inv_l[:, None], D, 0, D_MAIN)
+        store_tile(o_dot_ptr, stride_o_n, rows_m, left_m, t * inv_l[:, None], D, 0, D_MAIN)
         if D_TAIL > 0:
-            store_tile(o_dot_ptr, stride_on, rows_m, left_m, t_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
+            store_tile(o_dot_ptr, stride_o_n, rows_m, left_m, t_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
 
 
 @triton.jit
@@ -239,15 +239,15 @@ def _attention_forward_kernel(
     o_ptr,  # [B, N_q, H, D] contiguous
     o_dot_ptr,  # [B_t, N_q, H, D] contiguous, or None
     lse_ptr,  # [B, H, N_q] contiguous
-    stride_qb,  # all strides count vectors of ALIGN elements
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
+    stride_q_b,  # all strides count vectors of ALIGN elements
+    stride_q_n,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
     stride_q_dot_b,
     stride_q_dot_n,
     stride_q_dot_h,
@@ -287,19 +287,19 @@ def _attention_forward_kernel(
     row_m = start_m.to(tl.int64)
     head_kv = head // GROUP
 
-    stride_qn = stride_qn * ALIGN
-    stride_kn = stride_kn * ALIGN
-    stride_vn = stride_vn * ALIGN
+    stride_q_n = stride_q_n * ALIGN
+    stride_k_n = stride_k_n * ALIGN
+    stride_v_n = stride_v_n * ALIGN
     stride_q_dot_n = stride_q_dot_n * ALIGN
     stride_k_dot_n = stride_k_dot_n * ALIGN
     stride_v_dot_n = stride_v_dot_n * ALIGN
     if ONE_STRIDE:
-        stride_vn = stride_kn
-        stride_k_dot_n = stride_kn
-        stride_v_dot_n = stride_kn
-    q_ptr += (batch * stride_qb + head * stride_qh) * ALIGN + row_m * stride_qn
-    k_ptr += (batch * stride_kb + head_kv * stride_kh) * ALIGN
-    v_ptr += (batch * stride_vb + head_kv * stride_vh) * ALIGN
+        stride_v_n = stride_k_n
+        stride_k_dot_n = stride_k_n
+        stride_v_dot_n = stride_k_n
+    q_ptr += (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
+    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN
+    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN
     if q_dot_ptr is not None:
         q_dot_ptr += (batch * stride_q_dot_b + head * stride_q_dot_h) * ALIGN + row_m * stride_q_dot_n
     if k_dot_ptr is not None:
@@ -319,9 +319,9 @@ def _attention_forward_kernel(
             o_ptr=o_ptr,
             o_dot_ptr=o_dot_ptr,
             lse_ptr=lse_ptr,
-            stride_qn=stride_qn,
-            stride_kn=stride_kn,
-            stride_vn=stride_vn,
+            stride_q_n=stride_q_n,
+            stride_k_n=stride_k_n,
+            stride_v_n=stride_v_n,
             stride_q_dot_n=stride_q_dot_n,
             stride_k_dot_n=stride_k_dot_n,
             stride_v_dot_n=stride_v_dot_n,
@@ -355,9 +355,9 @@ def _attention_forward_kernel(
             o_ptr=o_ptr,
             o_dot_ptr=None,
             lse_ptr=lse_ptr,
-            stride_qn=stride_qn,
-            stride_kn=stride_kn,
-            stride_vn=stride_vn,
+            stride_q_n=stride_q_n,
+            stride_k_n=stride_k_n,
+            stride_v_n=stride_v_n,
             stride_q_dot_n=0,
             stride_k_dot_n=0,
             stride_v_dot_n=0,
@@ -402,17 +402,34 @@ def as_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def row_strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides of batch, token and head, in 16-byte vectors, so that a kernel sees that D = 72 keeps rows aligned.
+def row_strides(**tensors: Tensor | None) -> dict[str, int]:
+    """`stride_<name>_b`, `_n` and `_h`: of batch, token and head, in 16-byte vectors, so that D = 72 stays aligned.
 
     Of an argument Triton knows at most that 16 divides it, and `tl.multiple_of` adds nothing there (3.6): with plain
-    strides D = 72 loads 2 bytes at a time. A dimension of one has no stride: torch leaves any number there.
+    strides D = 72 loads 2 bytes at a time. A dimension of one has no stride (torch leaves any number there), and None
+    has none either.
     """
-    if x is None:
-        return 0, 0, 0
-    width = vector_width(x.dtype)
-    b, n, h = (stride // width if size > 1 else 0 for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True))
-    return b, n, h
+    strides = {}
+    for name, x in tensors.items():
+        for i, axis in enumerate("bnh"):
+            stride = x.stride(i) // vector_width(x.dtype) if x is not None and x.shape[i] > 1 else 0
+            strides[f"stride_{name}_{axis}"] = stride
+    return strides
+
+
+def shape_arguments(q: Tensor, k: Tensor) -> dict[str, int]:
+    """The sizes that every kernel here takes."""
+    D_MAIN, D_TAIL = split_head_dim(q.shape[3])
+    return {
+        "N_q": q.shape[1],
+        "N_kv": k.shape[1],
+        "H": q.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "D": q.shape[3],
+        "D_MAIN": D_MAIN,
+        "D_TAIL": D_TAIL,
+        "ALIGN": vector_width(q.dtype),
+    }
 
 
 def long_head(*tensors: Tensor | None) -> bool:
@@ -437,9 +454,8 @@ def forward_launch(
 ) -> Launch:
     """The launch that fills o, o_dot and lse; inputs as `as_rows` leaves them."""
     B, N_q, H, D = q.shape
-    N_kv, H_kv = k.shape[1:3]
+    N_kv = k.shape[1]
     B_t = 0 if o_dot is None else o_dot.shape[0]
-    D_MAIN, D_TAIL = split_head_dim(D)
     if config is None:
         config = launch_config(
             "attention_forward" if B_t else "attention_forward_primal",
@@ -448,12 +464,6 @@ def forward_launch(
             head_dim=D,
             tokens=N_kv,
         )
-    stride_qb, stride_qn, stride_qh = row_strides(q)
-    stride_kb, stride_kn, stride_kh = row_strides(k)
-    stride_vb, stride_vn, stride_vh = row_strides(v)
-    stride_q_dot_b, stride_q_dot_n, stride_q_dot_h = row_strides(q_dot)
-    stride_k_dot_b, stride_k_dot_n, stride_k_dot_h = row_strides(k_dot)
-    stride_v_dot_b, stride_v_dot_n, stride_v_dot_h = row_strides(v_dot)
     return Launch.of(
         _attention_forward_kernel,
         lambda config: (triton.cdiv(N_q, config["BLOCK_M"]), H, B),
@@ -468,41 +478,17 @@ def forward_launch(
         o_ptr=o,
         o_dot_ptr=o_dot,
         lse_ptr=lse,
-        stride_qb=stride_qb,
-        stride_qn=stride_qn,
-        stride_qh=stride_qh,
-        stride_kb=stride_kb,
-        stride_kn=stride_kn,
-        stride_kh=stride_kh,
-        stride_vb=stride_vb,
-        stride_vn=stride_vn,
-        stride_vh=stride_vh,
-        stride_q_dot_b=stride_q_dot_b,
-        stride_q_dot_n=stride_q_dot_n,
-        stride_q_dot_h=stride_q_dot_h,
-        stride_k_dot_b=stride_k_dot_b,
-        stride_k_dot_n=stride_k_dot_n,
-        stride_k_dot_h=stride_k_dot_h,
-        stride_v_dot_b=stride_v_dot_b,
-        stride_v_dot_n=stride_v_dot_n,
-        stride_v_dot_h=stride_v_dot_h,
+        **row_strides(q=q, k=k, v=v, q_dot=q_dot, k_dot=k_dot, v_dot=v_dot),
         scale=scale,
         scale_log2=scale / math.log(2),
         B_t=B_t,
-        N_q=N_q,
-        N_kv=N_kv,
-        H=H,
-        GROUP=H // H_kv,
-        D=D,
-        D_MAIN=D_MAIN,
-        D_TAIL=D_TAIL,
+        **shape_arguments(q, k),
         CAUSAL=causal,
         MASK_N=N_kv % config["BLOCK_N"] != 0,
         LONG_HEAD=long_head(k, v, k_dot, v_dot),
         ONE_STRIDE=len({x.stride(1) for x in (k, v, k_dot, v_dot) if x is not None}) == 1,
         HAS_TANGENT=B_t > 0,
         PRECISION=precision,
-        ALIGN=vector_width(q.dtype),
     )
 
 
