@@ -1,0 +1,190 @@
+"""Tangents written out for the operations that networks spend their time on; every other one goes through jvp.
+
+`x` and `y` are tensors, numbers or slots, already cut to the rows that carry tangents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import primal, tangent
+
+
+def _scaled(x: Tensor | None, factor: Any) -> Tensor | None:
+    return None if x is None else x * factor
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _times(x: Tensor, factor: Any) -> Tensor:
+    return x if isinstance(factor, (int, float)) and factor == 1 else x * factor
+
+
+def add(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
+    y_dot = tangent(y)
+    return _sum(tangent(x), None if y_dot is None else _times(y_dot, alpha))
+
+
+def sub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
+    x_dot, y_dot = tangent(x), tangent(y)
+    if y_dot is None:
+        return x_dot
+    return y_dot * -alpha if x_dot is None else torch.sub(x_dot, y_dot, alpha=alpha)
+
+
+def rsub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
+    return sub(y, x, alpha=alpha)
+
+
+def mul(x: Any, y: Any) -> Tensor | None:
+    a, b = _scaled(tangent(x), primal(y)), tangent(y)
+    if b is None:
+        return a
+    return b * primal(x) if a is None else torch.addcmul(a, b, primal(x))
+
+
+def div(x: Any, y: Any) -> Tensor | None:
+    p, q, x_dot, y_dot = primal(x), primal(y), tangent(x), tangent(y)
+    a = None if x_dot is None else x_dot / q
+    return a if y_dot is None else _sum(a, -p / (q * q) * y_dot)
+
+
+def rdiv(x: Any, y: Any) -> Tensor | None:
+    return div(y, x)
+
+
+def neg(x: Any) -> Tensor:
+    return -x.tangent
+
+
+def silu(x: Any, inplace: bool = False) -> Tensor:
+    return torch.ops.aten.silu_backward(x.tangent, x.primal)
+
+
+def gelu(x: Any, *, approximate: str = "none") -> Tensor:
+    return torch.ops.aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
+
+
+def relu(x: Any, inplace: bool = False) -> Tensor:
+    return torch.ops.aten.threshold_backward(x.tangent, x.primal, 0)
+
+
+def sigmoid(x: Any) -> Tensor:
+    return torch.ops.aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal))
+
+
+def tanh(x: Any) -> Tensor:
+    return torch.ops.aten.tanh_backward(x.tangent, torch.tanh(x.primal))
+
+
+def exp(x: Any) -> Tensor:
+    return x.tangent * torch.exp(x.primal)
+
+
+def sin(x: Any) -> Tensor:
+    return x.tangent * torch.cos(x.primal)
+
+
+def cos(x: Any) -> Tensor:
+    return x.tangent * -torch.sin(x.primal)
+
+
+def sqrt(x: Any) -> Tensor:
+    return x.tangent / (2 * torch.sqrt(x.primal))
+
+
+def rsqrt(x: Any) -> Tensor:
+    return x.tangent * (-0.5 * torch.rsqrt(x.primal) / x.primal)
+
+
+def square(x: Any) -> Tensor:
+    return x.tangent * (2 * x.primal)
+
+
+def where(condition: Tensor, x: Any, y: Any) -> Tensor:
+    zero = next(a for a in (tangent(x), tangent(y)) if a is not None).new_zeros(())
+    a, b = tangent(x), tangent(y)
+    return torch.where(condition, zero if a is None else a, zero if b is None else b)
+
+
+def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
+    return x.tangent.masked_fill(mask, 0)
+
+
+def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x.tangent, weight)
+
+
+def softmax(x: Any, dim: int, p: Tensor) -> Tensor:
+    # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
+    return torch.ops.aten._softmax_backward_data(x.tangent.to(p.dtype), p, dim, p.dtype)
+
+
+def layer_norm(x: Any, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    p, x_dot = x.primal.contiguous(), x.tangent.contiguous()
+    _, mean, rstd = torch.native_layer_norm(p, shape, None, None, eps)
+    # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
+    x_hat_dot = torch.ops.aten.native_layer_norm_backward(
+        x_dot, p, shape, mean, rstd, None, None, [True, False, False]
+    )[0]
+    return x_hat_dot if weight is None else x_hat_dot * weight
+
+
+def attention_with_mask(
+    q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float | None, noise: Tensor | None
+) -> Tensor:
+    """Masked softmax attention's tangent with the scores of the tangent rows materialised; layout [B, H, N, d].
+
+    noise: what dropout multiplied the probabilities by.
+    """
+    Q, K, V = primal(q), primal(k), primal(v)
+    scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else scale
+    if K.shape[-3:-2] != Q.shape[-3:-2] and Q.ndim > 2 and K.shape[-3] != 1:  # grouped queries
+        n = Q.shape[-3] // K.shape[-3]
+        K, V = K.repeat_interleave(n, -3), V.repeat_interleave(n, -3)
+        k_dot, v_dot = (
+            None if a is None else a.repeat_interleave(n, -3) if a.shape[-3] != Q.shape[-3] else a
+            for a in (tangent(k), tangent(v))
+        )
+    else:
+        k_dot, v_dot = tangent(k), tangent(v)
+    s = Q @ K.mT * scale  # [B_t, H, N_q, N_kv]
+    hidden = None
+    if is_causal:
+        hidden = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+    if isinstance(primal(mask), Tensor):
+        if primal(mask).dtype == torch.bool:
+            hidden = ~primal(mask)
+        else:
+            s = s + primal(mask)
+    if hidden is not None:
+        s = s.masked_fill(hidden, float("-inf"))
+    p = torch.softmax(s, -1)
+    s_dot = _sum(tangent(mask), None)
+    if tangent(q) is not None:
+        s_dot = _sum(s_dot, tangent(q) @ K.mT * scale)  # type: ignore[operator]
+    if k_dot is not None:
+        s_dot = _sum(s_dot, Q @ k_dot.mT * scale)
+    o_dot = None
+    if s_dot is not None:
+        s_dot = s_dot.expand_as(p)
+        p_dot = p * (s_dot - (p * s_dot).sum(-1, keepdim=True))
+        o_dot = (p_dot if noise is None else p_dot * noise) @ V
+    if v_dot is not None:
+        o_dot = _sum(o_dot, (p if noise is None else p * noise) @ v_dot)
+    assert o_dot is not None
+    return o_dot
+
+
+ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
+    fn.__name__: fn
+    for fn in (add, sub, rsub, mul, div, rdiv, neg, silu, gelu, relu, sigmoid, tanh, exp, sin, cos, sqrt, rsqrt, square)
+} | {"where": where, "masked_fill": masked_fill}

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..dual import Dual, _unwrapped, check_tangent, is_dual_aware
+from .passage import passage
+from .report import Report
+from .rows import Rows
+from .tensor import DualTensor
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def dualize(model: M, *, report: bool = False) -> M:
+    """An ordinary module as one that takes `Dual`s: prediction and derivative in one pass, and only the one on the tape.
+
+    The module's own Python runs as it stands, on tensors that carry their tangent along. Every PyTorch operation is
+    executed as the module wrote it, so values, gradients, what the tape keeps and what is drawn at random are those of
+    the module itself; beside it, under no_grad and on the rows that carry tangents alone, goes its derivative: written
+    out for the operations that take the time, through `torch.func.jvp` for every other. See README.md beside this file.
+
+    Args:
+        model: a module whose samples do not depend on each other, with the batch first in what it takes and gives.
+            Its tensor arguments, positional, by keyword or in any pytree, may be `Dual`s.
+        report: keep count of the operations and the time their tangents take, in the attribute `dual_report`.
+
+    Returns:
+        A module of the same class, parameters, buffers and submodules (shared, names unchanged) that `mfkernels.jvp` and
+        DDP, `fully_shard`, checkpoints and `torch.compile` take as a dual-aware one. On plain tensors it is `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `model` is wrapped in DDP or torch.compile; those go around what `dualize` returns.
+        NotImplementedError: by the call, with the user's line: an operation mixes batch rows, takes a number out of a
+            tensor, or has no forward-mode rule.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if _unwrapped(model) is not model:
+        raise ValueError(
+            f"model: expected the network itself, got it wrapped in {type(model).__name__}; dualize it first, then wrap"
+        )
+    if is_dual_aware(model):
+        return model
+    dual = copy.copy(model)
+    # the copy has the same tables of parameters, buffers, submodules and hooks, not copies of them
+    dual.__dict__.update(model.__dict__)
+    dual.__class__ = _dualized_class(type(model))
+    dual.__dict__["dual_report"] = Report() if report else None
+    return dual
+
+
+_classes: dict[type, type] = {}
+
+
+def _dualized_class(base: type) -> type:
+    if base not in _classes:
+        _classes[base] = type(
+            base.__name__, (_Dualized, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        )
+    return _classes[base]
+
+
+def _rebuild(base: type) -> Any:
+    cls = _dualized_class(base)
+    return cls.__new__(cls)
+
+
+class _Dualized(nn.Module):
+    __dual_aware__ = True
+    dual_report: Report | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from .compiled import call_compiled
+
+            return call_compiled(self, args, kwargs)
+        return dual_call(self, args, kwargs)
+
+    def plain_call(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own call, hooks included."""
+        return super().__call__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the user's class; this one is made again from it."""
+        base = next(c for c in type(self).__mro__ if c not in _dualized_set() and not issubclass(c, _Dualized))
+        return _rebuild, (base,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+def _dualized_set() -> set[type]:
+    return set(_classes.values())
+
+
+def _is_dual(x: Any) -> bool:
+    return isinstance(x, Dual)
+
+
+def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`module(*args, **kwargs)`, its own call, with `Dual`s carried through it."""
+    leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
+    duals = [x for x in leaves if _is_dual(x)]
+    batch, active = _check(duals)
+    if not active:
+        args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
+        out = module.plain_call(*args, **kwargs)
+        return _map_output(lambda o: Dual(o) if isinstance(o, Tensor) and o.is_floating_point() else o, out) if duals else out
+    report = module.dual_report
+    start = time.perf_counter()
+    args, kwargs = tree_unflatten([_enter(x, batch, active, report) if _is_dual(x) else x for x in leaves], spec)
+    with passage():
+        out = module.plain_call(*args, **kwargs)
+    out = _map_output(lambda o: _leave(o, batch, active), out)
+    if report is not None:
+        report.seconds += time.perf_counter() - start
+    return out
+
+
+def _check(duals: list[Dual]) -> tuple[int, int]:
+    """Batch size and the most rows that carry a tangent."""
+    for x in duals:
+        if not isinstance(x.primal, Tensor):
+            raise TypeError(f"primal: expected a tensor in a Dual, got {type(x.primal).__name__}")
+        if x.tangent is not None:
+            if x.primal.ndim == 0:
+                raise ValueError("primal: expected a batch (B, …) in a Dual, got a scalar")
+            check_tangent("tangent", x.primal, x.tangent)
+        if x.primal.ndim > 0 and x.primal.shape[0] != duals[0].primal.shape[0]:
+            raise ValueError(
+                f"primal: expected the same batch in every Dual, got {x.primal.shape[0]} rows and "
+                f"{duals[0].primal.shape[0]}"
+            )
+    if not duals:
+        return 0, 0
+    return (duals[0].primal.shape[0] if duals[0].primal.ndim else 0), max(x.rows for x in duals)
+
+
+def _enter(x: Dual, batch: int, active: int, report: Report | None) -> Tensor:
+    if x.tangent is None or x.rows == 0:
+        return x.primal
+    t = x.tangent
+    if x.rows < active:
+        t = torch.cat([t, t.new_zeros(active - x.rows, *t.shape[1:])])
+    # one sample is all of them: nothing to keep apart
+    return DualTensor.make(x.primal, t.detach(), Rows(0, 1, batch, 1, active) if batch > 1 else None, report)
+
+
+def _leave(o: Any, batch: int, active: int) -> Any:
+    if not isinstance(o, DualTensor):
+        return o
+    t, rows = o._tangent, o._rows
+    if rows is not None and (rows.axis != 0 or rows.outer != 1):
+        t, rows = rows.fill(t), None
+    if rows is None:
+        if o._primal.ndim == 0 or o._primal.shape[0] % batch:
+            raise ValueError(
+                f"output: expected its {batch} samples in dimension 0, as a Dual has them, got shape "
+                f"{tuple(o._primal.shape)}; let the module return a result per sample"
+            )
+        t = t[: o._primal.shape[0] // batch * active]
+    return Dual(o._primal, t)
+
+
+def _map_output(fn: Any, out: Any) -> Any:
+    """`fn` on the tensors of what a module returned: a pytree, or a dataclass as transformers and diffusers return."""
+    if isinstance(out, Tensor):
+        return fn(out)
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        changed = copy.copy(out)
+        for field in dataclasses.fields(out):
+            value = _map_output(fn, getattr(out, field.name))
+            if isinstance(changed, dict) and field.name in changed:
+                changed[field.name] = value
+            else:
+                object.__setattr__(changed, field.name, value)
+        return changed
+    leaves, spec = tree_flatten(out)
+    return tree_unflatten([_map_output(fn, x) if x is not out else fn(x) for x in leaves], spec)

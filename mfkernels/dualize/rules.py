@@ -1,0 +1,703 @@
+"""For each kind of operation: where the batch of its result is, and its tangent.
+
+A rule takes the `Call` and the primal result (of an in-place operation: the tensor before it) and gives an `Out` for
+each output. It raises `Untracked` where the rows that carry tangents are no prefix in the result, and `MixesRows` where
+samples would depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..attention import attention
+from ..dual import Dual
+from ..rms_norm import rms_norm
+from . import fast, names
+from .call import Call, Out, Slot, has_tangent, primal, tangent
+from .rows import MixesRows, Rows, Untracked
+
+
+def rule_for(call: Call) -> Callable[[Call, Any], list[Out]]:
+    name = call.name
+    if name in _RULES:
+        return _RULES[name]
+    bare = name.removesuffix("_")
+    if name in ("max", "min") and isinstance(call.arg(1, "other"), (Tensor, Slot)):
+        return elementwise
+    if bare in names.ELEMENTWISE:
+        return elementwise
+    if name in names.ALONG:
+        return along
+    if name in names.BATCH_FIRST:
+        return batch_first
+    if name in names.RESHAPE:
+        return reshape
+    if name in names.PERMUTE:
+        return permute
+    if name in names.CAST:
+        return cast
+    if name in names.SPLIT:
+        return split
+    return unknown
+
+
+def unknown(call: Call, out: Any) -> list[Out]:
+    """Any function: the tangent of all rows through jvp."""
+    if any(slot.rows is not None for slot in call.slots()):
+        raise Untracked(call.name)
+    return [Out(t, None) for t in call.jvp()]
+
+
+# ---------------------------------------------------------------------------------------------------------- elementwise
+
+
+def elementwise(call: Call, out: Tensor) -> list[Out]:
+    from_right, rows = call.rows_from_right()
+    inner = call.sliced(from_right, rows)
+    quick = fast.ELEMENTWISE.get(call.name.removesuffix("_"))
+    t: Tensor | None = None
+    if quick is not None and not any(slot.primal.is_complex() for slot in call.slots()):
+        try:
+            t = quick(*inner.args, **inner.kwargs)
+        except (TypeError, AttributeError):  # a signature that the written rule does not know (rounding_mode=, a dual mask)
+            t = None
+    if t is None:
+        (t,) = inner.jvp()
+        call.through_jvp = True
+    return [broadcast(t, out, from_right, rows)]
+
+
+def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out:
+    if rows is None:
+        return Out(t if t.shape == out.shape else t.expand(out.shape), None)
+    if out.ndim < from_right or out.shape[-from_right] != rows.size:
+        raise Untracked("broadcast")
+    rows = rows.at(out.ndim - from_right)
+    shape = rows.shape(out.shape)
+    return Out(t if list(t.shape) == shape else t.expand(shape), rows)
+
+
+def power(call: Call, out: Tensor) -> list[Out]:
+    x, n = call.args[0], call.arg(1, "exponent")
+    if not isinstance(x, Slot) or not isinstance(n, (int, float)) or isinstance(n, bool) or x.primal.is_complex():
+        return elementwise(call, out)
+    p = x.rows.take(x.primal) if x.rows else x.primal
+    t = torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * p ** (n - 1))
+    return [Out(t, x.rows)]
+
+
+def cast(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if not isinstance(x, Slot):
+        return [Out(None, None)]
+    args = [primal(a) for a in call.args[1:]]
+    return [Out(call.func(x.tangent, *args, **{k: primal(v) for k, v in call.kwargs.items()}), x.rows)]
+
+
+def constant(call: Call, out: Any) -> list[Out]:
+    return [Out(None, None) for leaf in tree_leaves(out) if has_tangent(leaf)]
+
+
+# ----------------------------------------------------------------------------------------------------- along dimensions
+
+
+def _dims(call: Call, ndim: int) -> list[int]:
+    position, keyword, default = names.ALONG[call.name]
+    dim = call.arg(position, keyword, call.kwargs.get("axis", default))
+    if call.name in ("softmax", "log_softmax", "softmin") and dim is None:
+        raise MixesRows("without dim=")
+    if dim is None:
+        return list(range(ndim))
+    if not isinstance(dim, (int, tuple, list)):
+        raise Untracked(call.name)
+    return [d % ndim for d in ((dim,) if isinstance(dim, int) else dim)] if ndim else []
+
+
+def along(call: Call, out: Any) -> list[Out]:
+    x = call.args[0] if call.args else call.kwargs.get("input")
+    if not isinstance(x, Slot) or len(call.slots()) != 1:
+        return unknown(call, out)
+    dims = _dims(call, x.ndim)
+    if x.rows is not None and x.rows.axis in dims:
+        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's")
+    inner = call.only(x, x.rows)
+    outs = [leaf for leaf in tree_leaves(out) if has_tangent(leaf)]
+    if call.name == "softmax" and isinstance(call.args[0], Slot):
+        o = outs[0]
+        tangents: Sequence[Tensor] = [fast.softmax(x, dims[0], x.rows.take(o.detach()) if x.rows else o.detach())]
+    elif call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu", "view_as_complex"):
+        tangents = [call.func(*(x.tangent if a is x else a for a in call.args), **call.kwargs)]
+    else:
+        tangents = inner.jvp()
+        call.through_jvp = True
+    result = []
+    for leaf, t in zip(outs, tangents, strict=True):
+        rows = x.rows
+        if rows is not None and leaf.ndim < x.ndim:  # without keepdim
+            rows = rows.at(rows.axis - sum(d < rows.axis for d in dims))
+        result.append(Out(t, rows))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- shape
+
+
+def reshape(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if not isinstance(x, Slot) or isinstance(call.arg(1, "dtype"), torch.dtype):
+        return unknown(call, out)
+    if x.rows is None:
+        return [Out(x.tangent.reshape(out.shape), None)]
+    rows = x.rows.reshaped(x.shape, out.shape)
+    return [Out(x.tangent.reshape(rows.shape(out.shape)), rows)]
+
+
+def permute(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    t = call.func(x.tangent, *call.args[1:], **call.kwargs)
+    if x.rows is None:
+        return [Out(t, None)]
+    labelled = torch.empty(tuple(range(1, x.ndim + 1)), device="meta")  # each size names its dimension
+    where = call.func(labelled, *call.args[1:], **call.kwargs).shape
+    return [Out(t, x.rows.at(list(where).index(x.rows.axis + 1)))]
+
+
+def expand(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if not isinstance(x, Slot):
+        return [Out(None, None)]
+    return [broadcast(x.tangent, out, 0 if x.rows is None else x.ndim - x.rows.axis, x.rows)]
+
+
+def broadcast_tensors(call: Call, out: Sequence[Tensor]) -> list[Out]:
+    operands = list(call.operands())
+    return [
+        broadcast(x.tangent, o, 0 if x.rows is None else x.ndim - x.rows.axis, x.rows)
+        if isinstance(x, Slot)
+        else Out(None, None)
+        for x, o in zip(operands, out, strict=True)
+        if has_tangent(o)
+    ]
+
+
+def repeat(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    t = call.func(x.tangent, *call.args[1:], **call.kwargs)
+    if x.rows is None:
+        return [Out(t, None)]
+    axis = x.rows.axis + out.ndim - x.ndim
+    times = out.shape[axis] // x.rows.size
+    return [Out(t, Rows(axis, x.rows.outer * times, x.rows.batch, x.rows.inner, x.rows.active))]
+
+
+def repeat_interleave(call: Call, out: Tensor) -> list[Out]:
+    x, n, dim = call.args[0], call.arg(1, "repeats"), call.arg(2, "dim")
+    if x.rows is None:
+        return unknown(call, out)
+    if dim is None:
+        raise Untracked(call.name)
+    rows = x.rows
+    if dim % x.ndim == rows.axis:
+        if not isinstance(n, int):
+            raise Untracked(call.name)
+        rows = Rows(rows.axis, rows.outer, rows.batch, rows.inner * n, rows.active)
+    return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), rows)]
+
+
+def split(call: Call, out: Sequence[Tensor]) -> list[Out]:
+    x = call.args[0]
+    default = call.kwargs.get("dim", 0)
+    dim = (call.args[1] if len(call.args) > 1 else default) if call.name == "unbind" else call.arg(2, "dim", 0)
+    rows = x.rows
+    if rows is not None:
+        if dim % x.ndim == rows.axis:
+            raise Untracked(call.name)
+        if call.name == "unbind" and dim % x.ndim < rows.axis:
+            rows = rows.at(rows.axis - 1)
+    return [Out(t, rows) for t in call.func(x.tangent, *call.args[1:], **call.kwargs)]
+
+
+def join(call: Call, out: Tensor) -> list[Out]:
+    """cat and stack."""
+    parts = list(call.arg(0, "tensors"))
+    dim = call.arg(1, "dim", call.kwargs.get("axis", 0)) % out.ndim
+    stacked = call.name == "stack"
+    slots = [x for x in parts if isinstance(x, Slot)]
+    rows = slots[0].rows
+    if rows is None or any(x.rows != rows for x in slots):
+        if any(x.rows is not None for x in slots) and not (
+            all(x.rows is not None for x in parts if isinstance(x, Slot)) and len(slots) == len(parts)
+        ):
+            raise Untracked(call.name)
+    if rows is not None and not stacked and dim == rows.axis:
+        like = (rows.batch, rows.inner, rows.active)
+        if len(slots) < len(parts) or any((x.rows.batch, x.rows.inner, x.rows.active) != like for x in slots):
+            raise Untracked(call.name)
+        t = torch.cat([x.tangent for x in slots], dim)
+        return [Out(t, Rows(dim, sum(x.rows.outer for x in slots), *like))]
+    if rows is not None and any(x.rows != rows for x in slots):
+        raise Untracked(call.name)
+
+    def tangent_of(x: Any) -> Tensor:
+        if isinstance(x, Slot):
+            return x.tangent.to(out.dtype)
+        if rows is not None and (x.ndim <= rows.axis or x.shape[rows.axis] != rows.size):
+            raise Untracked(call.name)
+        return x.new_zeros(x.shape if rows is None else rows.shape(x.shape), dtype=out.dtype)
+
+    t = (torch.stack if stacked else torch.cat)([tangent_of(x) for x in parts], dim)
+    if rows is None:
+        return [Out(t, None)]
+    return [Out(t, rows.at(rows.axis + 1) if stacked and dim <= rows.axis else rows)]
+
+
+# ------------------------------------------------------------------------------------------------------------- indexing
+
+
+class Index:
+    """An index applied to a tensor of `shape`: which dimensions pass through it whole, and where they end up."""
+
+    def __init__(self, index: Any, shape: Sequence[int]) -> None:
+        items = list(index) if isinstance(index, tuple) else [index]
+        items = [torch.as_tensor(x) if isinstance(x, list) else x for x in items]
+        used = sum(self._consumes(x) for x in items)
+        dots = [i for i, x in enumerate(items) if x is Ellipsis]
+        fill = [slice(None)] * (len(shape) - used)
+        if dots:
+            items[dots[0] : dots[0] + 1] = fill
+        else:
+            items += fill
+        self.items: list[Any] = items
+        self.position: dict[int, int] = {}  # dimension: position in `items` of the slice on it
+        dim = 0
+        for i, x in enumerate(items):
+            if isinstance(x, slice):
+                self.position[dim] = i
+            dim += self._consumes(x)
+        self._place()
+
+    @staticmethod
+    def _consumes(x: Any) -> int:
+        if x is None or x is Ellipsis or isinstance(x, bool):
+            return 0
+        return x.ndim if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) else 1
+
+    def _place(self) -> None:
+        """Where each slice's dimension ends up: integers vanish, tensors share one block of dimensions."""
+        self.target: dict[int, int] = {}  # position in `items`: dimension of the result
+        kept = [i for i, x in enumerate(self.items) if isinstance(x, bool) or not isinstance(x, int)]
+        block = [j for j, i in enumerate(kept) if isinstance(self.items[i], (Tensor, bool))]
+        depth = max(
+            (1 if getattr(self.items[kept[j]], "dtype", torch.bool) in (torch.bool, torch.uint8) else self.items[kept[j]].ndim
+             for j in block),
+            default=0,
+        )
+        adjacent = not block or block[-1] - block[0] + 1 == len(block)
+        first = block[0] if block and adjacent else 0
+        out = depth if block and not adjacent else 0
+        for j, i in enumerate(kept):
+            if block and adjacent and j == first:
+                out += depth
+            if j not in block:
+                self.target[i] = out
+                out += 1
+        self.ndim = out
+
+
+def getitem(call: Call, out: Tensor) -> list[Out]:
+    x, index = call.args
+    if not isinstance(x, Slot) or any(isinstance(i, Slot) for i in (index if isinstance(index, tuple) else (index,))):
+        raise NotImplementedError("an index cannot carry a tangent")
+    if x.rows is None:
+        return [Out(x.tangent[index], None)]
+    at = Index(index, x.shape)
+    rows = x.rows
+    if rows.axis not in at.position:
+        raise Untracked(call.name)
+    i = at.position[rows.axis]
+    start, stop, step = at.items[i].indices(rows.size)
+    axis = at.target[i]
+    if (start, stop, step) == (0, rows.size, 1):
+        at.items[i] = slice(None)
+        return [Out(x.tangent[tuple(at.items)], rows.at(axis))]
+    if rows.outer != 1 or rows.inner != 1 or step != 1:
+        raise Untracked(call.name)
+    return [_cut(x.tangent, at.items, i, start, stop, axis, rows)]
+
+
+def _cut(x_dot: Tensor, items: list[Any], i: int, start: int, stop: int, axis: int, rows: Rows) -> Out:
+    """Samples start … stop of the batch."""
+    batch, active = max(stop - start, 0), max(min(rows.active, stop) - start, 0)
+    if active == 0:
+        return Out(None, None)
+    items[i] = slice(start, start + active)
+    return Out(x_dot[tuple(items)], None if batch == 1 else Rows(axis, 1, batch, 1, active))
+
+
+def select(call: Call, out: Tensor) -> list[Out]:
+    x, dim = call.args[0], call.arg(1, "dim")
+    if x.rows is not None and dim % x.ndim == x.rows.axis:
+        raise Untracked(call.name)
+    rows = x.rows and x.rows.at(x.rows.axis - (dim % x.ndim < x.rows.axis))
+    return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), rows)]
+
+
+def narrow(call: Call, out: Tensor) -> list[Out]:
+    x, dim, start, length = call.args[0], call.arg(1, "dim"), call.arg(2, "start"), call.arg(3, "length")
+    if x.rows is None or dim % x.ndim != x.rows.axis:
+        return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
+    if x.rows.outer != 1 or x.rows.inner != 1 or not isinstance(start, int):
+        raise Untracked(call.name)
+    items: list[Any] = [slice(None)] * x.ndim
+    start %= x.rows.size
+    return [_cut(x.tangent, items, x.rows.axis, start, start + length, x.rows.axis, x.rows)]
+
+
+def index_select(call: Call, out: Tensor) -> list[Out]:
+    x, dim = call.args[0], call.arg(1, "dim")
+    if not isinstance(x, Slot) or (x.rows is not None and dim % x.ndim == x.rows.axis):
+        raise Untracked(call.name)
+    return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
+
+
+def aligned(call: Call, out: Tensor) -> list[Out]:
+    """gather, scatter …: operands of one rank, of which sample i takes the rows i."""
+    dim = call.arg(2, "dim") if call.name == "take_along_dim" else call.arg(1, "dim")
+    slots = call.slots()
+    rows = slots[0].rows
+    if rows is None:
+        return unknown(call, out)
+    plain = [x for x in call.operands() if isinstance(x, Tensor) and x.ndim > 0]
+    if (
+        not isinstance(dim, int)
+        or dim % slots[0].ndim == rows.axis
+        or any(x.rows != rows for x in slots)
+        or any(x.ndim != slots[0].ndim or x.shape[rows.axis] != rows.size for x in plain)
+    ):
+        raise Untracked(call.name)
+    tangents = call.sliced(slots[0].ndim - rows.axis, rows).jvp()
+    call.through_jvp = True
+    return [Out(tangents[0], rows)]
+
+
+def setitem(call: Call, out: Tensor) -> list[Out]:
+    x, index, value = call.args
+    if any(isinstance(i, Slot) for i in (index if isinstance(index, tuple) else (index,))):
+        raise NotImplementedError("an index cannot carry a tangent")
+    at = Index(index, x.shape)
+    rows = _rows_of_target(x, value, at)
+    v_dot = tangent(value)
+    if rows is None:
+        x_dot = x.tangent.clone() if isinstance(x, Slot) else torch.zeros_like(x)
+        x_dot[index] = 0 if v_dot is None else v_dot.to(x_dot.dtype)
+        return [Out(x_dot, None)]
+    if isinstance(x, Slot):
+        x_dot = x.tangent.clone()
+    else:
+        x_dot = x.new_zeros(rows.shape(x.shape))
+    at.items[at.position[rows.axis]] = slice(None)
+    x_dot[tuple(at.items)] = 0 if v_dot is None else v_dot.to(x_dot.dtype)
+    return [Out(x_dot, rows)]
+
+
+def _rows_of_target(x: Any, value: Any, at: Index) -> Rows | None:
+    """The rows of `x` in x[index] = value."""
+    if all(slot.rows is None for slot in (x, value) if isinstance(slot, Slot)):
+        return None
+    if isinstance(x, Slot):
+        rows = x.rows
+    else:  # a plain tensor: its batch is where the value's goes
+        axis = at.ndim - (value.ndim - value.rows.axis)
+        found = [d for d, i in at.position.items() if at.target[i] == axis]
+        if not found:
+            raise Untracked("setitem")
+        rows = value.rows.at(found[0])
+    if rows is None or rows.axis not in at.position:
+        raise Untracked("setitem")
+    if x.shape[rows.axis] != rows.size:
+        raise Untracked("setitem")
+    i = at.position[rows.axis]
+    if at.items[i].indices(rows.size) != (0, rows.size, 1):
+        raise Untracked("setitem")
+    if isinstance(value, Slot) and (value.rows is None or value.rows.at(0) != rows.at(0)
+                                    or value.ndim - value.rows.axis != at.ndim - at.target[i]):
+        raise Untracked("setitem")
+    return rows
+
+
+def copy_(call: Call, out: Tensor) -> list[Out]:
+    x, value = call.args[:2]
+    if not isinstance(value, Slot):
+        return [Out(torch.zeros_like(x.tangent), x.rows)]
+    from_right = 0 if value.rows is None else value.ndim - value.rows.axis
+    got = broadcast(value.tangent, out, from_right, value.rows)
+    return [Out(got.tangent.to(out.dtype, copy=True), got.rows)]  # type: ignore[union-attr]
+
+
+def fill_(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if len(call.slots()) != 1 or not isinstance(x, Slot):
+        return unknown(call, out)
+    return [Out(torch.zeros_like(x.tangent), x.rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------- contractions
+
+
+def matmul(call: Call, out: Tensor) -> list[Out]:
+    a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2", call.kwargs.get("vec")))
+    if call.name == "rmatmul":
+        a, b = b, a
+    slots = [x for x in (a, b) if isinstance(x, Slot)]
+    rows = slots[0].rows
+    axes = [_matmul_axis(x is a, x, out, b.ndim) for x in slots] if rows is not None else []
+    if len(slots) == 2 and (slots[1].rows is None) != (rows is None):
+        raise Untracked(call.name)
+    if rows is not None:
+        # both carry the batch: only as a dimension of the batch of products
+        if len(slots) == 2 and (
+            axes[0] != axes[1] or slots[1].rows.at(0) != rows.at(0) or axes[0] >= out.ndim - 2
+        ):
+            raise Untracked(call.name)
+        if slots[0].ndim < 3 or axes[0] >= out.ndim - 2:
+            small_a, small_b = (rows.take(primal(x), x.rows.axis) if isinstance(x, Slot) else x for x in (a, b))
+        else:
+            k = slots[0].ndim - rows.axis
+            small_a, small_b = (
+                rows.take(primal(x), x.ndim - k) if x.ndim >= k and x.shape[-k] == rows.size else primal(x)
+                for x in (a, b)
+            )
+    else:
+        small_a, small_b = primal(a), primal(b)
+    t = None
+    if tangent(a) is not None:
+        t = torch.matmul(a.tangent, small_b)
+    if tangent(b) is not None:
+        second = torch.matmul(small_a, b.tangent)
+        t = second if t is None else t + second
+    assert t is not None
+    return [Out(t, rows and rows.at(axes[0]))]
+
+
+def _matmul_axis(is_left: bool, x: Slot, out: Tensor, right_ndim: int) -> int:
+    """The dimension of the product in which the batch of one factor is."""
+    assert x.rows is not None
+    from_right = x.ndim - x.rows.axis
+    if x.ndim == 1 or from_right == (1 if is_left else 2):
+        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is summed over")
+    lost = int(is_left and right_ndim == 1)  # a vector on the right leaves no column dimension
+    return out.ndim + lost - from_right
+
+
+def addmm(call: Call, out: Tensor) -> list[Out]:
+    """addmm and baddbmm: an addition and a product."""
+    c, a, b = call.args[0], call.args[1], call.args[2]
+    alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
+    parts = []
+    if isinstance(a, Slot) or isinstance(b, Slot):
+        (product,) = matmul(Call(torch.matmul, "matmul", (a, b), {}), out)
+        assert product.tangent is not None
+        parts.append(Out(product.tangent * alpha, product.rows))
+    if isinstance(c, Slot):
+        from_right = 0 if c.rows is None else c.ndim - c.rows.axis
+        parts.append(broadcast(c.tangent * beta, out, from_right, c.rows))
+    if any(p.rows != parts[0].rows for p in parts):
+        raise Untracked(call.name)
+    t = parts[0].tangent if len(parts) == 1 else parts[0].tangent + parts[1].tangent  # type: ignore[operator]
+    return [Out(t, parts[0].rows)]
+
+
+def linear(call: Call, out: Tensor) -> list[Out]:
+    x = call.arg(0, "input")
+    if not isinstance(x, Slot) or len(call.slots()) != 1:
+        return unknown(call, out)  # weights that depend on the sample
+    if x.rows is not None and x.rows.axis == x.ndim - 1:
+        raise MixesRows("the last dimension is the batch's, and it is summed over")
+    return [Out(F.linear(x.tangent, call.arg(1, "weight")), x.rows)]
+
+
+def einsum(call: Call, out: Tensor) -> list[Out]:
+    equation = call.args[0]
+    operands = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (list, tuple)) else call.args[1:]
+    if not isinstance(equation, str):
+        return unknown(call, out)
+    terms, result = _einsum_terms(equation, [x.ndim for x in operands])
+    slots = [(i, x) for i, x in enumerate(operands) if isinstance(x, Slot)]
+    rows = slots[0][1].rows
+    if any((x.rows is None) != (rows is None) for _, x in slots):
+        raise Untracked(call.name)
+    small = [primal(x) for x in operands]
+    if rows is not None:
+        letters = {terms[i][x.rows.axis] for i, x in slots}  # type: ignore[union-attr]
+        (letter, *more) = letters
+        if more or any(x.rows.at(0) != rows.at(0) for _, x in slots):  # type: ignore[union-attr]
+            raise Untracked(call.name)
+        if letter not in result:
+            raise MixesRows(f"{equation!r} sums over {letter}, which is the batch's")
+        for i, x in enumerate(small):
+            if letter in terms[i] and x.shape[terms[i].index(letter)] == rows.size:
+                small[i] = rows.take(x, terms[i].index(letter))
+    lowered = ",".join(terms) + "->" + result
+    t = None
+    for i, x in slots:
+        one = torch.einsum(lowered, *small[:i], x.tangent, *small[i + 1 :])
+        t = one if t is None else t + one
+    assert t is not None
+    return [Out(t, rows and rows.at(result.index(letter)))]
+
+
+def _einsum_terms(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
+    """Operands' and result's letters, ellipses replaced by letters that are not in use."""
+    equation = equation.replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c not in equation]
+    depth = max([n - (len(t) - 3) for t, n in zip(terms, ndims, strict=True) if "..." in t], default=0)
+    dots = "".join(free[:depth])
+    terms = [
+        t.replace("...", dots[depth - (n - len(t) + 3) :] if n > len(t) - 3 else "")
+        for t, n in zip(terms, ndims, strict=True)
+    ]
+    if not arrow:
+        letters = "".join(t for t in left.replace("...", "") if t != ",")
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return terms, right.replace("...", dots)
+
+
+# ----------------------------------------------------------------------------------------------------------------- norms
+
+
+def layer_norm(call: Call, out: Tensor) -> list[Out]:
+    x, shape = call.args[0], call.arg(1, "normalized_shape")
+    if not isinstance(x, Slot) or len(call.slots()) != 1:
+        return unknown(call, out)
+    depth = 1 if isinstance(shape, int) else len(shape)
+    if x.rows is not None and x.rows.axis >= x.ndim - depth:
+        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is normalised over")
+    inner = call.only(x, x.rows)
+    p = inner.args[0].primal.detach().to(out.dtype)
+    small = Slot(p, x.tangent.to(out.dtype), None)
+    weight = call.arg(2, "weight")
+    if call.name == "layer_norm":
+        t = fast.layer_norm(small, shape, weight, None, call.arg(4, "eps", 1e-5))
+        return [Out(t, x.rows)]
+    eps = call.arg(3, "eps")
+    eps = torch.finfo(out.dtype).eps if eps is None else eps
+    if depth != 1 or small.primal.ndim < 2:
+        (t,) = inner.jvp()
+        call.through_jvp = True
+    else:
+        ones = p.new_ones(p.shape[-1]) if weight is None else weight
+        t = rms_norm(Dual(p, small.tangent), ones, eps=eps).tangent  # type: ignore[union-attr]
+    return [Out(t, x.rows)]
+
+
+def batch_norm(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if x.rows is None:
+        return unknown(call, out)
+    if x.rows.axis == 1:
+        raise MixesRows("dimension 1 is the batch's")
+    (t,) = call.only(x, x.rows).jvp()
+    call.through_jvp = True
+    return [Out(t, x.rows)]
+
+
+def batch_first(call: Call, out: Any) -> list[Out]:
+    slots = call.slots()
+    x = slots[0]
+    if x.rows is None or x.rows.axis != 0 or any(s.rows is None or s.rows != x.rows for s in slots):
+        return unknown(call, out)
+    if call.args[0] is not x or x.ndim < 3 or (len(slots) > 1 and call.name != "grid_sample"):
+        return unknown(call, out)
+    if call.name.startswith("conv"):
+        args = list(call.args)
+        args[0] = x.tangent
+        if len(args) > 2:
+            args[2] = None
+        return [Out(call.func(*args, **{k: v for k, v in call.kwargs.items() if k != "bias"}), x.rows)]
+    grid = call.arg(1, "grid") if call.name == "grid_sample" else None
+    rows = x.rows
+
+    def cut(a: Any) -> Any:
+        if isinstance(a, Slot):
+            return Slot(rows.take(a.primal), a.tangent, None)
+        return rows.take(a) if a is grid else a
+
+    tangents = call.map(cut).jvp()
+    call.through_jvp = True
+    return [Out(t, rows) for t in tangents]
+
+
+# ------------------------------------------------------------------------------------------------------------- attention
+
+
+def scaled_dot_product_attention(call: Call, out: Tensor) -> list[Out]:
+    q, k, v = (call.arg(i, name) for i, name in enumerate(("query", "key", "value")))
+    mask, dropout_p = call.arg(3, "attn_mask"), call.arg(4, "dropout_p", 0.0)
+    is_causal, scale = call.arg(5, "is_causal", False), call.kwargs.get("scale")
+    from_right, rows = call.rows_from_right()
+    if rows is not None and from_right < 3:
+        raise MixesRows("a sequence dimension is the batch's")
+    noise = call.noise if dropout_p > 0 else None
+    small = call.sliced(from_right, rows)
+    q, k, v = (small.arg(i, name) for i, name in enumerate(("query", "key", "value")))
+    mask = small.arg(3, "attn_mask")
+    grouped = q.ndim == 4 and k.shape[1] != q.shape[1]
+    plain = all(x.ndim == 4 for x in (q, k, v)) and k.shape == v.shape and q.shape[0] == k.shape[0]
+    if plain and mask is None and noise is None and q.shape[-1] == k.shape[-1] and (not grouped or k.shape[1] > 1):
+        dq, dk, dv = (
+            Dual(x.primal.transpose(1, 2), x.tangent.transpose(1, 2)) if isinstance(x, Slot) else x.transpose(1, 2)
+            for x in (q, k, v)
+        )
+        o_dot = attention(dq, dk, dv, scale=scale, is_causal=is_causal).tangent.transpose(1, 2)  # type: ignore[union-attr]
+    else:
+        if noise is not None and rows is not None:
+            noise = rows.take(noise, noise.ndim - from_right)
+        o_dot = fast.attention_with_mask(q, k, v, mask, is_causal, scale, noise)
+    return [broadcast(o_dot, out, from_right, rows)]
+
+
+_RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
+    "pow": power,
+    "pow_": elementwise,
+    "expand": expand,
+    "expand_as": expand,
+    "broadcast_tensors": broadcast_tensors,
+    "repeat": repeat,
+    "tile": repeat,
+    "repeat_interleave": repeat_interleave,
+    "cat": join,
+    "stack": join,
+    "getitem": getitem,
+    "setitem_": setitem,
+    "copy_": copy_,
+    "fill_": fill_,
+    "zero_": fill_,
+    "select": select,
+    "narrow": narrow,
+    "index_select": index_select,
+    **dict.fromkeys(
+        "gather take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce".split(), aligned
+    ),
+    "matmul": matmul,
+    "rmatmul": matmul,
+    "mm": matmul,
+    "bmm": matmul,
+    "mv": matmul,
+    "addmm": addmm,
+    "baddbmm": addmm,
+    "linear": linear,
+    "einsum": einsum,
+    "layer_norm": layer_norm,
+    "rms_norm": layer_norm,
+    "batch_norm": batch_norm,
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    **dict.fromkeys(names.CONSTANT, constant),
+}
