@@ -1,4 +1,4 @@
-"""The MeanFlow step in DDP and FSDP2 with real processes: losses and gradients are the single process's."""
+"""(Improved) MeanFlow steps in DDP and FSDP2 with real processes: losses and gradients are the single process's."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 WORKERS = Path(__file__).with_name("workers.py")
-CASES = [
+FORMS = [
     "ddp",
     "ddp, static_graph",
     "ddp, checkpointed",
@@ -19,7 +19,9 @@ CASES = [
     "fsdp, checkpointed",
     "fsdp, bf16",
     "fsdp, bf16, checkpointed",
+    "the trainer's fsdp, bf16",
 ]
+COMPILED = ["DiT: ddp, compiled", "DiT: fsdp, compiled, checkpointed", "iMF-DiT: fsdp, compiled"]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
@@ -46,8 +48,19 @@ def told(request, tmp_path_factory):
     return [torch.load(folder / f"told.{rank}") for rank in range(world)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_the_single_processs(told, case):
+def says_nothing(told, case):
     for rank, cases in enumerate(told):
         assert case in cases, f"process {rank} stopped before: {cases}"
         assert cases[case] == "", f"process {rank}: {cases[case]}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("net", ["DiT", "iMF-DiT"])
+def test_losses_and_gradients_are_the_single_processs(told, net, form):
+    says_nothing(told, f"{net}: {form}")
+
+
+@pytest.mark.parametrize("told", [2], indirect=True, ids=["2 processes"])  # four would take a minute to compile
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_steps_are_the_single_processs_and_compile_once(told, case):
+    says_nothing(told, case)
