@@ -93,6 +93,11 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:  # fp16 on a CPU, or a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
+    if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":
+        raise UsageError(
+            f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; expected "
+            "default there"
+        )
     parts = config.accumulate * accelerator.num_processes
     if config.batch_size % parts != 0:
         raise UsageError(

@@ -147,7 +147,7 @@ def trained(name, rank, world, *, strategy, precision="no", compiled=False, chec
         checkpoint_blocks(net, "all")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    with patch("torch.compile", lambda fn, mode, **options: COMPILE(fn, backend=counter, **options)):
+    with patch("torch.compile", lambda fn, **options: COMPILE(fn, backend=counter, **options)):
         loss_of = training_loss(net, OBJECTIVES[name], config, accelerator)
     for _ in range(2):
         net.zero_grad()

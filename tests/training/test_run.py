@@ -15,13 +15,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from meanflow.data import ImageData, TensorImages, load_digits_data
 from meanflow.errors import UsageError
 from meanflow.training import (
+    EMA,
     TrainConfig,
     Trainer,
     TrainingError,
+    build_model,
+    build_objective,
     list_checkpoints,
     load_network,
     make_accelerator,
@@ -145,6 +149,31 @@ def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, cou
     run_training(dataclasses.replace(TINY, name="compiled", compile=True, checkpoint_blocks=count))
     assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-5)
     assert counter.frame_count == 1
+
+
+def test_cuda_graphs_need_a_gpu():
+    with pytest.raises(UsageError, match="compile_mode: reduce-overhead records CUDA graphs"):
+        run_training(dataclasses.replace(TINY, compile=True, compile_mode="reduce-overhead"))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
+def test_a_step_reads_nothing_on_the_host_and_has_no_shape_that_depends_on_data(objective):
+    """On tensors without values, where either is an error: such a step can be recorded as a CUDA graph."""
+    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
+    config = dataclasses.replace(TINY, objective=objective, **model)
+    data = load_digits_data()
+    with FakeTensorMode():
+        net, of = build_model(config, data), build_objective(config)
+        ema = EMA(net, 0.9)
+        x = torch.zeros(8, 1, 8, 8)  # [B, C, H, W]
+        y = torch.zeros(8, dtype=torch.long)  # [B]
+        draws = of.draw((16, 1, 8, 8), generator=torch.Generator(), spread=True)
+        of.loss_of(net, x, y, draws.part(1, 2)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        ema.update(net, 0)
+        with pytest.raises(DataDependentOutputException):  # what a read on the host would do
+            bool(x.any())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
