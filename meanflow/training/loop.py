@@ -95,8 +95,8 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
     if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":
         raise UsageError(
-            f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; expected "
-            "default there"
+            f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; there "
+            "expected default"
         )
     parts = config.accumulate * accelerator.num_processes
     if config.batch_size % parts != 0:
