@@ -7,121 +7,34 @@ Nothing else in the library ever measures: a training step never tunes behind it
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mfkernels.attention.limits import MAX_HEAD_DIM
-from mfkernels.launch import Config, Launch, clear_cache, read_table, triton_minor, user_table
+from mfkernels.launch import (
+    PACKAGE_TABLE,
+    Config,
+    clear_cache,
+    forced_config,
+    read_table,
+    triton_minor,
+    user_table,
+)
+from mfkernels.tune_problems import (
+    NOT_TUNED,
+    Problem,
+    attention_problems,
+    head_problems,
+    hidden_problems,
+    loss_problems,
+    width_problems,
+)
 
 # Largest difference from the first candidate's result, in norms, that rounding in another order explains.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row to be found: its conditions, the candidates, the launch that each makes and the results it writes."""
-
-    op: str
-    conditions: Mapping[str, str | int]
-    candidates: Sequence[Config]
-    launch: Callable[[Config], Launch]
-    results: Sequence[torch.Tensor]
-
-
-def config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-
-
-FORWARD_CANDIDATES = [
-    config(128, 64, 8, 2),
-    config(128, 64, 8, 3),
-    config(128, 128, 8, 2),
-    config(128, 128, 8, 3),
-    config(128, 64, 4, 2),
-    config(128, 32, 8, 2),
-    config(128, 32, 8, 3),
-    config(64, 64, 4, 2),
-    config(64, 64, 4, 3),
-    config(64, 32, 4, 2),
-    config(64, 32, 8, 2),
-    config(32, 32, 4, 2),
-]
-BACKWARD_CANDIDATES = [
-    config(64, 64, 4, 2),
-    config(64, 64, 8, 2),
-    config(128, 64, 8, 2),
-    config(128, 64, 8, 3),
-    config(64, 128, 8, 2),
-    config(64, 128, 8, 3),
-    config(32, 128, 8, 2),
-    config(32, 64, 4, 2),
-    config(32, 64, 8, 2),
-    config(128, 32, 8, 2),
-    config(64, 32, 4, 2),
-    config(32, 32, 4, 2),
-]
-
-
-def attention_problems(
-    head_dim: int,
-    tokens: int,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    bounds: Mapping[str, int],
-) -> Iterator[Problem]:
-    """Forward with and without tangents, and the two backward kernels, on packed qkv buffers.
-
-    To be run in this order: the backward reads what the forward before it wrote.
-    """
-    from mfkernels.attention.backward_kernels import dkdv_launch, dq_launch
-    from mfkernels.attention.kernels import forward_launch
-
-    heads = 16
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, generator=generator)
-
-    q, k, v = random(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
-    q_dot, k_dot, v_dot = random(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
-    o, o_dot, do, dq, dk, dv = (torch.empty_like(q).contiguous() for _ in range(6))  # [B, N, H, D]
-    do.copy_(random(*do.shape))
-    lse, delta = (torch.empty((batch, heads, tokens), device=device) for _ in range(2))  # [B, H, N]
-    options: dict[str, Any] = {"scale": head_dim**-0.5, "causal": False, "precision": "ieee"}
-
-    yield Problem(
-        op="attention_forward",
-        conditions=bounds,
-        candidates=FORWARD_CANDIDATES,
-        launch=lambda config: forward_launch(q, k, v, q_dot, k_dot, v_dot, o, o_dot, lse, **options, config=config),
-        results=(o, o_dot),
-    )
-    yield Problem(
-        op="attention_forward_primal",
-        conditions=bounds,
-        candidates=FORWARD_CANDIDATES,
-        launch=lambda config: forward_launch(q, k, v, None, None, None, o, None, lse, **options, config=config),
-        results=(o,),
-    )
-    yield Problem(
-        op="attention_backward_dq",
-        conditions=bounds,
-        candidates=BACKWARD_CANDIDATES,
-        launch=lambda config: dq_launch(do, q, k, v, o, lse, delta, dq, **options, config=config),
-        results=(dq,),
-    )
-    yield Problem(
-        op="attention_backward_dkdv",
-        conditions=bounds,
-        candidates=BACKWARD_CANDIDATES,
-        launch=lambda config: dkdv_launch(do, q, k, v, lse, delta, dk, dv, **options, config=config),
-        results=(dk, dv),
-    )
 
 
 def measure(problem: Problem) -> tuple[Config, float] | None:
@@ -133,18 +46,18 @@ def measure(problem: Problem) -> tuple[Config, float] | None:
     expected: list[torch.Tensor] | None = None
     best: tuple[Config, float] | None = None
     for candidate in problem.candidates:
-        launch = problem.launch(candidate)
-        try:
-            launch.run()
-        except (OutOfResources, CompilationError, PTXASError) as error:
-            print(f"  {candidate}: {type(error).__name__}")
-            continue
-        if expected is None:
-            expected = [x.clone() for x in problem.results]
-        elif not all(map(_agree, problem.results, expected)):
-            print(f"  {candidate}: its result differs, so it is not taken; please report this")
-            continue
-        milliseconds = float(do_bench(launch.run, return_mode="median"))
+        with forced_config(problem.op, candidate):
+            try:
+                results = problem.run()
+            except (OutOfResources, CompilationError, PTXASError) as error:
+                print(f"  {candidate}: {type(error).__name__}")
+                continue
+            if expected is None:
+                expected = [x.clone() for x in results]
+            elif not all(map(_agree, results, expected)):
+                print(f"  {candidate}: its result differs, so it is not taken; please report this")
+                continue
+            milliseconds = float(do_bench(problem.run, return_mode="median"))
         print(f"  {candidate}: {milliseconds:.4f} ms")
         if best is None or milliseconds < best[1]:
             best = candidate, milliseconds
@@ -181,21 +94,55 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     clear_cache()
 
 
+def problems(
+    head_dims: Sequence[int],
+    widths: Sequence[int],
+    hidden_widths: Sequence[int],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    total: int = 65536,
+) -> Iterator[Problem]:
+    """Every problem, on batches of `total` tokens; rows and heads in sequences of 256 tokens."""
+    for least_head_dim, head_dim in ranges(head_dims):
+        of_head = {"min_head_dim": least_head_dim, "max_head_dim": head_dim}
+        for least, n in ranges(tokens):
+            bounds = {**of_head, "min_tokens": least, "max_tokens": n}
+            yield from attention_problems(head_dim, n, max(1, total // n), dtype, device, bounds)
+        if head_dim % 2 == 0:
+            yield from head_problems(head_dim, min(256, total), max(1, total // 256), dtype, device, of_head)
+    for make, sizes in ((width_problems, widths), (hidden_problems, hidden_widths)):
+        for least, width in ranges(sizes):
+            bounds = {"min_width": least, "max_width": width}
+            yield from make(width, min(256, total), max(1, total // 256), dtype, device, bounds)
+    yield from loss_problems(min(256, total), max(1, total // 256), dtype, device)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mfkernels.tune", description="Measure launch configurations on this GPU."
     )
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="these alone, for instance attention_forward")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 72, 128], metavar="D")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096], metavar="N")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096], metavar="N", help="of attention"
+    )
+    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 1152], metavar="D")
+    parser.add_argument("--hidden-widths", type=int, nargs="+", default=[2048, 2730, 3072, 4096, 4608], metavar="H")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
     path = user_table()
+    known = {row["op"] for row in read_table(PACKAGE_TABLE)} - NOT_TUNED
     try:
         table = read_table(path)  # now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):
             raise ValueError(f"--head-dims: expected multiples of 8 up to {MAX_HEAD_DIM}, got {arguments.head_dims}")
-        if min(arguments.tokens) < 1:
-            raise ValueError(f"--tokens: expected at least 1, got {arguments.tokens}")
+        for name in ("tokens", "widths", "hidden_widths"):
+            if min(getattr(arguments, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+        unknown = sorted(set(arguments.ops or ()) - known)
+        if unknown:
+            raise ValueError(f"--ops: expected any of {', '.join(sorted(known))}, got {', '.join(unknown)}")
         if not torch.cuda.is_available():
             raise ValueError("it measures on a GPU, and torch.cuda.is_available() is False here")
     except ValueError as error:
@@ -204,31 +151,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
     machine = {"arch": f"sm_{major}{minor}", "triton": triton_minor(), "dtype": arguments.dtype}
+    sizes = (arguments.head_dims, arguments.widths, arguments.hidden_widths, arguments.tokens)
     measured = 0
-    for least_head_dim, head_dim in ranges(arguments.head_dims):
-        for least, n in ranges(arguments.tokens):
-            bounds = {
-                "min_head_dim": least_head_dim,
-                "max_head_dim": head_dim,
-                "min_tokens": least,
-                "max_tokens": n,
-            }
-            batch = max(1, 65536 // n)
-            dtype = getattr(torch, arguments.dtype)
-            for problem in attention_problems(head_dim, n, batch, dtype, device, bounds):
-                print(f"{problem.op} head_dim={head_dim} tokens={n}")
-                best = measure(problem)
-                if best is not None:
-                    row = {
-                        "op": problem.op,
-                        **machine,
-                        **problem.conditions,
-                        "config": dict(best[0]),
-                        "milliseconds": round(best[1], 4),
-                    }
-                    table = merge(table, [row])
-                    write_table(path, table)  # after each: an interrupted run keeps what it measured
-                    measured += 1
+    for problem in problems(*sizes, getattr(torch, arguments.dtype), device):
+        if arguments.ops and problem.op not in arguments.ops:
+            continue
+        print(problem.op, *(f"{name}={bound}" for name, bound in problem.conditions.items()))
+        best = measure(problem)
+        if best is not None:
+            row = {"op": problem.op, **machine, **problem.conditions}
+            row |= {"config": dict(best[0]), "milliseconds": round(best[1], 4)}
+            table = merge(table, [row])
+            write_table(path, table)  # after each: an interrupted run keeps what it measured
+            measured += 1
     print(f"wrote {measured} rows to {path}")
     return 0
 

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from mfkernels import launch, tune
+from mfkernels.tune_problems import tile
 
 REQUEST = {"op": "a", "arch": "sm_90", "triton": "3.6", "dtype": "bfloat16", "head_dim": 72, "tokens": 256}
 
@@ -125,6 +126,8 @@ def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> Non
         (["--head-dims", "64", "12"], "[]", "--head-dims: expected multiples of 8 up to 256, got [64, 12]"),
         (["--head-dims", "264"], "[]", "--head-dims: expected multiples of 8"),
         (["--tokens", "0", "64"], "[]", "--tokens: expected at least 1, got [0, 64]"),
+        (["--widths", "-3"], "[]", "--widths: expected at least 1, got [-3]"),
+        (["--ops", "swiglu", "gelu"], "[]", "--ops: expected any of ada_layer_norm_backward"),
         ([], "[{", "launch.json is not JSON"),
     ],
 )
@@ -140,29 +143,48 @@ def test_a_measured_size_speaks_down_to_the_next_smaller_one() -> None:
 
 def test_measured_rows_are_kept_one_by_one(cache_dir, monkeypatch) -> None:
     """An interruption in the fourth problem leaves the rows found before, and what the user had."""
-    before = [row(9, arch="sm_70")]
-    (cache_dir / "launch.json").write_text(json.dumps(before))
-    measured = {"p": (tune.config(64, 64, 4, 2), 1.0), "q": None, "r": (tune.config(32, 32, 4, 2), 2.0)}
-
-    def problems(head_dim, tokens, batch, dtype, device, bounds):
-        for op in ("p", "q", "r", "s"):
-            yield tune.Problem(op, bounds, [], lambda config: None, [])
-
-    monkeypatch.setattr(tune, "attention_problems", problems)
+    (cache_dir / "launch.json").write_text(json.dumps([row(9, arch="sm_70")]))
+    measured = {"p": (tile(64, 64, 4, 2), 1.0), "q": None, "r": (tile(32, 32, 4, 2), 2.0)}
+    found = [tune.Problem(op, {"min_width": 65, "max_width": 256}, [], list) for op in ("p", "q", "r", "s")]
+    monkeypatch.setattr(tune, "problems", lambda *_: iter(found))
     monkeypatch.setattr(tune, "measure", lambda problem: measured[problem.op])
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     with pytest.raises(KeyError, match="s"):
-        tune.main(["--head-dims", "64", "--tokens", "256"])
+        tune.main([])
     rows = launch.read_table(cache_dir / "launch.json")
     assert [row["op"] for row in rows] == ["a", "p", "r"]
-    assert {key: rows[1][key] for key in rows[1] if key[:4] in ("min_", "max_")} == {
-        "min_head_dim": 64,
-        "max_head_dim": 64,
-        "min_tokens": 256,
-        "max_tokens": 256,
+    assert rows[1] == {
+        "op": "p",
+        "arch": "sm_90",
+        "triton": launch.triton_minor(),
+        "dtype": "bfloat16",
+        "min_width": 65,
+        "max_width": 256,
+        "config": tile(64, 64, 4, 2),
+        "milliseconds": 1.0,
     }
     assert sorted(path.name for path in cache_dir.iterdir()) == ["launch.json"]
+
+
+def test_the_fastest_candidate_that_runs_and_agrees_is_taken(monkeypatch, capsys) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    asked = []
+
+    def run():
+        name = launch.launch_config("p", torch.device("cpu"), torch.float32)["BLOCK"]
+        asked.append(name)
+        if name == 4:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return [torch.full((4,), 2.0 if name == 3 else 1.0)]
+
+    monkeypatch.setattr("triton.testing.do_bench", lambda fn, return_mode: fn() and {1: 3.0, 2: 2.0, 3: 1.0}[asked[-1]])
+    assert tune.measure(tune.Problem("p", {}, [{"BLOCK": name} for name in (4, 1, 2, 3)], run)) == ({"BLOCK": 2}, 2.0)
+    said = capsys.readouterr().out
+    assert "{'BLOCK': 4}: OutOfResources" in said
+    assert "{'BLOCK': 3}: its result differs" in said
+    assert tune.measure(tune.Problem("p", {}, [{"BLOCK": 4}], run)) is None
 
 
 def test_new_rows_replace_those_of_the_same_conditions() -> None:
@@ -170,15 +192,28 @@ def test_new_rows_replace_those_of_the_same_conditions() -> None:
     assert tune.merge(old, [row(3, arch="sm_90")]) == [row(2), row(3, arch="sm_90")]
 
 
-@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-def test_every_problem_that_is_tuned_runs() -> None:
-    """In the order in which it would be measured, and it writes all that is compared."""
+def test_a_forced_configuration_is_taken_and_forgotten() -> None:
+    device = torch.device("cpu")
+    usual = launch.launch_config("swiglu", device, torch.float32, width=8)
+    with launch.forced_config("swiglu", {"BLOCK_R": 3}):
+        assert launch.launch_config("swiglu", device, torch.float32, width=8) == {"BLOCK_R": 3}
+        assert "BLOCK_M" in launch.launch_config("gelu_forward", device, torch.float32, width=8)
+    assert launch.launch_config("swiglu", device, torch.float32, width=8) == usual
+
+
+def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
+    """What a call gives does not depend on the candidate; without its configuration the op's launch fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops = []
-    for problem in tune.attention_problems(16, 32, 1, torch.float32, device, {"max_head_dim": 16}):
-        for result in problem.results:
-            result.fill_(torch.nan)
-        problem.launch(tune.config(32, 32, 4, 1)).run()
-        assert all(result.isfinite().all() for result in problem.results)
+    for problem in tune.problems([16], [24], [40], [16], torch.float32, device, total=32):
+        expected = [result.clone() for result in problem.run()]
+        with launch.forced_config(problem.op, problem.candidates[-1]):
+            results = problem.run()
+        assert len(results) == len(expected) > 0
+        for result, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
+        with launch.forced_config(problem.op, {}), pytest.raises(KeyError, match=r"BLOCK|CHUNK|PARTS"):
+            problem.run()
         ops.append(problem.op)
-    assert set(ops) == {row["op"] for row in launch.read_table(launch.PACKAGE_TABLE) if "attention" in row["op"]}
+    known = {row["op"] for row in launch.read_table(launch.PACKAGE_TABLE)}
+    assert sorted(ops) == sorted(known - tune.NOT_TUNED)
