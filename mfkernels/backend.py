@@ -3,13 +3,16 @@
 In this order: what the caller asked for (`use_backend`, or the environment variable MFKERNELS_BACKEND); on CUDA tensors
 the fastest backend that supports the call; else `reference`, plain PyTorch. A request that a backend cannot serve is an
 error that says what is supported, never a silent detour.
+
+A request is a backend ("triton"), or one for a single op ("attention=cuda"), or several with commas between them
+("triton,attention=cuda").
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -52,10 +55,24 @@ def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     return next(filter(None, (unsupported_row(name, x) for name, x in tensors.items())), None)
 
 
-def _checked(name: str | None, source: str) -> str | None:
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+def _parsed(request: str | None, source: str) -> dict[str, str]:
+    """Backends by op; "" is every op that the request does not name."""
+    wanted: dict[str, str] = {}
+    for part in (request or "").split(","):
+        op, _, name = part.strip().rpartition("=")
+        if request and name not in BACKENDS:
+            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        if op and op not in _op_names():
+            raise ValueError(f"{source}: no op is called {op!r}; there are {', '.join(sorted(_op_names()))}")
+        if name:
+            wanted[op] = name
+    return wanted
+
+
+def _op_names() -> set[str]:
+    import mfkernels  # which imports this module first
+
+    return {name for name in mfkernels.__all__ if name.islower()}
 
 
 @contextmanager
@@ -63,23 +80,26 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Serve every call of the block (in all threads) by one backend.
 
     Args:
-        name: "reference", "triton" or "cuda"; None restores the automatic choice.
+        name: "reference", "triton" or "cuda"; "attention=cuda" for one op; several with commas between them; None
+            restores the automatic choice.
 
     Raises:
         ValueError: the name is unknown. Inside the block: `NotImplementedError` by ops that this backend does not have.
     """
     global _requested
     before = _requested
-    _requested = _checked(name, "name")
+    _parsed(name, "name")
+    _requested = name
     try:
         yield
     finally:
         _requested = before
 
 
-def requested_backend() -> str | None:
-    """The backend that the caller asked for, or None for the automatic choice."""
-    return _checked(_requested, "MFKERNELS_BACKEND")
+def requested_backend(op: str = "") -> str | None:
+    """The backend that the caller asked for (for this op), or None for the automatic choice."""
+    wanted = _parsed(_requested, "MFKERNELS_BACKEND")
+    return wanted.get(op, wanted.get(""))
 
 
 # What `choose` answered, by op, while `recorded_choices` is open.
@@ -97,7 +117,7 @@ def recorded_choices() -> Iterator[dict[str, str]]:
         _record = before
 
 
-def choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> str:
+def choose(op: str, device: torch.device, supports: Mapping[str, Support], *, on_request: Collection[str] = ()) -> str:
     """The backend that serves this call of `op`.
 
     Args:
@@ -105,18 +125,19 @@ def choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> st
         device: where the op's tensors are.
         supports: the op's backends other than "reference", fastest first, each with its answer for this call. An op
             that has none (a library GEMM serves every backend) is not subject to requests.
+        on_request: those of them that serve only calls which ask for them by name.
 
     Raises:
         NotImplementedError: the requested backend does not serve this call.
     """
-    backend = _choose(op, device, supports)
+    backend = _choose(op, device, supports, on_request)
     if _record is not None:
         _record[op] = backend
     return backend
 
 
-def _choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> str:
-    asked = requested_backend()
+def _choose(op: str, device: torch.device, supports: Mapping[str, Support], on_request: Collection[str]) -> str:
+    asked = requested_backend(op)
     if asked == "reference" or not supports:
         return "reference"
     if asked is not None:
@@ -131,6 +152,6 @@ def _choose(op: str, device: torch.device, supports: Mapping[str, Support]) -> s
         return asked
     if device.type == "cuda":
         for name, why in supports.items():
-            if why() is None:
+            if name not in on_request and why() is None:
                 return name
     return "reference"

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backend import choose, triton_unavailable
 from ..checks import autocast_enabled, check_operand, check_same
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
-from . import reference
+from . import cuda, reference
 from .limits import unsupported
 
 # PyTorch's own backward (cuDNN's or flash's) takes our o and lse. It is expected to be faster, but it has not been run
@@ -30,26 +30,39 @@ def _forward(
     v_dot: Tensor | None,
     scale: float,
     is_causal: bool,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o (B, N_q, H, d), its tangent (B_t, N_q, H, d) with B_t = 0 where there is none, and lse (B, H, N_q) float32."""
-    from .kernels import attention_forward
+    if backend == "cuda":
+        o, o_dot, lse = cuda.attention_forward(
+            q,
+            k,
+            v,
+            q_dot,
+            k_dot,
+            v_dot,
+            scale=scale,
+            causal=is_causal,
+        )
+    else:
+        from .kernels import attention_forward
 
-    o, o_dot, lse = attention_forward(
-        q,
-        k,
-        v,
-        q_dot,
-        k_dot,
-        v_dot,
-        scale=scale,
-        causal=is_causal,
-        precision=_float32_precision(),
-    )
+        o, o_dot, lse = attention_forward(
+            q,
+            k,
+            v,
+            q_dot,
+            k_dot,
+            v_dot,
+            scale=scale,
+            causal=is_causal,
+            precision=_float32_precision(),
+        )
     return o, o.new_empty((0, *o.shape[1:])) if o_dot is None else o_dot, lse
 
 
 @_forward.register_fake
-def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton"):  # type: ignore[no-untyped-def]
     rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
     B, N_q, H, _d = q.shape
     return (
@@ -101,7 +114,7 @@ def _(do, q, k, v, o, lse, scale, is_causal):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, _, _, _, ctx.scale, ctx.is_causal = inputs
+    q, k, v, _, _, _, ctx.scale, ctx.is_causal, _ = inputs
     o, o_dot, lse = output
     ctx.mark_non_differentiable(o_dot, lse)
     ctx.set_materialize_grads(False)
@@ -110,9 +123,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
     if do is None:
-        return (None,) * 8
+        return (None,) * 9
     q, k, v, o, lse = ctx.saved_tensors
-    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal), *(None,) * 5
+    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal), *(None,) * 6
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -198,10 +211,18 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)
-    backend = choose("attention", qp.device, {"triton": lambda: _triton_unsupported(qp, kp, scale)})
+    backend = choose(
+        "attention",
+        qp.device,
+        {
+            "triton": lambda: _triton_unsupported(qp, kp, scale),
+            "cuda": lambda: cuda.unsupported(qp, kp, scale),
+        },
+        on_request=("cuda",),  # it has not run on a GPU yet
+    )
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
-        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal)
+        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend)
         return Dual(o, None if rows is None else o_dot) if dual else o
 
     o = reference.attention(qp, kp, vp, scale, is_causal)

@@ -1,0 +1,3 @@
+#include "attention/forward_launch.cuh"
+
+MF_INSTANTIATE_FORWARD(80)

@@ -1,0 +1,94 @@
+#pragma once
+// Where a tile of 16-bit elements lies in shared memory: TMA writes it so, wgmma reads it so. Plain arithmetic, so that
+// the tests compute it on the host.
+// PTX ISA: "Swizzling modes" (tensors), "Shared memory matrix layout" and "Matrix descriptor" (wgmma).
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MF_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MF_HOST_DEVICE inline
+#endif
+
+namespace mfkernels::hopper {
+
+template <class Int>
+MF_HOST_DEVICE constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+template <class Int>
+MF_HOST_DEVICE constexpr Int round_up(Int a, Int b) {
+  return ceil_div(a, b) * b;
+}
+
+constexpr int ELEMENT_BYTES = 2;
+constexpr int SWIZZLE_ALIGNMENT = 1024;  // the widest pattern repeats every 8 rows of 128 bytes
+
+// The values are those of a matrix descriptor's layout field.
+enum class Swizzle : uint32_t { BYTES_128 = 1, BYTES_64 = 2, BYTES_32 = 3 };
+
+// A block of columns is as wide as its swizzle: 64, 32 or 16 elements.
+MF_HOST_DEVICE constexpr Swizzle swizzle_of(int columns) {
+  return columns == 64 ? Swizzle::BYTES_128 : columns == 32 ? Swizzle::BYTES_64 : Swizzle::BYTES_32;
+}
+
+MF_HOST_DEVICE constexpr uint32_t swizzle_bytes(Swizzle swizzle) { return 256u >> uint32_t(swizzle); }
+
+// The address that the swizzle puts in the place of `address`: 16-byte chunks trade places within 128 bytes, by the
+// address's own bits 7 to 9.
+MF_HOST_DEVICE constexpr uint32_t swizzled(uint32_t address, Swizzle swizzle) {
+  return address ^ ((address >> 3) & (swizzle_bytes(swizzle) - 16));
+}
+
+// One head's columns: `MAIN` of them in blocks of 64, and a narrower block for the rest, padded to what a matrix product
+// takes in its inner dimension. TMA fills the padding with zeros.
+template <int D>
+struct HeadColumns {
+  static constexpr int MAIN = D / 64 * 64;
+  static constexpr int MAIN_BLOCKS = D / 64;
+  static constexpr int REST = D - MAIN;               // 0, 8, 16 or 32 columns that exist
+  static constexpr int TAIL = round_up(REST, 16);     // as they lie in memory
+  static constexpr int TAIL_BYTES = TAIL * ELEMENT_BYTES;
+  static constexpr Swizzle TAIL_SWIZZLE = swizzle_of(TAIL);
+  static_assert(MAIN_BLOCKS >= 1 && D % 8 == 0 && (TAIL == 0 || TAIL == 16 || TAIL == 32));
+};
+
+// ROWS rows of a head: block after block of 64 columns, then the tail.
+template <int ROWS, int D>
+struct Tile : HeadColumns<D> {
+  using Columns = HeadColumns<D>;
+  static constexpr uint32_t BLOCK_BYTES = ROWS * 128;
+  static constexpr uint32_t TAIL_OFFSET = Columns::MAIN_BLOCKS * BLOCK_BYTES;
+  static constexpr uint32_t LOADED_BYTES = TAIL_OFFSET + ROWS * Columns::TAIL_BYTES;  // padding and missing rows too
+  static constexpr uint32_t BYTES = round_up(LOADED_BYTES, uint32_t(SWIZZLE_ALIGNMENT));
+  static_assert(ROWS % 8 == 0 && ROWS <= 256);  // whole swizzle patterns; a TMA box has at most 256 rows
+};
+
+// `stride`: bytes between groups of 8 rows (a product that reads along the rows), or of 8 rows of the inner dimension
+// (one that reads across them). `leading`: bytes between blocks of columns, in the second case only.
+MF_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
+                                                    Swizzle swizzle) {
+  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         uint64_t(swizzle) << 62;
+}
+
+MF_HOST_DEVICE constexpr uint64_t row_descriptor(uint32_t address, Swizzle swizzle) {
+  return matrix_descriptor(address, 16, 8 * swizzle_bytes(swizzle), swizzle);
+}
+
+MF_HOST_DEVICE constexpr uint64_t column_descriptor(uint32_t address, uint32_t block_bytes, Swizzle swizzle) {
+  return matrix_descriptor(address, block_bytes, 8 * swizzle_bytes(swizzle), swizzle);
+}
+
+// Element i of a thread's accumulators of a 64-row product: rows r and r + 8 of its warp's 16, pairs of columns.
+struct Place {
+  int row, column;
+};
+
+MF_HOST_DEVICE constexpr Place accumulator_place(int thread, int i) {
+  return {thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, i / 4 * 8 + thread % 4 * 2 + i % 2};
+}
+
+}  // namespace mfkernels::hopper

@@ -1,0 +1,144 @@
+"""Compiles mfkernels._C (csrc/) where CUDA's nvcc is at hand; everything else is in pyproject.toml.
+
+MFKERNELS_CUDA        unset: compile if there is an nvcc that can; 0: never; 1: it is an error if it cannot be done
+MFKERNELS_CUDA_ARCHS  architectures to compile for, as "sm_90a" (the default: all that csrc has kernels for)
+CUDA_HOME             where the toolkit is, if nvcc is not on the PATH
+MAX_JOBS              compilers at a time; CXX, CXXFLAGS: the host's compiler and more flags for it
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = sorted(str(path.relative_to(ROOT)) for kind in ("*.cu", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
+KERNELS_FOR = ("sm_90a",)
+
+
+def find_nvcc() -> Path | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes if home]
+    candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    return next((Path(path) for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def toolkit_of(nvcc: Path) -> Path:
+    """The toolkit's folder, from what nvcc itself says: it may be a script somewhere else."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return Path(top[1]) if top else nvcc.resolve().parents[1]
+
+
+def architectures() -> list[str]:
+    asked = os.environ.get("MFKERNELS_CUDA_ARCHS")
+    chosen = re.split(r"[\s,;]+", asked.strip()) if asked and asked.strip() else list(KERNELS_FOR)
+    for arch in chosen:
+        if arch not in KERNELS_FOR:
+            sys.exit(f"MFKERNELS_CUDA_ARCHS: expected any of {', '.join(KERNELS_FOR)}, got {arch!r}")
+    return chosen
+
+
+def compiler() -> Path | None:
+    """nvcc, where the CUDA extension is to be compiled."""
+    wish = os.environ.get("MFKERNELS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"MFKERNELS_CUDA: expected 0 or 1 (or nothing), got {wish!r}")
+    chosen = architectures()
+    if wish == "0":
+        return None
+    nvcc, reason = find_nvcc(), None
+    if nvcc is None:
+        reason = "found no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"
+    else:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+        missing = [a for a in chosen if f"compute_{a.removeprefix('sm_').rstrip('a')}" not in listed.stdout.split()]
+        if listed.returncode != 0 or missing:
+            reason = f"{nvcc} cannot compile for {', '.join(missing) or chosen}: {listed.stderr.strip()}"
+    if reason is None:
+        return nvcc
+    if wish == "1":
+        sys.exit(f"MFKERNELS_CUDA=1 asks for the CUDA extension, but setup.py {reason}")
+    print(f"no CUDA extension: setup.py {reason}", file=sys.stderr)
+    return None
+
+
+def flags(toolkit: Path) -> dict[str, list[str]]:
+    """Every flag of every compiler."""
+    import pybind11
+
+    archs = architectures()
+    host = ["-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    includes = [f"-I{ROOT / 'csrc'}"]
+    system = [toolkit / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    return {
+        "nvcc": [
+            "-std=c++17",
+            "-O3",
+            *(f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}" for arch in archs),
+            f"-Xcompiler={','.join(host)}",
+            *includes,
+        ],
+        "cxx": [
+            "-std=c++17",
+            *host,
+            *includes,
+            *(f"-isystem{path}" for path in system),
+            f"-DMF_ARCHITECTURES='\"{' '.join(archs)}\"'",
+        ],
+        # the runtime inside, its names hidden: PyTorch has one of its own, of any version
+        "link": ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=--strip-debug"],
+    }
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # not setuptools' temporary folder: a second install compiles only what has changed
+        folder = ROOT / "build" / "csrc"
+        folder.mkdir(parents=True, exist_ok=True)
+        nvcc = compiler()
+        assert nvcc is not None
+        options = {name: " ".join(values) for name, values in flags(toolkit_of(nvcc)).items()}
+        lines = [
+            f"nvcc = {nvcc}",
+            f"cxx = {os.environ.get('CXX', 'c++')}",
+            "rule nvcc",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  command = $nvcc {options['nvcc']} -MD -MF $out.d -c $in -o $out",
+            "rule cxx",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  command = $cxx {options['cxx']} -MD -MF $out.d -c $in -o $out",
+            "rule link",
+            f"  command = $nvcc {options['link']} $in -o $out",
+        ]
+        objects = []
+        for source in ext.sources:
+            objects.append(source.replace("/", "_") + ".o")
+            lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT / source}")
+        lines.append(f"build {target}: link {' '.join(objects)}")
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = os.environ.get("MAX_JOBS")
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command).returncode != 0:
+            sys.exit("the CUDA extension did not compile; MFKERNELS_CUDA=0 installs without it")
+
+
+setup(
+    ext_modules=[Extension("mfkernels._C", SOURCES)] if compiler() is not None else [],
+    cmdclass={"build_ext": NinjaBuild},
+)
