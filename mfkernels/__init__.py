@@ -8,6 +8,7 @@ from .attention import Attention, attention
 from .backend import requested_backend, use_backend
 from .checkpoint import checkpoint, checkpoint_module
 from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
+from .dualize import dualize
 from .gated_residual import gated_residual, gated_residual_ada_layer_norm
 from .layer_scale_residual import layer_scale_residual
 from .linear import Linear, linear
@@ -16,6 +17,7 @@ from .mlp import Mlp, mlp
 from .patch_embed import PatchEmbed, patch_embed
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import qk_norm_rotary, rotary
+from .scaled_dot_product_attention import patch_sdpa, scaled_dot_product_attention
 from .silu import SiLU, silu
 from .swiglu import SwiGLU, swiglu
 from .timestep_embedding import TimestepEmbedder, timestep_embedding
@@ -39,6 +41,7 @@ __all__ = [
     "checkpoint",
     "checkpoint_module",
     "dual_aware",
+    "dualize",
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "is_dual_aware",
@@ -49,10 +52,12 @@ __all__ = [
     "meanflow_loss",
     "mlp",
     "patch_embed",
+    "patch_sdpa",
     "qk_norm_rotary",
     "requested_backend",
     "rms_norm",
     "rotary",
+    "scaled_dot_product_attention",
     "silu",
     "split_map",
     "swiglu",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import primal, tangent
+from .call import Slot, primal, tangent
 
 
 def _scaled(x: Tensor | None, factor: Any) -> Tensor | None:
@@ -108,7 +108,9 @@ def square(x: Any) -> Tensor:
     return x.tangent * (2 * x.primal)
 
 
-def where(condition: Tensor, x: Any, y: Any) -> Tensor:
+def where(condition: Any, x: Any, y: Any) -> Tensor:
+    if isinstance(condition, Slot) or condition.dtype != torch.bool:
+        condition, x = x, condition  # the method's order
     zero = next(a for a in (tangent(x), tangent(y)) if a is not None).new_zeros(())
     a, b = tangent(x), tangent(y)
     return torch.where(condition, zero if a is None else a, zero if b is None else b)

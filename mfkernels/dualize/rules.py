@@ -62,7 +62,8 @@ def elementwise(call: Call, out: Tensor) -> list[Out]:
     inner = call.sliced(from_right, rows)
     quick = fast.ELEMENTWISE.get(call.name.removesuffix("_"))
     t: Tensor | None = None
-    if quick is not None and not any(slot.primal.is_complex() for slot in call.slots()):
+    holomorphic = call.name.removesuffix("_") in ("add", "sub", "rsub", "mul", "neg")
+    if quick is not None and (holomorphic or not any(slot.primal.is_complex() for slot in call.slots())):
         try:
             t = quick(*inner.args, **inner.kwargs)
         except (TypeError, AttributeError):  # a signature that the written rule does not know (rounding_mode=, a dual mask)
@@ -121,8 +122,8 @@ def _dims(call: Call, ndim: int) -> list[int]:
 
 def along(call: Call, out: Any) -> list[Out]:
     x = call.args[0] if call.args else call.kwargs.get("input")
-    if not isinstance(x, Slot) or len(call.slots()) != 1:
-        return unknown(call, out)
+    if not isinstance(x, Slot) or len(call.slots()) != 1 or sum(1 for _ in call.operands()) != 1:
+        return unknown(call, out)  # diff(prepend=) …
     dims = _dims(call, x.ndim)
     if x.rows is not None and x.rows.axis in dims:
         raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's")
@@ -131,7 +132,7 @@ def along(call: Call, out: Any) -> list[Out]:
     if call.name == "softmax" and isinstance(call.args[0], Slot):
         o = outs[0]
         tangents: Sequence[Tensor] = [fast.softmax(x, dims[0], x.rows.take(o.detach()) if x.rows else o.detach())]
-    elif call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu", "view_as_complex"):
+    elif call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu") or call.name[:7] == "view_as":
         tangents = [call.func(*(x.tangent if a is x else a for a in call.args), **call.kwargs)]
     else:
         tangents = inner.jvp()
@@ -207,7 +208,8 @@ def repeat_interleave(call: Call, out: Tensor) -> list[Out]:
         if not isinstance(n, int):
             raise Untracked(call.name)
         rows = Rows(rows.axis, rows.outer, rows.batch, rows.inner * n, rows.active)
-    return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), rows)]
+    kwargs = {k: v for k, v in call.kwargs.items() if k != "output_size"}  # that is the primal's
+    return [Out(call.func(x.tangent, *call.args[1:], **kwargs), rows)]
 
 
 def split(call: Call, out: Sequence[Tensor]) -> list[Out]:
@@ -599,14 +601,39 @@ def layer_norm(call: Call, out: Tensor) -> list[Out]:
 
 
 def batch_norm(call: Call, out: Tensor) -> list[Out]:
-    x = call.args[0]
-    if x.rows is None:
+    """In evaluation mode: an affine map of each channel."""
+    x, var, eps = call.args[0], call.kwargs.get("running_var"), call.arg(7, "eps", 1e-5)
+    tensors = list(call.args[1:5])
+    if x.rows is None or x.rows.axis == 1 or len(call.slots()) > 1 or len(tensors) < 4:
         return unknown(call, out)
-    if x.rows.axis == 1:
-        raise MixesRows("dimension 1 is the batch's")
-    (t,) = call.only(x, x.rows).jvp()
-    call.through_jvp = True
-    return [Out(t, x.rows)]
+    mean, var, weight, _ = tensors if call.func is F.batch_norm else (*tensors[2:], *tensors[:2])
+    factor = torch.rsqrt(var + eps)  # [C]
+    factor = factor if weight is None else factor * weight
+    return [Out(x.tangent * factor.view(-1, *[1] * (x.ndim - 2)), x.rows)]
+
+
+def pad(call: Call, out: Tensor) -> list[Out]:
+    x, amounts, mode = call.args[0], call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    rows = x.rows
+    if rows is not None:
+        i = x.ndim - 1 - rows.axis
+        if 2 * i < len(amounts) and any(amounts[2 * i : 2 * i + 2]):
+            raise Untracked(call.name)
+    return [Out(F.pad(x.tangent, amounts, mode), rows)]
+
+
+def group_norm(call: Call, out: Tensor) -> list[Out]:
+    x, groups, weight = call.args[0], call.arg(1, "num_groups"), call.arg(2, "weight")
+    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
+        return batch_first(call, out)
+    p = (x.primal if x.rows is None else x.rows.take(x.primal)).to(out.dtype)
+    rows = (p.shape[0], groups, -1)  # a group is one row of a LayerNorm
+    small = Slot(p.reshape(rows), x.tangent.to(out.dtype).reshape(rows), None)
+    t = fast.layer_norm(small, small.shape[-1], None, None, call.arg(4, "eps", 1e-5)).reshape(p.shape)
+    return [Out(t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2)), x.rows)]
+
+
+_LINEAR_ON_IMAGES = ("avg_pool", "adaptive_avg", "interpolate", "upsample", "pixel", "channel_sh", "fold", "unfold", "im2")
 
 
 def batch_first(call: Call, out: Any) -> list[Out]:
@@ -622,6 +649,8 @@ def batch_first(call: Call, out: Any) -> list[Out]:
         if len(args) > 2:
             args[2] = None
         return [Out(call.func(*args, **{k: v for k, v in call.kwargs.items() if k != "bias"}), x.rows)]
+    if call.name.startswith(_LINEAR_ON_IMAGES) and len(slots) == 1:
+        return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
     grid = call.arg(1, "grid") if call.name == "grid_sample" else None
     rows = x.rows
 
@@ -698,6 +727,9 @@ _RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
     "layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "batch_norm": batch_norm,
+    "group_norm": group_norm,
+    "pad": pad,
+    "constant_pad_nd": pad,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     **dict.fromkeys(names.CONSTANT, constant),
 }

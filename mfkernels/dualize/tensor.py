@@ -168,6 +168,8 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
         return body(*args, **kwargs)  # PyTorch's own Python, of which each call comes back here
     if name == "dropout" or name == "dropout_":
         return _dropout(name, args, kwargs)
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
     duals = _duals(args, kwargs)
     if not duals:
         with _plain():
@@ -344,7 +346,7 @@ def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], repo
 def _store(x: DualTensor, t: Tensor, rows: Rows | None) -> None:
     """Make `t` the tangent of `x`, whose primal has just been written to."""
     compiling = torch.compiler.is_compiling()
-    writable = not x._cell.lent and rows == x._rows and not torch._debug_has_internal_overlap(x._tangent)
+    writable = not x._cell.lent and rows == x._rows and torch._debug_has_internal_overlap(x._tangent) != 1
     if writable:
         with torch.no_grad(), _plain():
             x._tangent.copy_(t)  # its aliases see it too, as they see the primal's change
