@@ -14,7 +14,7 @@ from ..dual import Dual, _unwrapped, check_tangent, is_dual_aware
 from .passage import passage
 from .report import Report
 from .rows import Rows
-from .tensor import DualTensor
+from .tensor import Batch, DualTensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,7 +114,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         return _map_output(lambda o: Dual(o) if isinstance(o, Tensor) and o.is_floating_point() else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
-    args, kwargs = tree_unflatten([_enter(x, batch, active, report) if _is_dual(x) else x for x in leaves], spec)
+    args, kwargs = tree_unflatten([_enter(x, Batch(batch, active, report)) if _is_dual(x) else x for x in leaves], spec)
     with passage():
         out = module.plain_call(*args, **kwargs)
     out = _map_output(lambda o: _leave(o, batch, active), out)
@@ -142,14 +142,14 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
     return (duals[0].primal.shape[0] if duals[0].primal.ndim else 0), max(x.rows for x in duals)
 
 
-def _enter(x: Dual, batch: int, active: int, report: Report | None) -> Tensor:
+def _enter(x: Dual, batch: Batch) -> Tensor:
     if x.tangent is None or x.rows == 0:
         return x.primal
     t = x.tangent
-    if x.rows < active:
-        t = torch.cat([t, t.new_zeros(active - x.rows, *t.shape[1:])])
+    if x.rows < batch.active:
+        t = torch.cat([t, t.new_zeros(batch.active - x.rows, *t.shape[1:])])
     # one sample is all of them: nothing to keep apart
-    return DualTensor.make(x.primal, t.detach(), Rows(0, 1, batch, 1, active) if batch > 1 else None, report)
+    return DualTensor.make(x.primal, t.detach(), Rows(0, 1, batch.size, 1, batch.active) if batch.size > 1 else None, batch)
 
 
 def _leave(o: Any, batch: int, active: int) -> Any:

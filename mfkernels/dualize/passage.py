@@ -80,9 +80,9 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "write it with PyTorch's operations",
         )
     tangents = iter(_through_jvp(cls, original, leaves, spec))
-    report = duals[0]._report
+    batch = duals[0]._batch
     return tree_map(
-        lambda o: DualTensor.make(o, next(tangents).to(o.dtype), None, report) if has_tangent(o) else o,
+        lambda o: DualTensor.make(o, next(tangents).to(o.dtype), None, batch) if has_tangent(o) else o,
         out,
     )
 
@@ -103,7 +103,7 @@ def _is_input(o: Any, leaves: list[Any]) -> bool:
 
 
 def _moved(o: Tensor, x: DualTensor) -> DualTensor:
-    y = DualTensor.make(o, x._tangent, x._rows, x._report)
+    y = DualTensor.make(o, x._tangent, x._rows, x._batch)
     y._cell = x._cell
     return y
 

@@ -602,11 +602,11 @@ def layer_norm(call: Call, out: Tensor) -> list[Out]:
 
 def batch_norm(call: Call, out: Tensor) -> list[Out]:
     """In evaluation mode: an affine map of each channel."""
-    x, var, eps = call.args[0], call.kwargs.get("running_var"), call.arg(7, "eps", 1e-5)
-    tensors = list(call.args[1:5])
-    if x.rows is None or x.rows.axis == 1 or len(call.slots()) > 1 or len(tensors) < 4:
+    first = 1 if call.func is F.batch_norm else 3  # torch.batch_norm has the weights first
+    x, weight = call.args[0], call.arg(4 - first, "weight") if first == 3 else call.arg(3, "weight")
+    var, eps = call.arg(first + 1, "running_var"), call.arg(7, "eps", 1e-5)
+    if not isinstance(x, Slot) or (x.rows is not None and x.rows.axis == 1) or len(call.slots()) > 1:
         return unknown(call, out)
-    mean, var, weight, _ = tensors if call.func is F.batch_norm else (*tensors[2:], *tensors[:2])
     factor = torch.rsqrt(var + eps)  # [C]
     factor = factor if weight is None else factor * weight
     return [Out(x.tangent * factor.view(-1, *[1] * (x.ndim - 2)), x.rows)]

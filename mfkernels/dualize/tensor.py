@@ -6,7 +6,7 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,14 @@ class _Cell:
         self.version, self.lent = version, lent
 
 
+class Batch(NamedTuple):
+    """One dual pass: its samples, how many of them (the first) carry tangents, and who counts."""
+
+    size: int
+    active: int
+    report: Report | None
+
+
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
@@ -48,15 +56,15 @@ class DualTensor(Tensor):
     _tangent: Tensor
     _rows: Rows | None
     _cell: _Cell
-    _report: Report | None
+    _batch: Batch
 
     @staticmethod
-    def make(primal: Tensor, tangent: Tensor, rows: Rows | None, report: Report | None) -> DualTensor:
+    def make(primal: Tensor, tangent: Tensor, rows: Rows | None, batch: Batch) -> DualTensor:
         # the wrapper is what the user's module holds and the tape never sees: the tangent goes when the module lets go
         x = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             DualTensor, primal.shape, dtype=primal.dtype, device=primal.device
         )
-        x._primal, x._tangent, x._rows, x._report = primal, tangent, rows, report
+        x._primal, x._tangent, x._rows, x._batch = primal, tangent, rows, batch
         x._cell = _Cell(_version(primal))
         return x
 
@@ -174,7 +182,8 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     if not duals:
         with _plain():
             return func(*args, **kwargs)
-    report = duals[0]._report
+    batch = duals[0]._batch
+    report = batch.report
     call = Call(func, name, _mapped(_slot, args), {k: _mapped(_slot, v) for k, v in kwargs.items()})
     if name == "batch_norm" and call.arg(5, "training", False):
         raise refused(
@@ -183,19 +192,19 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
             "or another norm",
         )
     if _is_in_place(name, kwargs):
-        return _in_place(call, args, kwargs, report)
+        return _in_place(call, args, kwargs, batch)
     start = time.perf_counter() if report else 0.0
     with _plain():
         p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
         if name in names.RANDOM or (name == "scaled_dot_product_attention" and call.arg(4, "dropout_p", 0.0) > 0):
-            return _random(call, p_args, p_kwargs, report)
+            return _random(call, p_args, p_kwargs, batch)
         out = func(*p_args, **p_kwargs)
         leaves = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not any(has_tangent(x) for x in leaves):
             return out
         middle = time.perf_counter() if report else 0.0
-        outs = _tangents(call, out, report)
-    result = _wrap(out, leaves, outs, duals, report)
+        outs = _tangents(call, out, batch)
+    result = _wrap(out, outs, duals, batch)
     if report:
         report.add(call, middle - start, time.perf_counter() - middle)
     return result
@@ -247,20 +256,21 @@ def _is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
 
 
-def _tangents(call: Call, out: Any, report: Report | None) -> list[Out]:
+def _tangents(call: Call, out: Any, batch: Batch) -> list[Out]:
     """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
     rule = rule_for(call)
     with torch.no_grad():
         try:
             try:
-                return rule(call, out)
+                outs = rule(call, out)
+                return [_found_again(o, batch) for o in outs] if call.name in _PLACES_ROWS else outs
             except Untracked:
-                if report:
-                    report.filled(call)
+                if batch.report:
+                    batch.report.filled(call)
                 filled = call.dense()
                 outs = rule(filled, out)
                 call.through_jvp = filled.through_jvp
-                return outs
+                return [_found_again(o, batch) for o in outs]
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
@@ -274,7 +284,21 @@ def _tangents(call: Call, out: Any, report: Report | None) -> list[Out]:
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
 
 
-def _wrap(out: Any, leaves: list[Tensor], outs: list[Out], duals: list[DualTensor], report: Report | None) -> Any:
+# After these a tangent of all rows may have become one of the first rows alone.
+_PLACES_ROWS = frozenset(["setitem_", "copy_", "cat", "stack", "index_put_", "index_put", "index_copy_"])
+
+
+def _found_again(o: Out, batch: Batch) -> Out:
+    """A tangent of all rows as one of the first rows, where it is zero on the others."""
+    t, rows = o
+    if t is None or rows is not None or t.ndim == 0 or t.shape[0] != batch.size or batch.size == 1:
+        return o
+    if batch.active < batch.size and (torch.compiler.is_compiling() or bool(t[batch.active :].any())):
+        return o
+    return Out(t[: batch.active], Rows(0, 1, batch.size, 1, batch.active))
+
+
+def _wrap(out: Any, outs: list[Out], duals: list[DualTensor], batch: Batch) -> Any:
     given = iter(outs)
 
     def one(p: Any) -> Any:
@@ -287,7 +311,7 @@ def _wrap(out: Any, leaves: list[Tensor], outs: list[Out], duals: list[DualTenso
             if p is x._primal:
                 return x  # nothing was done (contiguous(), to() …)
         t = t.detach() if t.requires_grad else t
-        y = DualTensor.make(p, t if t.dtype == p.dtype else t.to(p.dtype), rows, report)
+        y = DualTensor.make(p, t if t.dtype == p.dtype else t.to(p.dtype), rows, batch)
         for x in duals:
             if torch._C._is_alias_of(y._tangent, x._tangent):
                 if torch._C._is_alias_of(p, x._primal):
@@ -311,9 +335,10 @@ def _wrap(out: Any, leaves: list[Tensor], outs: list[Out], duals: list[DualTenso
 # ------------------------------------------------------------------------------------------------------------- in place
 
 
-def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], report: Report | None) -> Any:
+def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch) -> Any:
     """Tangent first (it needs the old primal), then the primal, then both are where the caller expects them."""
     target = args[0]
+    report = batch.report
     start = time.perf_counter() if report else 0.0
     if not isinstance(target, DualTensor) and call.name in ("random_", "normal_", "uniform_", "bernoulli_", "exponential_"):
         raise refused(call.name, "the parameters of a distribution cannot carry a tangent")
@@ -323,7 +348,7 @@ def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], repo
         if call.name in ("random_", "normal_", "uniform_", "bernoulli_", "exponential_", "zero_"):
             t, rows = torch.zeros_like(target._tangent), target._rows
         elif has_tangent(p_args[0]):
-            ((t, rows),) = _tangents(outside, p_args[0], report)
+            ((t, rows),) = _tangents(outside, p_args[0], batch)
         else:
             t, rows = None, None
         # an operation that fails leaves the tensor as it was
@@ -337,7 +362,7 @@ def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], repo
     if isinstance(target, DualTensor):
         _store(target, t, rows)
     else:
-        _adopt(target, t, rows, report, call.name)
+        _adopt(target, t, rows, batch, call.name)
     if report:
         report.add(outside, 0.0, time.perf_counter() - start)
     return target if out is not None else None
@@ -356,7 +381,7 @@ def _store(x: DualTensor, t: Tensor, rows: Rows | None) -> None:
         x._cell.version = _version(x._primal)
 
 
-def _adopt(x: Tensor, t: Tensor, rows: Rows | None, report: Report | None, name: str) -> None:
+def _adopt(x: Tensor, t: Tensor, rows: Rows | None, batch: Batch, name: str) -> None:
     """A plain tensor that was written to with tangents becomes a `DualTensor`, under the name its user knows."""
     if x._is_view():
         raise refused(
@@ -366,7 +391,7 @@ def _adopt(x: Tensor, t: Tensor, rows: Rows | None, report: Report | None, name:
         )
     if isinstance(x, torch.nn.Parameter) or type(x) is not Tensor:
         raise refused(name, f"a value with a tangent was written into a {type(x).__name__}")
-    dual = DualTensor.make(x, t, rows, report)
+    dual = DualTensor.make(x, t, rows, batch)
     try:
         torch.utils.swap_tensors(x, dual)
     except RuntimeError as error:
@@ -402,7 +427,7 @@ def _dropout(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         with torch.no_grad():
             small = keep if x._rows is None else x._rows.take(keep)
             t = x._tangent * small / (1.0 - p)
-    return DualTensor.make(out, t.to(out.dtype), x._rows, x._report)
+    return DualTensor.make(out, t.to(out.dtype), x._rows, x._batch)
 
 
 def _rng_states(device: torch.device) -> Any:
@@ -415,7 +440,7 @@ def _set_rng_states(device: torch.device, states: Any) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _random(call: Call, args: Any, kwargs: Any, report: Report | None) -> Any:
+def _random(call: Call, args: Any, kwargs: Any, batch: Batch) -> Any:
     """A function that draws: its tangent with the primal's draws, of every row so that they fall alike."""
     device = call.slots()[0].primal.device
     before = _rng_states(device)
@@ -425,7 +450,7 @@ def _random(call: Call, args: Any, kwargs: Any, report: Report | None) -> Any:
     try:
         with torch.no_grad():
             if call.name == "scaled_dot_product_attention":
-                outs = _dropped_attention(call, out, device)
+                outs = _dropped_attention(call, out, device, batch)
             else:
                 rows = call.slots()[0].rows
                 if len(call.slots()) > 1:
@@ -434,14 +459,14 @@ def _random(call: Call, args: Any, kwargs: Any, report: Report | None) -> Any:
                 outs = [Out(t if rows is None else rows.take(t), rows)]
     finally:
         _set_rng_states(device, after)
-    return _wrap(out, [out], outs, [], report)
+    return _wrap(out, outs, [], batch)
 
 
-def _dropped_attention(call: Call, out: Tensor, device: torch.device) -> list[Out]:
+def _dropped_attention(call: Call, out: Tensor, device: torch.device, batch: Batch) -> list[Out]:
     if device.type != "cpu":
         raise refused(call.name, "dropout inside fused attention draws where dualize cannot see it; set dropout_p to 0")
     p = call.arg(4, "dropout_p", 0.0)
     q, k = call.args[0], call.args[1]
     shape = (*out.shape[:-1], k.shape[-2])
     call.noise = F.dropout(q.primal.new_ones(shape) if isinstance(q, Slot) else q.new_ones(shape), p)  # type: ignore[attr-defined]
-    return _tangents(call, out, None)
+    return _tangents(call, out, batch)
