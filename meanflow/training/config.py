@@ -68,7 +68,8 @@ class TrainConfig:
     checkpoint_blocks: Literal["all"] | int = 0  # blocks recomputed in the backward instead of kept, from the first on
     compile: bool = False  # torch.compile of the whole objective, as one graph; under fsdp of each block
     compile_mode: Literal["default", "reduce-overhead"] = "default"  # reduce-overhead: with CUDA graphs, needs a GPU
-    precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; weights, averages and optimiser stay in float32
+    # no: float32. tf32: its products on tensor cores. bf16, fp16: autocast. bf16-weights: weights and optimiser too
+    precision: Literal["no", "tf32", "bf16", "bf16-weights", "fp16"] = "no"
 
     # run
     name: str = "default"  # the run folder is runs/NAME under the working directory

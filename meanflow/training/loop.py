@@ -36,7 +36,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .ema import EMA
 from .log import RunLog
-from .parallel import checkpoint_blocks, is_sharded, training_loss, whole
+from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
 
@@ -86,13 +86,15 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
-            mixed_precision=config.precision,
+            mixed_precision=config.precision if config.precision in AUTOCAST else "no",
             gradient_accumulation_steps=config.accumulate,
             log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(folder),
         )
     except ValueError as error:  # fp16 on a CPU, or a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
+    if config.precision == "tf32" and accelerator.device.type != "cuda":
+        raise UsageError(f"precision: tf32 is a format of NVIDIA GPUs, and this run's device is {accelerator.device}")
     if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":
         raise UsageError(
             f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; there "
@@ -136,6 +138,8 @@ class Trainer:
         self.model = build_model(config, data)
         if config.init is not None:
             load_weights(self.model, load_tensors(Path(config.init)), Path(config.init))
+        if config.precision == "bf16-weights":
+            in_bfloat16(self.model)
         checkpoint_blocks(self.model, config.checkpoint_blocks)
         self._check_parts()
         self.loss_of = training_loss(self.model, self.objective, config, accelerator)

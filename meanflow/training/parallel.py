@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,14 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
-from mfkernels import checkpoint_module
+from mfkernels import TensorOrDual, checkpoint_module, linear_map
 
 from ..errors import UsageError
 from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput
 from .config import TrainConfig
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
@@ -76,6 +77,17 @@ def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
         checkpoint_module(block)
 
 
+def in_bfloat16(model: nn.Module) -> None:
+    """Keep and compute `model` in bfloat16. Its image goes in rounded, its times as they are; float32 comes out."""
+    forward = model.to(torch.bfloat16).forward
+
+    def rounded(z: TensorOrDual, *args: Any, **kwargs: Any) -> Any:
+        out = forward(linear_map(lambda a: a.to(torch.bfloat16), z), *args, **kwargs)
+        return tree_map_only(Tensor, lambda a: a.float(), out)
+
+    model.forward = rounded
+
+
 def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
     """(x, y, draws) -> ObjectiveOutput over all processes, `model` on its device and in the run's precision.
 
@@ -95,13 +107,12 @@ def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, a
             if config.compile:
                 compile_forward(block, config)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        half = HALF.get(config.precision)
-        policy = MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=None if half is None else torch.float32, cast_forward_inputs=False
-        )
+        half = AUTOCAST.get(config.precision)
+        wide = None if config.precision in ("no", "tf32") else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=wide, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False))
         return ShardedLoss(model, objective)
     loss = TrainingLoss(model, objective)
     if config.compile:

@@ -99,13 +99,15 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
         TrainingError: the run cannot go on.
     """
-    before = torch.get_num_threads()
+    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if config.threads:
             torch.set_num_threads(config.threads)
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
         return _run_training(config, resume=resume, overwrite=overwrite)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(products)
 
 
 def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainResult:
