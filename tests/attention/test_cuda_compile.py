@@ -1,0 +1,87 @@
+"""The machine code of the compiled extension, read without a GPU: nothing spills, and the products overlap."""
+
+import importlib
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
+
+
+class Kernel(NamedTuple):
+    dtype: str
+    head_dim: int
+    dual: bool
+    code: list[str]  # instructions, in order
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    triton = pytest.importorskip("triton")
+    why_not = cuda.unavailable()
+    if why_not is not None:
+        pytest.skip(why_not)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    library = importlib.import_module("mfkernels._C").__file__
+    dump = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
+    found = []
+    for text in dump.split("Function : ")[1:]:
+        name = re.search(r"ForwardKernel.*?(BFloat16|Float16)ELi(\d+)ELb([01])", text.split("\n", 1)[0])
+        assert name is not None, text[:200]
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+        found.append(Kernel(name[1], int(name[2]), name[3] == "1", code))
+    return found
+
+
+def waits(kernel: Kernel) -> list[tuple[int, int]]:
+    """For each wait, the products and the exponentials issued since products were last begun."""
+    counts, products, exponentials = [], 0, 0
+    for instruction in kernel.code:
+        if instruction == "WARPGROUP.ARRIVE":
+            products = exponentials = 0
+        elif instruction.startswith("HGMMA"):
+            products += 1
+        elif instruction == "MUFU.EX2":
+            exponentials += 1
+        elif instruction.startswith("WARPGROUP.DEPBAR"):
+            counts.append((products, exponentials))
+    return counts
+
+
+def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
+    there = {(kernel.dtype, kernel.head_dim, kernel.dual) for kernel in kernels}
+    assert there == {(t, d, dual) for t in ("BFloat16", "Float16") for d in cuda.HEAD_DIMS for dual in (False, True)}
+    assert len(kernels) == len(there)
+
+
+def test_nothing_spills(kernels: list[Kernel]) -> None:
+    assert not [k[:3] for k in kernels if any(op.split(".")[0] in ("STL", "LDL") for op in k.code)]
+
+
+def test_products_are_not_waited_for_one_by_one(kernels: list[Kernel]) -> None:
+    """What ptxas does when it gives up on overlap; it says so in a warning at most."""
+    for kernel in kernels:
+        products = sum(op.startswith("HGMMA") for op in kernel.code)
+        assert 3 * len(waits(kernel)) < products, kernel[:3]
+
+
+def test_softmax_runs_under_products(kernels: list[Kernel]) -> None:
+    """Of each step's exponentials (one for each score, two for the rows) most stand between products and their wait.
+
+    The dual kernel has three such steps (the first tile, whole tiles, masked tiles) under the tangent scores; the
+    primal has two under the products of values. Measured with CUDA 13.0: 70 % at least in the dual, 45 % in the primal.
+    """
+    for kernel in kernels:
+        scores = sum(op == "MUFU.EX2" for op in kernel.code) / 3
+        overlapped = sorted((exponentials for _, exponentials in waits(kernel)), reverse=True)
+        steps, share = (3, 0.6) if kernel.dual else (2, 0.35)
+        assert all(count >= share * scores for count in overlapped[:steps]), (kernel[:3], scores, overlapped)
+
+
+def test_roles_have_their_registers(kernels: list[Kernel]) -> None:
+    """setmaxnreg is there; ptxas drops it without an error where it cannot apply it."""
+    for kernel in kernels:
+        assert sum(op.startswith("USETMAXREG") for op in kernel.code) == 2, kernel[:3]
