@@ -10,6 +10,7 @@ import torch
 
 import mfkernels
 import mfkernels.backend
+from mfkernels.attention.cuda import description as cuda_description
 
 from .models import DiT
 from .objectives import MeanFlow
@@ -60,6 +61,7 @@ def describe(device: str | None = None) -> str:
     lines.append(
         f"{'backends':<16}{', '.join(mfkernels.backend.BACKENDS)}" + (f" (asked for: {asked})" if asked else "")
     )
+    lines.append(f"{'CUDA kernels':<16}{cuda_description()}")
     for place, words in _devices():
         if device is not None and place.type != device:
             continue

@@ -45,6 +45,14 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
+def description() -> str:
+    """One line: what is compiled, or why nothing is and how to get it."""
+    extension = _extension()
+    if isinstance(extension, str):
+        return extension
+    return f"attention, compiled for {extension.ARCHITECTURES}; serves calls that ask for it (attention=cuda)"
+
+
 def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the kernels cannot serve these arguments, naming the one at fault; None where they can."""
     if q.dtype not in DTYPES:
