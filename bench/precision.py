@@ -104,14 +104,22 @@ def main() -> None:
             if setting[2] and not CUDA:
                 print(f"| {name} | {policy} | not measured: a format of NVIDIA GPUs |")
                 continue
-            errors = torch.zeros(2, 4, dtype=torch.float64)
-            for seed in range(SEEDS):
-                reference = step(network(PlainDiT, size, seed), False, (torch.float64, None, False), seed)
-                for way, cls in enumerate((DiT, PlainDiT)):
-                    out = step(_with_positions(network(cls, size, seed)), way == 0, setting, seed)
-                    errors[way] += torch.tensor([relative_error(a, b) for a, b in zip(out, reference, strict=True)])
-            cells = " | ".join(f"{value:.1e}" for value in (errors / SEEDS).flatten().tolist())
+            errors = errors_against_float64(size, setting, seeds=SEEDS)
+            cells = " | ".join(f"{value:.1e}" for value in errors.flatten().tolist())
             print(f"| {name} | {policy} | {cells} |", flush=True)
+
+
+def errors_against_float64(
+    size: tuple[int, int, int], policy: tuple[torch.dtype, torch.dtype | None, bool], *, seeds: int
+) -> Tensor:
+    """(2, 4): of ours and of torch.func.jvp, the mean relative errors of u, du/dt, loss and gradients."""
+    errors = torch.zeros(2, 4, dtype=torch.float64)
+    for seed in range(seeds):
+        reference = step(network(PlainDiT, size, seed), False, (torch.float64, None, False), seed)
+        for way, cls in enumerate((DiT, PlainDiT)):
+            out = step(_with_positions(network(cls, size, seed)), way == 0, policy, seed)
+            errors[way] += torch.tensor([relative_error(a, b) for a, b in zip(out, reference, strict=True)])
+    return errors / seeds
 
 
 def _with_positions(net: nn.Module) -> nn.Module:
