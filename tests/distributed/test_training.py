@@ -97,13 +97,13 @@ def launch(launcher: str, world: int, config: TrainConfig, *flags: str) -> tuple
     """What a launcher's processes say, on stdout and stderr."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher].format(world=world).split()]
     command += ["-m", "meanflow", "train", "--config", write(config), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
 
-def losses(name: str) -> list[float]:
-    return [row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")]
+def curve(name: str, column: str) -> list[float]:
+    return [row[column] for row in read_log(Path("runs") / name / "log.jsonl")]
 
 
 def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from_one_stop_to_the_next():
@@ -125,8 +125,9 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
         assert all(torch.equal(saved[name], of[name]) for name in of), part
     assert load_network(Path("runs/many")).step == 5
     run_training(dataclasses.replace(config, steps=6), resume=True)
-    assert len(losses("many")) == len(losses("one")) == 6
-    assert losses("many") == pytest.approx(losses("one"), rel=1e-6)  # measured 1e-7
+    assert len(curve("many", "loss")) == 6
+    for column in ("loss", "grad_norm"):
+        assert curve("many", column) == pytest.approx(curve("one", column), rel=1e-6)  # measured 1e-7 and 2e-7
 
     (piece, *_) = sorted((checkpoint / "shares").glob("*.distcp"))
     shutil.rmtree(Path("runs/many/checkpoints/step_00000006"))
@@ -143,7 +144,7 @@ def test_a_process_that_dies_takes_the_others_down(strategy):
     config = dataclasses.replace(TINY, name="dies", steps=100_000, checkpoint_every=20, strategy=strategy)
     with processes(config, 2) as (first, second):
         log = Path("runs/dies/log.jsonl")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while time.monotonic() < deadline and first.poll() is None and len(read_log(log)) < 25:
             time.sleep(0.05)
         second.send_signal(signal.SIGKILL)

@@ -210,7 +210,7 @@ def run(rank, world, folder):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )
     told = {}
     for name, case in cases(world).items():

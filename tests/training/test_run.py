@@ -379,6 +379,13 @@ def test_mistakes_are_named_before_anything_is_written(change, words):
     assert not Path("runs").exists()
 
 
+def test_accelerates_own_sharding_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate launch --use_fsdp
+    with pytest.raises(UsageError, match="strategy: accelerate was told to use FSDP .* --strategy fsdp"):
+        run_training(TINY)
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(("backend", "words"), [("tritn", "expected one of"), ("cuda", "cuda backend")])
 def test_a_backend_that_cannot_serve_the_run_is_named_before_anything_is_written(monkeypatch, backend, words):
     monkeypatch.setattr("mfkernels.backend._requested", backend)
