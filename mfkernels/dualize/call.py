@@ -50,6 +50,15 @@ def tangent(x: Any) -> Tensor | None:
     return x.tangent if isinstance(x, Slot) else None
 
 
+# not a closure: one that calls itself is a reference cycle, and would keep tangents until the garbage collector comes
+def _applied(fn: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, (Slot, Tensor)):
+        return fn(x)
+    if isinstance(x, (list, tuple)) and any(isinstance(y, (Slot, Tensor)) for y in x):
+        return type(x)(_applied(fn, y) for y in x) if type(x) in (list, tuple) else [_applied(fn, y) for y in x]
+    return x
+
+
 class Call:
     """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
 
@@ -71,15 +80,8 @@ class Call:
 
     def map(self, fn: Callable[[Any], Any]) -> Call:
         """The same call with `fn` applied to slots and tensors."""
-
-        def one(x: Any) -> Any:
-            if isinstance(x, (Slot, Tensor)):
-                return fn(x)
-            if isinstance(x, (list, tuple)) and any(isinstance(y, (Slot, Tensor)) for y in x):
-                return type(x)(one(y) for y in x) if type(x) in (list, tuple) else [one(y) for y in x]
-            return x
-
-        return Call(self.func, self.name, tuple(map(one, self.args)), {k: one(v) for k, v in self.kwargs.items()})
+        args = tuple(_applied(fn, x) for x in self.args)
+        return Call(self.func, self.name, args, {k: _applied(fn, x) for k, x in self.kwargs.items()})
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""

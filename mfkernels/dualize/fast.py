@@ -172,7 +172,7 @@ def attention_with_mask(
     p = torch.softmax(s, -1)
     s_dot = _sum(tangent(mask), None)
     if tangent(q) is not None:
-        s_dot = _sum(s_dot, tangent(q) @ K.mT * scale)  # type: ignore[operator]
+        s_dot = _sum(s_dot, tangent(q) @ K.mT * scale)
     if k_dot is not None:
         s_dot = _sum(s_dot, Q @ k_dot.mT * scale)
     o_dot = None

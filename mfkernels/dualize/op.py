@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..dual import Dual, _unwrapped, check_tangent, is_dual_aware
+from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware
+from .call import has_tangent
 from .passage import passage
 from .report import Report
 from .rows import Rows
@@ -20,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def dualize(model: M, *, report: bool = False) -> M:
-    """An ordinary module as one that takes `Dual`s: prediction and derivative in one pass, and only the one on the tape.
+    """An ordinary module as one that takes `Dual`s: value and derivative in one pass, only the value on the tape.
 
     The module's own Python runs as it stands, on tensors that carry their tangent along. Every PyTorch operation is
     executed as the module wrote it, so values, gradients, what the tape keeps and what is drawn at random are those of
@@ -33,7 +34,7 @@ def dualize(model: M, *, report: bool = False) -> M:
         report: keep count of the operations and the time their tangents take, in the attribute `dual_report`.
 
     Returns:
-        A module of the same class, parameters, buffers and submodules (shared, names unchanged) that `mfkernels.jvp` and
+        A module of the same class, parameters, buffers and submodules (shared, names unchanged) that `mfkernels.jvp`,
         DDP, `fully_shard`, checkpoints and `torch.compile` take as a dual-aware one. On plain tensors it is `model`.
 
     Raises:
@@ -71,7 +72,7 @@ def _dualized_class(base: type) -> type:
 
 def _rebuild(base: type) -> Any:
     cls = _dualized_class(base)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 class _Dualized(nn.Module):
@@ -111,7 +112,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module.plain_call(*args, **kwargs)
-        return _map_output(lambda o: Dual(o) if isinstance(o, Tensor) and o.is_floating_point() else o, out) if duals else out
+        return _map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
     args, kwargs = tree_unflatten([_enter(x, Batch(batch, active, report)) if _is_dual(x) else x for x in leaves], spec)
@@ -146,10 +147,17 @@ def _enter(x: Dual, batch: Batch) -> Tensor:
     if x.tangent is None or x.rows == 0:
         return x.primal
     t = x.tangent
+    if _carries_tangent(x.primal) or _carries_tangent(t):
+        raise NotImplementedError(
+            "dualize: forward-mode tangents (torch.func.jvp, forward_ad) and Duals cannot be mixed; a second "
+            "derivative needs torch.func.jvp of the module itself"
+        )
     if x.rows < batch.active:
         t = torch.cat([t, t.new_zeros(batch.active - x.rows, *t.shape[1:])])
     # one sample is all of them: nothing to keep apart
-    return DualTensor.make(x.primal, t.detach(), Rows(0, 1, batch.size, 1, batch.active) if batch.size > 1 else None, batch)
+    return DualTensor.make(
+        x.primal, t.detach(), Rows(0, 1, batch.size, 1, batch.active) if batch.size > 1 else None, batch
+    )
 
 
 def _leave(o: Any, batch: int, active: int) -> Any:

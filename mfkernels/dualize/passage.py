@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,25 +14,39 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .call import has_tangent
-from .tensor import DualTensor, refused, unwrapped
+from .tensor import DualTensor, _is_alias, refused, unwrapped
 
 _lock = threading.Lock()
 _depth = 0
-_originals: dict[str, Any] = {}
+_generator = checkpointing._checkpoint_without_reentrant_generator
+
+# `scatter = Scatter.apply` is taken once and called for ever: what such names hold is this function object, so it is
+# its code that a pass replaces
+_function: Any = torch.autograd.Function.__dict__["apply"].__func__
+_original: Any = types.FunctionType(
+    _function.__code__, _function.__globals__, "apply", _function.__defaults__, _function.__closure__
+)
+
+
+def _replacement() -> types.CodeType:
+    __class__ = None  # the code replaced calls super(), and both must have the same free variables
+
+    def apply(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
+        __class__  # noqa: B018
+        return __import__("sys").modules["mfkernels.dualize.passage"]._apply(cls, *args, **kwargs)
+
+    return apply.__code__
 
 
 @contextmanager
 def passage() -> Iterator[None]:
-    """For the time of a dual pass: autograd.Function and activation checkpoints know `DualTensor`, torch.compile'd parts
-    of the module run eagerly."""
+    """While a dual pass runs, autograd.Function and checkpoints know `DualTensor`, and compiled parts run eagerly."""
     global _depth
     with _lock:
         _depth += 1
         if _depth == 1:
-            _originals["apply"] = torch.autograd.Function.__dict__["apply"]
-            _originals["generator"] = checkpointing._checkpoint_without_reentrant_generator
-            torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
-            checkpointing._checkpoint_without_reentrant_generator = _checkpoint_generator
+            _function.__code__ = _replacement()
+            checkpointing._checkpoint_without_reentrant_generator = _checkpoint_generator  # type: ignore[assignment]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
@@ -39,8 +54,8 @@ def passage() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                torch.autograd.Function.apply = _originals["apply"]
-                checkpointing._checkpoint_without_reentrant_generator = _originals["generator"]
+                _function.__code__ = _original.__code__
+                checkpointing._checkpoint_without_reentrant_generator = _generator
 
 
 def _checkpoint_generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -50,22 +65,21 @@ def _checkpoint_generator(function: Callable[..., Any], *args: Any, **kwargs: An
         with torch.compiler.set_stance("force_eager"):
             return function(*a, **k)
 
-    return _originals["generator"](recomputed, *unwrapped(args), **unwrapped(kwargs))
+    return _generator(recomputed, *unwrapped(args), **unwrapped(kwargs))
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    original = _originals["apply"].__func__
     leaves, spec = tree_flatten((args, kwargs))
     duals = [x for x in leaves if isinstance(x, DualTensor)]
     if not duals:
-        return original(cls, *args, **kwargs)
+        return _original(cls, *args, **kwargs)
     if cls is checkpointing.CheckpointFunction:
         # the reentrant kind would run the module where no tape is; the other kind gives the same gradients
         function, preserve, *inputs = args
         return checkpointing.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve)
     versions = [x._primal._version for x in duals]
     p_args, p_kwargs = tree_unflatten(list(map(unwrapped, leaves)), spec)
-    out = original(cls, *p_args, **p_kwargs)
+    out = _original(cls, *p_args, **p_kwargs)
     unchanged = versions == [x._primal._version for x in duals]
     outs, out_spec = tree_flatten(out)
     if unchanged:
@@ -79,7 +93,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             "a custom autograd.Function without a jvp staticmethod, so its tangent cannot be computed; give it one, or "
             "write it with PyTorch's operations",
         )
-    tangents = iter(_through_jvp(cls, original, leaves, spec))
+    tangents = iter(_through_jvp(cls, leaves, spec))
     batch = duals[0]._batch
     return tree_map(
         lambda o: DualTensor.make(o, next(tangents).to(o.dtype), None, batch) if has_tangent(o) else o,
@@ -93,7 +107,7 @@ def _same(o: Any, p: Tensor) -> bool:
         and o.shape == p.shape
         and o.stride() == p.stride()
         and o.dtype == p.dtype
-        and torch._C._is_alias_of(o, p)
+        and _is_alias(o, p)
         and o.storage_offset() == p.storage_offset()
     )
 
@@ -108,7 +122,7 @@ def _moved(o: Tensor, x: DualTensor) -> DualTensor:
     return y
 
 
-def _through_jvp(cls: Any, original: Any, leaves: list[Any], spec: Any) -> list[Tensor]:
+def _through_jvp(cls: Any, leaves: list[Any], spec: Any) -> list[Tensor]:
     """Tangents of all rows by the function's own jvp rule."""
     active = [i for i, x in enumerate(leaves) if isinstance(x, DualTensor)]
 
@@ -117,7 +131,7 @@ def _through_jvp(cls: Any, original: Any, leaves: list[Any], spec: Any) -> list[
         for i, x in zip(active, xs, strict=True):
             filled[i] = x
         args, kwargs = tree_unflatten(filled, spec)
-        return tuple(o for o in tree_leaves(original(cls, *args, **kwargs)) if has_tangent(o))
+        return tuple(o for o in tree_leaves(_original(cls, *args, **kwargs)) if has_tangent(o))
 
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         duals = [leaves[i] for i in active]

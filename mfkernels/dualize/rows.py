@@ -22,7 +22,7 @@ class Rows:
     """Dimension `axis` of a tensor runs over (outer, batch, inner); the first `active` of `batch` carry tangents.
 
     A tangent is stored for those alone: its size along `axis` is outer·active·inner, elsewhere it is the primal's.
-    [B, N, D] has axis 0 and (1, B, 1); flattened to [B·N, D] it has (1, B, N); moved to [N, B, D], axis 1 and (1, B, 1);
+    [B, N, D] has axis 0 and (1, B, 1); flattened to [B·N, D] it has (1, B, N); moved to [N, B, D], axis 1, (1, B, 1);
     that flattened to [N·B, D], (N, B, 1).
     """
 

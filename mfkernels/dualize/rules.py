@@ -8,6 +8,7 @@ samples would depend on each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..attention import attention
-from ..dual import Dual
+from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import fast, names
 from .call import Call, Out, Slot, has_tangent, primal, tangent
@@ -66,7 +67,10 @@ def elementwise(call: Call, out: Tensor) -> list[Out]:
     if quick is not None and (holomorphic or not any(slot.primal.is_complex() for slot in call.slots())):
         try:
             t = quick(*inner.args, **inner.kwargs)
-        except (TypeError, AttributeError):  # a signature that the written rule does not know (rounding_mode=, a dual mask)
+        except (
+            TypeError,
+            AttributeError,
+        ):  # a signature that the written rule does not know (rounding_mode=, a dual mask)
             t = None
     if t is None:
         (t,) = inner.jvp()
@@ -132,7 +136,10 @@ def along(call: Call, out: Any) -> list[Out]:
     if call.name == "softmax" and isinstance(call.args[0], Slot):
         o = outs[0]
         tangents: Sequence[Tensor] = [fast.softmax(x, dims[0], x.rows.take(o.detach()) if x.rows else o.detach())]
-    elif call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu") or call.name[:7] == "view_as":
+    elif (
+        call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu")
+        or call.name[:7] == "view_as"
+    ):
         tangents = [call.func(*(x.tangent if a is x else a for a in call.args), **call.kwargs)]
     else:
         tangents = inner.jvp()
@@ -232,31 +239,32 @@ def join(call: Call, out: Tensor) -> list[Out]:
     stacked = call.name == "stack"
     slots = [x for x in parts if isinstance(x, Slot)]
     rows = slots[0].rows
-    if rows is None or any(x.rows != rows for x in slots):
-        if any(x.rows is not None for x in slots) and not (
-            all(x.rows is not None for x in parts if isinstance(x, Slot)) and len(slots) == len(parts)
-        ):
-            raise Untracked(call.name)
-    if rows is not None and not stacked and dim == rows.axis:
-        like = (rows.batch, rows.inner, rows.active)
-        if len(slots) < len(parts) or any((x.rows.batch, x.rows.inner, x.rows.active) != like for x in slots):
-            raise Untracked(call.name)
-        t = torch.cat([x.tangent for x in slots], dim)
-        return [Out(t, Rows(dim, sum(x.rows.outer for x in slots), *like))]
-    if rows is not None and any(x.rows != rows for x in slots):
+    if not stacked and rows is not None and dim == rows.axis:
+        return [_join_batches(call, slots, len(parts), dim)]
+    if any(x.rows != rows for x in slots):
         raise Untracked(call.name)
 
-    def tangent_of(x: Any) -> Tensor:
+    def part(x: Any) -> Tensor:
         if isinstance(x, Slot):
             return x.tangent.to(out.dtype)
         if rows is not None and (x.ndim <= rows.axis or x.shape[rows.axis] != rows.size):
             raise Untracked(call.name)
         return x.new_zeros(x.shape if rows is None else rows.shape(x.shape), dtype=out.dtype)
 
-    t = (torch.stack if stacked else torch.cat)([tangent_of(x) for x in parts], dim)
+    t = (torch.stack if stacked else torch.cat)([part(x) for x in parts], dim)
     if rows is None:
         return [Out(t, None)]
     return [Out(t, rows.at(rows.axis + 1) if stacked and dim <= rows.axis else rows)]
+
+
+def _join_batches(call: Call, slots: list[Slot], parts: int, dim: int) -> Out:
+    """Batches one after the other, as guidance has them: their number is `outer`."""
+    rows = [x.rows for x in slots if x.rows is not None]
+    like = {(r.axis, r.batch, r.inner, r.active) for r in rows}
+    if len(rows) < parts or len(like) > 1:
+        raise Untracked(call.name)
+    outer = sum(r.outer for r in rows)
+    return Out(torch.cat([x.tangent for x in slots], dim), replace(rows[0], outer=outer))
 
 
 # ------------------------------------------------------------------------------------------------------------- indexing
@@ -296,8 +304,12 @@ class Index:
         kept = [i for i, x in enumerate(self.items) if isinstance(x, bool) or not isinstance(x, int)]
         block = [j for j, i in enumerate(kept) if isinstance(self.items[i], (Tensor, bool))]
         depth = max(
-            (1 if getattr(self.items[kept[j]], "dtype", torch.bool) in (torch.bool, torch.uint8) else self.items[kept[j]].ndim
-             for j in block),
+            (
+                1
+                if getattr(self.items[kept[j]], "dtype", torch.bool) in (torch.bool, torch.uint8)
+                else self.items[kept[j]].ndim
+                for j in block
+            ),
             default=0,
         )
         adjacent = not block or block[-1] - block[0] + 1 == len(block)
@@ -399,10 +411,7 @@ def setitem(call: Call, out: Tensor) -> list[Out]:
         x_dot = x.tangent.clone() if isinstance(x, Slot) else torch.zeros_like(x)
         x_dot[index] = 0 if v_dot is None else v_dot.to(x_dot.dtype)
         return [Out(x_dot, None)]
-    if isinstance(x, Slot):
-        x_dot = x.tangent.clone()
-    else:
-        x_dot = x.new_zeros(rows.shape(x.shape))
+    x_dot = x.tangent.clone() if isinstance(x, Slot) else x.new_zeros(rows.shape(x.shape))
     at.items[at.position[rows.axis]] = slice(None)
     x_dot[tuple(at.items)] = 0 if v_dot is None else v_dot.to(x_dot.dtype)
     return [Out(x_dot, rows)]
@@ -427,8 +436,9 @@ def _rows_of_target(x: Any, value: Any, at: Index) -> Rows | None:
     i = at.position[rows.axis]
     if at.items[i].indices(rows.size) != (0, rows.size, 1):
         raise Untracked("setitem")
-    if isinstance(value, Slot) and (value.rows is None or value.rows.at(0) != rows.at(0)
-                                    or value.ndim - value.rows.axis != at.ndim - at.target[i]):
+    if isinstance(value, Slot) and (
+        value.rows is None or value.rows.at(0) != rows.at(0) or value.ndim - value.rows.axis != at.ndim - at.target[i]
+    ):
         raise Untracked("setitem")
     return rows
 
@@ -449,7 +459,7 @@ def fill_(call: Call, out: Tensor) -> list[Out]:
     return [Out(torch.zeros_like(x.tangent), x.rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------- contractions
+# --------------------------------------------------------------------------------------------------------- contractions
 
 
 def matmul(call: Call, out: Tensor) -> list[Out]:
@@ -462,13 +472,12 @@ def matmul(call: Call, out: Tensor) -> list[Out]:
     if len(slots) == 2 and (slots[1].rows is None) != (rows is None):
         raise Untracked(call.name)
     if rows is not None:
+        batched = axes[0] < out.ndim - 2 and slots[0].ndim > 2
         # both carry the batch: only as a dimension of the batch of products
-        if len(slots) == 2 and (
-            axes[0] != axes[1] or slots[1].rows.at(0) != rows.at(0) or axes[0] >= out.ndim - 2
-        ):
+        if len(slots) == 2 and (axes[0] != axes[1] or slots[1].rows.at(0) != rows.at(0) or not batched):  # type: ignore[union-attr]
             raise Untracked(call.name)
-        if slots[0].ndim < 3 or axes[0] >= out.ndim - 2:
-            small_a, small_b = (rows.take(primal(x), x.rows.axis) if isinstance(x, Slot) else x for x in (a, b))
+        if not batched:
+            small_a, small_b = (rows.take(x.primal) if isinstance(x, Slot) else x for x in (a, b))
         else:
             k = slots[0].ndim - rows.axis
             small_a, small_b = (
@@ -572,7 +581,7 @@ def _einsum_terms(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
     return terms, right.replace("...", dots)
 
 
-# ----------------------------------------------------------------------------------------------------------------- norms
+# ---------------------------------------------------------------------------------------------------------------- norms
 
 
 def layer_norm(call: Call, out: Tensor) -> list[Out]:
@@ -594,10 +603,9 @@ def layer_norm(call: Call, out: Tensor) -> list[Out]:
     if depth != 1 or small.primal.ndim < 2:
         (t,) = inner.jvp()
         call.through_jvp = True
-    else:
-        ones = p.new_ones(p.shape[-1]) if weight is None else weight
-        t = rms_norm(Dual(p, small.tangent), ones, eps=eps).tangent  # type: ignore[union-attr]
-    return [Out(t, x.rows)]
+        return [Out(t, x.rows)]
+    ones = p.new_ones(p.shape[-1]) if weight is None else weight
+    return [Out(tangent_of(rms_norm(Dual(p, small.tangent), ones, eps=eps)), x.rows)]
 
 
 def batch_norm(call: Call, out: Tensor) -> list[Out]:
@@ -633,7 +641,17 @@ def group_norm(call: Call, out: Tensor) -> list[Out]:
     return [Out(t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2)), x.rows)]
 
 
-_LINEAR_ON_IMAGES = ("avg_pool", "adaptive_avg", "interpolate", "upsample", "pixel", "channel_sh", "fold", "unfold", "im2")
+_LINEAR_ON_IMAGES = (
+    "avg_pool",
+    "adaptive_avg",
+    "interpolate",
+    "upsample",
+    "pixel",
+    "channel_sh",
+    "fold",
+    "unfold",
+    "im2",
+)
 
 
 def batch_first(call: Call, out: Any) -> list[Out]:
@@ -651,8 +669,8 @@ def batch_first(call: Call, out: Any) -> list[Out]:
         return [Out(call.func(*args, **{k: v for k, v in call.kwargs.items() if k != "bias"}), x.rows)]
     if call.name.startswith(_LINEAR_ON_IMAGES) and len(slots) == 1:
         return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
-    grid = call.arg(1, "grid") if call.name == "grid_sample" else None
-    rows = x.rows
+    grid: Any = call.arg(1, "grid") if call.name == "grid_sample" else None
+    rows: Rows = x.rows
 
     def cut(a: Any) -> Any:
         if isinstance(a, Slot):
@@ -664,7 +682,7 @@ def batch_first(call: Call, out: Any) -> list[Out]:
     return [Out(t, rows) for t in tangents]
 
 
-# ------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def scaled_dot_product_attention(call: Call, out: Tensor) -> list[Out]:
@@ -685,9 +703,9 @@ def scaled_dot_product_attention(call: Call, out: Tensor) -> list[Out]:
             Dual(x.primal.transpose(1, 2), x.tangent.transpose(1, 2)) if isinstance(x, Slot) else x.transpose(1, 2)
             for x in (q, k, v)
         )
-        o_dot = attention(dq, dk, dv, scale=scale, is_causal=is_causal).tangent.transpose(1, 2)  # type: ignore[union-attr]
+        o_dot = tangent_of(attention(dq, dk, dv, scale=scale, is_causal=is_causal)).transpose(1, 2)  # type: ignore[union-attr]
     else:
-        if noise is not None and rows is not None:
+        if isinstance(noise, Tensor) and rows is not None:
             noise = rows.take(noise, noise.ndim - from_right)
         o_dot = fast.attention_with_mask(q, k, v, mask, is_causal, scale, noise)
     return [broadcast(o_dot, out, from_right, rows)]
@@ -713,7 +731,7 @@ _RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
     "narrow": narrow,
     "index_select": index_select,
     **dict.fromkeys(
-        "gather take_along_dim scatter scatter_ scatter_add scatter_add_ scatter_reduce".split(), aligned
+        ["gather", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"], aligned
     ),
     "matmul": matmul,
     "rmatmul": matmul,

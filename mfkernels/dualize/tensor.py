@@ -22,6 +22,7 @@ from .rules import rule_for
 from .where import user_line
 
 _plain = torch._C.DisableTorchFunctionSubclass
+_is_alias: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
 class _Cell:
@@ -61,9 +62,7 @@ class DualTensor(Tensor):
     @staticmethod
     def make(primal: Tensor, tangent: Tensor, rows: Rows | None, batch: Batch) -> DualTensor:
         # the wrapper is what the user's module holds and the tape never sees: the tangent goes when the module lets go
-        x = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            DualTensor, primal.shape, dtype=primal.dtype, device=primal.device
-        )
+        x = Tensor._make_wrapper_subclass(DualTensor, primal.shape, dtype=primal.dtype, device=primal.device)
         x._primal, x._tangent, x._rows, x._batch = primal, tangent, rows, batch
         x._cell = _Cell(_version(primal))
         return x
@@ -86,7 +85,7 @@ class DualTensor(Tensor):
         return self._primal.ndim
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self._primal.requires_grad
 
     @requires_grad.setter
@@ -114,9 +113,9 @@ class DualTensor(Tensor):
         return _dispatch(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(
-            f"dualize: {func} was called on a tensor with a tangent from compiled or C++ code (TorchScript, torch.vmap, "
+            f"dualize: {func} met a tensor with a tangent in compiled or C++ code (TorchScript, torch.vmap, "
             f"an extension), where dualize cannot follow; call its Python original{user_line()}"
         )
 
@@ -164,10 +163,10 @@ _IMAGE_UNFOLD = {F.unfold: "unfold_image"}
 
 
 def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    name = _IMAGE_UNFOLD.get(func) or names.name_of(func)  # type: ignore[call-overload]
+    name = _IMAGE_UNFOLD.get(func) or names.name_of(func)
     if name in names.REFUSED:
         raise refused(name, names.REFUSED[name])
-    if name in names.INSPECT or name.startswith(("get:", "set:")) and name not in _DIFFERENTIABLE_ATTRIBUTES:
+    if name in names.INSPECT or (name.startswith(("get:", "set:")) and name not in _DIFFERENTIABLE_ATTRIBUTES):
         return _inspect(func, args, kwargs)
     if kwargs.get("out") is not None:
         raise refused(name, "out= is not supported; use the result it returns")
@@ -188,7 +187,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     if name == "batch_norm" and call.arg(5, "training", False):
         raise refused(
             "batch_norm",
-            "mixes batch rows (batch statistics in training mode), so no sample has a derivative of its own; use eval() "
+            "mixes batch rows (batch statistics in training mode), so no sample has its own derivative; use eval() "
             "or another norm",
         )
     if _is_in_place(name, kwargs):
@@ -210,9 +209,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     return result
 
 
-_DIFFERENTIABLE_ATTRIBUTES = frozenset(
-    ["get:T", "get:mT", "get:H", "get:mH", "get:real", "get:imag", "get:data"]
-)
+_DIFFERENTIABLE_ATTRIBUTES = frozenset(["get:T", "get:mT", "get:H", "get:mH", "get:real", "get:imag", "get:data"])
 
 # Python functions of PyTorch that are one operation to us.
 _AS_A_WHOLE = (
@@ -223,13 +220,9 @@ _AS_A_WHOLE = (
     | names.RANDOM
     | names.CAST
     | names.RESHAPE
-    | frozenset(
-        """
-        einsum layer_norm rms_norm dropout batch_norm broadcast_tensors cat stack expand scaled_dot_product_attention
-        getitem setitem_ repeat tile
-        """.split()
-    )
-) - frozenset(["interpolate_", "norm", "local_response_norm"])
+    | frozenset(["einsum", "layer_norm", "rms_norm", "dropout", "batch_norm", "broadcast_tensors", "cat", "stack"])
+    | frozenset(["expand", "scaled_dot_product_attention", "getitem", "setitem_", "repeat", "tile"])
+) - frozenset(["norm", "local_response_norm"])
 
 
 @lru_cache(maxsize=1024)
@@ -274,9 +267,7 @@ def _tangents(call: Call, out: Any, batch: Batch) -> list[Out]:
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
-            raise refused(
-                call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own"
-            ) from error
+            raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
         except (NotImplementedError, RuntimeError) as error:
             text = str(error)
             if "forward AD" not in text and "jvp" not in text:
@@ -313,8 +304,8 @@ def _wrap(out: Any, outs: list[Out], duals: list[DualTensor], batch: Batch) -> A
         t = t.detach() if t.requires_grad else t
         y = DualTensor.make(p, t if t.dtype == p.dtype else t.to(p.dtype), rows, batch)
         for x in duals:
-            if torch._C._is_alias_of(y._tangent, x._tangent):
-                if torch._C._is_alias_of(p, x._primal):
+            if _is_alias(y._tangent, x._tangent):
+                if _is_alias(p, x._primal):
                     y._cell = x._cell
                 else:
                     x._cell.lent = y._cell.lent = True
@@ -335,27 +326,36 @@ def _wrap(out: Any, outs: list[Out], duals: list[DualTensor], batch: Batch) -> A
 # ------------------------------------------------------------------------------------------------------------- in place
 
 
+_DRAWS = frozenset(["random_", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"])
+
+
 def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch) -> Any:
     """Tangent first (it needs the old primal), then the primal, then both are where the caller expects them."""
     target = args[0]
     report = batch.report
     start = time.perf_counter() if report else 0.0
-    if not isinstance(target, DualTensor) and call.name in ("random_", "normal_", "uniform_", "bernoulli_", "exponential_"):
+    if not isinstance(target, DualTensor) and call.name in (
+        "random_",
+        "normal_",
+        "uniform_",
+        "bernoulli_",
+        "exponential_",
+    ):
         raise refused(call.name, "the parameters of a distribution cannot carry a tangent")
     with _plain():
         outside = Call(call.func, call.name, call.args, {k: v for k, v in call.kwargs.items() if k != "inplace"})
         p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
-        if call.name in ("random_", "normal_", "uniform_", "bernoulli_", "exponential_", "zero_"):
+        t: Tensor | None = None
+        rows: Rows | None = None
+        if call.name in _DRAWS or call.name == "zero_":
             t, rows = torch.zeros_like(target._tangent), target._rows
         elif has_tangent(p_args[0]):
             ((t, rows),) = _tangents(outside, p_args[0], batch)
-        else:
-            t, rows = None, None
         # an operation that fails leaves the tensor as it was
         out = call.func(*p_args, **p_kwargs)
         if t is not None:
             t = t.to(p_args[0].dtype)
-            if t is target or any(torch._C._is_alias_of(t, x._tangent) for x in _duals(args, kwargs)):
+            if t is target or any(_is_alias(t, x._tangent) for x in _duals(args, kwargs)):
                 t = t.clone()
     if t is None:
         return out if out is not p_args[0] else target
@@ -468,5 +468,5 @@ def _dropped_attention(call: Call, out: Tensor, device: torch.device, batch: Bat
     p = call.arg(4, "dropout_p", 0.0)
     q, k = call.args[0], call.args[1]
     shape = (*out.shape[:-1], k.shape[-2])
-    call.noise = F.dropout(q.primal.new_ones(shape) if isinstance(q, Slot) else q.new_ones(shape), p)  # type: ignore[attr-defined]
+    call.noise = F.dropout(q.primal.new_ones(shape) if isinstance(q, Slot) else q.new_ones(shape), p)
     return _tangents(call, out, batch)

@@ -14,7 +14,7 @@ _INSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
 def user_line() -> str:
-    """" (in BatchNorm2d, net.py:12: `x = self.norm(x)`)": the innermost line outside PyTorch and this package."""
+    """ " (in BatchNorm2d, net.py:12: `x = self.norm(x)`)": the innermost line outside PyTorch and this package."""
     frame: FrameType | None = sys._getframe(1)
     module = ""
     while frame is not None:

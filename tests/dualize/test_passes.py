@@ -1,0 +1,337 @@
+"""What a dual pass promises beside its numbers: refusals by name and line, randomness, hooks, memory, wrappers."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dualized import Wrapped, assert_same_jvp, forward_mode
+from foreign import PlainMLP, SiT, network
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mfkernels
+from mfkernels import Dual, dualize, jvp
+
+
+def duals(*shapes, rows=2):
+    xs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    return [Dual(x, torch.randn_like(x)[:rows]) for x in xs]
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.norm(x)  # the user's line
+
+
+class Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx
+
+
+clip = Clip.apply  # as modules keep it
+
+
+class Scale(torch.autograd.Function):
+    """With a forward-mode rule."""
+
+    @staticmethod
+    def forward(x):
+        return x * 3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx * 3
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot * 3
+
+
+REFUSALS = {
+    "mixes batch rows (batch statistics": Normed(),
+    "mean: mixes batch rows": Wrapped(lambda x: x - x.mean()),
+    "softmax: mixes batch rows": Wrapped(lambda x: x.softmax(0)),
+    "flip: mixes batch rows": Wrapped(lambda x: x.flip(0)),
+    "roll: mixes batch rows": Wrapped(lambda x: x.roll(1, 0)),
+    "cumsum: mixes batch rows": Wrapped(lambda x: x.cumsum(0)),
+    "matmul: mixes batch rows": Wrapped(lambda x: x @ (x.mT @ x)),
+    "einsum: mixes batch rows": Wrapped(lambda x: torch.einsum("bd,be->de", x, x)),
+    "layer_norm: mixes batch rows": Wrapped(lambda x: F.layer_norm(x, x.shape)),
+    "item: a number taken out": Wrapped(lambda x: x * x[0, 0].item()),
+    "numpy: a number taken out": Wrapped(lambda x: x * torch.tensor(x.numpy())),
+    "has no forward-mode (JVP) rule": Wrapped(
+        lambda x: F.grid_sample(x.view(-1, 1, 2, 2), torch.zeros(len(x), 2, 2, 2).double(), align_corners=False)
+    ),
+    "Clip: a custom autograd.Function without a jvp": Wrapped(lambda x: clip(x)),
+    "in place through another view": Wrapped(lambda x: write_behind(x)),
+    "out= is not supported": Wrapped(lambda x: torch.add(x, 1, out=torch.empty_like(x))),
+    "into a view of a tensor that has none": Wrapped(lambda x: torch.zeros(6, 8).double().chunk(2, 1)[0].copy_(x)),
+    "samples in dimension 0": Wrapped(lambda x: x.T),
+}
+
+
+def write_behind(x):
+    y = x.sin()
+    z = y.view_as(y)
+    w = y + 0  # the tangent's memory is y's
+    z.mul_(2)
+    return y + w
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_has_no_derivative_per_sample_is_refused_with_the_users_line(message):
+    x, *_ = duals((6, 4))
+    dual = dualize(REFUSALS[message].train())
+    with pytest.raises(
+        (NotImplementedError, ValueError), match=message.replace("(", r"\(").replace(")", r"\)")
+    ) as error:
+        dual(x)
+    if isinstance(error.value, NotImplementedError):
+        assert __file__ in str(error.value)
+        assert "`" in str(error.value)
+
+
+def test_a_refusal_names_the_submodule_and_quotes_its_line():
+    with pytest.raises(NotImplementedError, match=r"in BatchNorm1d, .*: `return self.norm\(x\)  # the user's line`"):
+        dualize(Normed())(*duals((6, 4)))
+    assert torch.equal(Normed().norm.running_mean, torch.zeros(4, dtype=torch.float64))
+
+
+def test_a_functions_own_rule_serves_it():
+    assert_same_jvp(
+        Wrapped(lambda x: Scale.apply(x.sin()).cos()), (torch.randn(5, 3).double(),), (torch.ones(5, 3).double(),)
+    )
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout, lambda p: nn.Dropout(p, inplace=True), lambda p: nn.RReLU()]
+)
+def test_a_random_layer_draws_once_for_value_and_tangent(layer, p):
+    x, v = torch.randn(6, 5, 4).double(), torch.randn(6, 5, 4).double()
+    net = nn.Sequential(nn.Linear(4, 4), layer(p), nn.Linear(4, 4)).double().train()
+    # with one seed PyTorch's forward mode draws the same numbers as the plain module
+    assert_same_jvp(net, (x,), (v,))
+
+
+def test_dropout_inside_attention_draws_once():
+    x, v = torch.randn(4, 2, 5, 8).double(), torch.randn(4, 2, 5, 8).double()
+    net = Wrapped(lambda x: F.scaled_dot_product_attention(x, x.sin(), x, dropout_p=0.4) + torch.rand(5, 8).double())
+    assert_same_jvp(net, (x,), (v,))
+
+
+def test_the_encoder_layer_in_training_mode():
+    net, primals = network("nn.TransformerEncoderLayer")
+    assert_same_jvp(net.train(), primals, tuple(torch.randn_like(p) for p in primals))
+
+
+def test_one_sample_and_scalar_times():
+    net, (z, t) = network("SiT-style")
+    primals = (z[:1], t[:1])
+    assert_same_jvp(net, primals, tuple(torch.randn_like(p) for p in primals))
+
+
+def test_duals_in_keywords_and_containers_and_outputs_of_every_kind():
+    class Net(nn.Module):
+        def forward(self, batch, *, scale=None):
+            z, t = batch["z"], batch["times"][0]
+            return {"u": z * t[:, None] * scale, "flag": 3, "t": t.detach(), "none": None}, [z > 0, z]
+
+    z, t = duals((5, 3), (5,))
+    out, (mask, same) = dualize(Net())({"z": z, "times": [t]}, scale=2.0)
+    assert isinstance(out["u"], Dual)
+    assert out["flag"] == 3
+    assert out["none"] is None
+    assert isinstance(out["t"], torch.Tensor)
+    assert mask.dtype == torch.bool
+    assert torch.equal(same.tangent, z.tangent)
+    expected = 2 * (z.tangent * t.primal[:2, None] + z.primal[:2] * t.tangent[:, None])
+    torch.testing.assert_close(out["u"].tangent, expected)
+
+
+def test_tangents_of_different_lengths():
+    net, (z, t) = network("SiT-style")
+    z_dot, t_dot = torch.randn_like(z), torch.ones_like(t)
+    out = dualize(net)(Dual(z, z_dot[:1]), Dual(t, t_dot[:3]))
+    _, expected = forward_mode(net, (z, t), (torch.cat([z_dot[:1], torch.zeros_like(z[1:])]), t_dot), 3)
+    torch.testing.assert_close(out.tangent, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_nothing_of_the_tangent_outlives_the_pass():
+    net, (z, t) = network("SiT-style")
+    z_dot = torch.randn_like(z)
+    gone = weakref.ref(z_dot)
+    gc.collect()  # what earlier tests' exceptions hold
+    gc.disable()
+    try:
+        out = dualize(net)(Dual(z, z_dot), Dual(t, torch.ones_like(t)))
+        assert not [x for x in gc.get_objects() if type(x).__name__ == "DualTensor"]
+        u = out.primal
+        del z_dot, out
+        assert gone() is None
+    finally:
+        gc.enable()
+    u.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_stock_checkpoints_recompute_the_primal_alone(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.calls, self.on = net, [], False
+
+        def block(self, block, x, c):
+            self.calls.append(type(x).__name__)
+            return block(x, c)
+
+        def forward(self, z, t):
+            net = self.net
+            x, c = net.x_embedder(z).flatten(2).mT + net.pos_embed, net.t_embedder(t)
+            for block in net.blocks:
+                x = checkpoint(self.block, block, x, c, use_reentrant=reentrant) if self.on else block(x, c)
+            return net.unpatchify(net.linear(net.norm(x)))
+
+    net, primals = network("SiT-style")
+    wrapped = Checkpointed(net)
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    expected = jvp(dualize(wrapped), primals, tangents, rows=2)
+    wrapped.on = True
+    out, out_dot = jvp(dualize(wrapped), primals, tangents, rows=2)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(out_dot, expected[1])
+    grads = []
+    for run in (lambda: wrapped(*primals), lambda: jvp(dualize(wrapped), primals, tangents, rows=2)[0]):
+        net.zero_grad()
+        wrapped.calls.clear()
+        run().square().sum().backward()
+        grads.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert wrapped.calls == ["DualTensor"] * 2 + ["Tensor"] * 2
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_our_checkpoint_of_a_block_and_of_the_whole():
+    net, primals = network("SiT-style")
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    expected = jvp(dualize(net), primals, tangents, rows=2)
+    for part in (net.blocks[0], net.blocks[1]):
+        mfkernels.checkpoint_module(part)
+    out, out_dot = jvp(mfkernels.checkpoint_module(dualize(net)), primals, tangents, rows=2)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(out_dot, expected[1])
+    out.sum().backward()
+
+
+def test_hooks_see_tensors_and_may_change_them():
+    net, primals = network("SiT-style")
+    seen = []
+    net.blocks[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape) or (args[0] * 2, *args[1:]))
+    net.register_forward_hook(lambda m, args, out: out + args[1][:, None, None, None])
+    net.blocks[1].register_full_backward_hook(lambda m, dx, dy: seen.append("backward"))
+    assert_same_jvp(net, primals, tuple(torch.randn_like(p) for p in primals))
+    dualize(net)(*(Dual(p, torch.randn_like(p)) for p in primals)).primal.sum().backward()
+    assert seen[-1] == "backward"
+
+
+def test_parts_that_were_compiled_run_eagerly_in_the_pass():
+    net, primals = network("LightningDiT-style")
+    compiled = copy.deepcopy(net)
+    for block in compiled.blocks:
+        block.norm1 = torch.compile(block.norm1, backend="aot_eager")
+    dual = dualize(compiled)
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    expected = jvp(dualize(net), primals, tangents, rows=2)
+    out = jvp(dual, primals, tangents, rows=2)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    net, primals = network("SiT-style", torch.float32)
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    dual = dualize(net)
+    exact = jvp(dual, primals, tangents, rows=2)
+    with torch.autocast("cpu", dtype):
+        value = net(*primals)
+        out, out_dot = jvp(dual, primals, tangents, rows=2)
+    assert torch.equal(out, value)
+    assert out_dot.dtype == out.dtype
+    assert mfkernels.testing.relative_error(out_dot, exact[1]) < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    out.float().sum().backward()
+    assert all(p.grad is not None for n, p in net.named_parameters() if p.requires_grad)
+
+
+def test_the_dualized_module_is_the_module():
+    net = SiT()
+    dual = dualize(net)
+    assert isinstance(dual, SiT)
+    assert type(dual).__name__ == "SiT"
+    assert mfkernels.is_dual_aware(dual)
+    assert not mfkernels.is_dual_aware(net)
+    assert dual.state_dict().keys() == net.state_dict().keys()
+    assert all(a is b for a, b in zip(dual.parameters(), net.parameters(), strict=True))
+    dual.double()
+    assert net.linear.weight.dtype == torch.float64
+    dual.load_state_dict({n: torch.zeros_like(p) for n, p in net.state_dict().items()})
+    assert not net.linear.weight.any()
+    x = torch.randn(2, 3, 8, 8).double(), torch.rand(2).double()
+    assert torch.equal(dual(*x), net(*x))
+    assert dualize(dual) is dual
+
+
+def test_copies_and_pickles_are_dual_aware():
+    net, primals = network("SiT-style")
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    dual = dualize(net)
+    for again in (copy.deepcopy(dual), pickle.loads(pickle.dumps(dual))):
+        assert mfkernels.is_dual_aware(again)
+        assert again.linear.weight is not net.linear.weight
+        assert torch.equal(jvp(again, primals, tangents)[1], jvp(dual, primals, tangents)[1])
+
+
+def test_a_report_of_what_has_no_rule_of_its_own():
+    net = Wrapped(lambda x: torch.special.i0(x.sin()) + x[torch.arange(6), :].cosh())
+    dual = dualize(net, report=True)
+    dual(*duals((6, 4)))
+    report = dual.dual_report
+    assert set(report.jvp) == {"i0", "cosh"}
+    assert report.jvp["i0"].calls == 1
+    assert set(report.zero_filled) == {"getitem"}
+    assert "sin" in report.rules
+    assert 0 < report.jvp_share < 1
+    assert "i0, torch.func.jvp" in str(report)
+    report.clear()
+    assert not report.jvp
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        dualize(lambda x: x)
+    with pytest.raises(ValueError, match="got it wrapped in OptimizedModule; dualize it first"):
+        dualize(torch.compile(PlainMLP()))
+    with pytest.raises(ValueError, match="same batch in every Dual"):
+        dualize(Wrapped(lambda x, y: x))(*duals((5, 2)), *duals((4, 2)))
+    with pytest.raises(ValueError, match="tangent: expected"):
+        dualize(Wrapped(lambda x: x))(Dual(torch.zeros(3, 2), torch.zeros(2, 3)))
+    x = torch.zeros(3, 2)
+    with pytest.raises(NotImplementedError, match="cannot be mixed"):
+        torch.func.jvp(lambda x: dualize(Wrapped(torch.sin))(Dual(x, torch.ones(3, 2))).primal, (x,), (x,))
