@@ -381,7 +381,7 @@ def test_mistakes_are_named_before_anything_is_written(change, words):
 
 def test_accelerates_own_sharding_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # accelerate launch --use_fsdp
-    with pytest.raises(UsageError, match="strategy: accelerate was told to use FSDP .* --strategy fsdp"):
+    with pytest.raises(UsageError, match=r"strategy: accelerate was told to use FSDP .* --strategy fsdp"):
         run_training(TINY)
     assert not Path("runs").exists()
 
