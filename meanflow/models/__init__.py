@@ -28,23 +28,27 @@ from .dit import (
     DiTBlock,
     FinalLayer,
 )
+from .factory import config_of, is_factory, model_from_factory
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
 
 NAMED = {**dit.NAMED, **imf_dit.NAMED}
 
 
 def create_model(name: str, **config: Any) -> nn.Module:
-    """A backbone by name, with any of its sizes changed.
+    """A backbone by name, with any of its sizes changed, or a network of yours.
 
     "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
-    baseline "Affine" with every size given.
+    baseline "Affine" with every size given. "package.module:function" is what that function makes of the sizes, dualized
+    (the contract: `meanflow.models.factory.model_from_factory`).
 
     Raises:
         ValueError: there is no model of that name.
     """
+    if is_factory(name):
+        return model_from_factory(name, config)
     classes: dict[str, Any] = {"DiT": DiT, "Affine": Affine, "iMF-DiT": IMFDiT, **NAMED}
     if name not in classes:
-        raise ValueError(f"name: expected one of {', '.join(classes)}, got {name!r}")
+        raise ValueError(f'name: expected one of {", ".join(classes)} or "package.module:function", got {name!r}')
     return classes[name](**config)
 
 
@@ -74,6 +78,8 @@ __all__ = [
     "IMFDiT_L_2",
     "IMFDiT_M_2",
     "IMFDiT_XL_2",
+    "config_of",
     "create_model",
     "gaussian_average_velocity",
+    "is_factory",
 ]

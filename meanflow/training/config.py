@@ -22,7 +22,7 @@ class TrainConfig:
     workers: int = 2  # processes that decode images, when there are too many to keep in memory
 
     # model
-    model: str = "DiT-S/4"  # DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; "DiT", "iMF-DiT", "Affine": sizes below
+    model: str = "DiT-S/4"  # DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; or your own "package.module:function"
     hidden_size: int | None = None  # width; None: as the model's name says
     depth: int | None = None  # number of blocks; None: as the model's name says
     num_heads: int | None = None  # attention heads; None: as the model's name says

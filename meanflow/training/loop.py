@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import shard
 from ..errors import UsageError
+from ..models import config_of
 from ..objectives import Draws
 from .build import build_model, build_objective
 from .checkpoint import (
@@ -214,7 +215,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
             "seconds": seconds,
-            "model": {"name": self.config.model, "config": getattr(self.model, "config", {})},
+            "model": {"name": self.config.model, "config": config_of(self.model)},
             "class_names": list(self.data.class_names),
             "objective": self.config.objective,
             "guidance": self.config.guidance,

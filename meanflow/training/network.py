@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import generator_for
 from ..errors import UsageError
-from ..models import create_model
+from ..models import config_of, create_model, is_factory
 from ..sampling import sample, sample_ode
 from .checkpoint import list_checkpoints, load_metadata, load_state, load_tensors, load_weights
 
@@ -41,7 +41,7 @@ class LoadedNetwork:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        config: Any = self.net.config
+        config = config_of(self.net)
         return config["in_channels"], config["input_size"], config["input_size"]
 
 
@@ -68,6 +68,7 @@ def load_network(source: Path, weights: Literal["ema", "raw"] = "ema", device: s
         tensors = load_tensors(source)
     try:
         family = next((name for name in ("Affine", "iMF-DiT") if model["name"].startswith(name)), "DiT")
+        family = model["name"] if is_factory(model["name"]) else family
         net = create_model(family, **model["config"])
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: cannot build its model: {error}") from error

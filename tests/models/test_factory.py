@@ -1,0 +1,104 @@
+"""A network of the user's, by the name of the function that makes it: errors, and a run through the whole trainer."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import mfkernels
+from meanflow.data import load_digits_data
+from meanflow.errors import UsageError
+from meanflow.models import config_of, create_model
+from meanflow.training import TrainConfig, build_model, load_network, run_training
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, in_channels, num_classes, width):
+        super().__init__()
+        self.label = nn.Embedding(num_classes + 1, width)
+        self.inp, self.out = nn.Conv2d(in_channels + 2, width, 3, padding=1), nn.Conv2d(width, in_channels, 1)
+
+    def forward(self, z, r, t, y):
+        times = torch.stack([t, t - r], 1)[:, :, None, None].expand(-1, -1, *z.shape[2:])
+        h = torch.tanh(self.inp(torch.cat([z, times], 1)) + self.label(y)[:, :, None, None])
+        return self.out(h)
+
+def network(input_size, in_channels, num_classes, hidden_size=8, **sizes):
+    return Net(in_channels, num_classes, hidden_size)
+
+def number(**sizes):
+    return 3
+
+def unconditional(**sizes):
+    return nn.Identity()
+
+def strict(input_size):
+    return nn.Identity()
+
+VALUE = 3
+"""
+
+TINY = TrainConfig(
+    data="digits",
+    name="mine",
+    model="users_network:network",
+    hidden_size=8,
+    steps=4,
+    batch_size=16,
+    device="cpu",
+    checkpoint_every=2,
+    sample_every=0,
+    evaluate=False,
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "users_network.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "users_network", raising=False)
+    return tmp_path
+
+
+def test_it_is_dualized_and_remembers_its_sizes(here):
+    net = create_model("users_network:network", input_size=4, in_channels=1, num_classes=3, hidden_size=6)
+    assert mfkernels.is_dual_aware(net)
+    assert net.num_classes == 3
+    assert net.label.weight.shape == (4, 6)
+    again = create_model("users_network:network", **config_of(net))
+    assert again.state_dict().keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no such:thing", r'expected "package.module:function", got'),
+        ("no_such_module:thing", "cannot import no_such_module of 'no_such_module:thing'"),
+        ("users_network:thing", "users_network has no 'thing'; expected a function of input_size=, in_channels="),
+        ("users_network:VALUE", "users_network:VALUE is a int"),
+        ("users_network:number", r"to return a torch.nn.Module, got int"),
+        ("users_network:unconditional", r"with forward\(z, r, t, y\), got Identity.forward\(input"),
+    ],
+)
+def test_names_that_lead_nowhere(here, name, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name, input_size=4, in_channels=1, num_classes=3)
+
+
+def test_the_trainer_trains_samples_and_loads_it(here):
+    config = dataclasses.replace(TINY, checkpoint_blocks="all")
+    run_training(config)
+    loaded = load_network(here / "runs" / "mine")
+    assert loaded.step == 4
+    assert (loaded.net.num_classes, loaded.net.label.weight.shape) == (10, (11, 8))
+    z = torch.randn(2, *loaded.image_shape)
+    assert loaded.net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.long)).shape == z.shape
+
+
+def test_the_trainer_names_a_size_that_it_does_not_take(here):
+    config = dataclasses.replace(TINY, model="users_network:strict")
+    with pytest.raises(UsageError, match="model: users_network:strict cannot be built for digits.*in_channels"):
+        build_model(config, load_digits_data(0.0))
