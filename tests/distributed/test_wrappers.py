@@ -19,6 +19,8 @@ FORMS = [
     "fsdp, checkpointed",
     "fsdp, bf16",
     "fsdp, bf16, checkpointed",
+    "the trainer's ddp",
+    "the trainer's fsdp",
     "the trainer's fsdp, bf16",
 ]
 COMPILED = ["DiT: ddp, compiled", "DiT: fsdp, compiled, checkpointed", "iMF-DiT: fsdp, compiled"]

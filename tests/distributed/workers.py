@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meanflow.models import DiT, IMFDiT
 from meanflow.objectives import ImprovedMeanFlow, MeanFlow
@@ -136,8 +137,24 @@ def fsdp(name, rank, world, *, micros=1, checkpointed=False, bf16=False):
         check(name, net, losses, dtype, *(BF16_BOUNDS if bf16 else EXACT))
 
 
+class Exchanges(TorchDispatchMode):
+    """Lists the exchanges of gradients that are started in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and "reduce" in str(func):
+            self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def trained(name, rank, world, *, strategy, precision="no", compiled=False, checkpointed=False):
-    """Two steps as the trainer makes them, `training_loss` of two parts each; the parameters, with their gradients."""
+    """Two steps as the trainer makes them, `training_loss` of two parts each; the parameters, with their gradients.
+
+    Gradients are exchanged once a step: in one bucket of this size, or by each group of FSDP2.
+    """
     dtype = torch.float64 if precision == "no" else torch.float32
     config = TrainConfig(strategy=strategy, precision=precision, compile=compiled)
     AcceleratorState._reset_state()  # one precision a process, by its rules
@@ -154,10 +171,14 @@ def trained(name, rank, world, *, strategy, precision="no", compiled=False, chec
         losses = []
         graphs = counter.frame_count
         for micro in range(2):
-            with accelerator.accumulate(loss_of):
+            exchanges = Exchanges()
+            with accelerator.accumulate(loss_of), nullcontext() if compiled else exchanges:  # a mode stops the compiler
                 out = loss_of(*part(name, micro, 2, rank, world, dtype))
                 accelerator.backward(out.loss)
                 losses.append(out.loss.detach())
+            if not compiled:
+                groups = 1 if strategy == "ddp" else len(transformer_blocks(net)) + 1
+                assert len(exchanges.ops) == (groups if micro == 1 else 0), exchanges.ops
         check(name, net, losses, dtype, *(EXACT if precision == "no" else BF16_BOUNDS))
     assert counter.frame_count == graphs  # the second step compiles nothing
     assert (graphs > 0) == compiled
@@ -185,6 +206,8 @@ FORMS = {
     "fsdp, checkpointed": partial(fsdp, checkpointed=True),
     "fsdp, bf16": partial(fsdp, bf16=True),
     "fsdp, bf16, checkpointed": partial(fsdp, bf16=True, checkpointed=True),
+    "the trainer's ddp": partial(trained, strategy="ddp"),
+    "the trainer's fsdp": partial(trained, strategy="fsdp"),
     "the trainer's fsdp, bf16": sharded_as_ddp_in_bf16,
 }
 CASES = {f"{name}: {form}": partial(case, name) for name in NETS for form, case in FORMS.items()}
