@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
-from ..checks import autocast_enabled, check_operand, check_same
+from ..checks import autocast_enabled, check_operand, check_same, knows_autocast
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
 from . import cuda, reference
 from .limits import unsupported
@@ -195,8 +195,7 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device_type)  # it is not on "meta"
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+    return torch.autocast(device_type, enabled=False) if knows_autocast(device_type) else nullcontext()
 
 
 def _autocast(x: TensorOrDual) -> TensorOrDual:
