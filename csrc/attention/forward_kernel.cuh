@@ -95,17 +95,17 @@ struct ForwardKernel {
     DEVICE uint32_t empty_v(uint32_t stage) const { return full_k(stage) + 24 * STAGES; }
   };
 
-  // Accumulators of 64 queries by D columns.
+  // Accumulators of 64 queries by D columns, and by the tail's padding.
   struct Accumulator {
     float main[Columns::MAIN / 2];
-    float tail[Columns::REST ? Columns::REST / 2 : 1];
+    float tail[Columns::TAIL ? Columns::TAIL / 2 : 1];
 
     template <class F>
     DEVICE void each(F f) {  // f(element, which of the thread's two rows, index)
 #pragma unroll
       for (int i = 0; i < Columns::MAIN / 2; ++i) f(main[i], i / 2 % 2, i);
 #pragma unroll
-      for (int i = 0; i < Columns::REST / 2; ++i) f(tail[i], i / 2 % 2, Columns::MAIN / 2 + i);
+      for (int i = 0; i < Columns::TAIL / 2; ++i) f(tail[i], i / 2 % 2, Columns::MAIN / 2 + i);
     }
     DEVICE float at(int i) const { return i < Columns::MAIN / 2 ? main[i] : tail[i - Columns::MAIN / 2]; }
   };
@@ -217,8 +217,8 @@ struct ForwardKernel {
     for (int step = 0; step < BLOCK_N; step += 16) {
       Wgmma<T, Columns::MAIN>::columns(o.main, p + step / 4,
                                        column_descriptor(v + step * 128, KeyTile::BLOCK_BYTES, Swizzle::BYTES_128));
-      if constexpr (Columns::REST > 0) {
-        Wgmma<T, Columns::REST>::columns(
+      if constexpr (Columns::TAIL > 0) {
+        Wgmma<T, Columns::TAIL>::columns(
             o.tail, p + step / 4,
             column_descriptor(v + KeyTile::TAIL_OFFSET + step * Columns::TAIL_BYTES, KeyTile::BLOCK_BYTES,
                               Columns::TAIL_SWIZZLE));
@@ -440,7 +440,7 @@ struct ForwardKernel {
     template <int PENDING, class... Accumulators>
     static DEVICE void wait_for(Accumulators&... ready) {
       wgmma_wait<PENDING>(ready.main...);
-      if constexpr (Columns::REST > 0) (hold(ready.tail), ...);
+      if constexpr (Columns::TAIL > 0) (hold(ready.tail), ...);
     }
   };
 

@@ -42,14 +42,13 @@ MF_HOST_DEVICE constexpr uint32_t swizzled(uint32_t address, Swizzle swizzle) {
   return address ^ ((address >> 3) & (swizzle_bytes(swizzle) - 16));
 }
 
-// One head's columns: `MAIN` of them in blocks of 64, and a narrower block for the rest, padded to what a matrix product
-// takes in its inner dimension. TMA fills the padding with zeros.
+// One head's columns: `MAIN` of them in blocks of 64, and a narrower block for the rest, padded to the 16 that a matrix
+// product takes in its inner dimension and that the narrowest swizzle is wide. TMA fills the padding with zeros.
 template <int D>
 struct HeadColumns {
   static constexpr int MAIN = D / 64 * 64;
   static constexpr int MAIN_BLOCKS = D / 64;
-  static constexpr int REST = D - MAIN;               // 0, 8, 16 or 32 columns that exist
-  static constexpr int TAIL = round_up(REST, 16);     // as they lie in memory
+  static constexpr int TAIL = round_up(D - MAIN, 16);
   static constexpr int TAIL_BYTES = TAIL * ELEMENT_BYTES;
   static constexpr Swizzle TAIL_SWIZZLE = swizzle_of(TAIL);
   static_assert(MAIN_BLOCKS >= 1 && D % 8 == 0 && (TAIL == 0 || TAIL == 16 || TAIL == 32));

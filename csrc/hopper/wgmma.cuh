@@ -36,20 +36,15 @@ struct Wgmma;
 #define MF_REGISTERS_4 "%0,%1,%2,%3"
 #define MF_REGISTERS_8 MF_REGISTERS_4 ",%4,%5,%6,%7"
 #define MF_REGISTERS_16 MF_REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define MF_REGISTERS_24 MF_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define MF_REGISTERS_32 MF_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MF_REGISTERS_40 MF_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define MF_REGISTERS_48 MF_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define MF_REGISTERS_56 MF_REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define MF_REGISTERS_64 MF_REGISTERS_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
 #define MF_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MF_SIXTEEN(d, i) MF_FOUR(d, i), MF_FOUR(d, i + 4), MF_FOUR(d, i + 8), MF_FOUR(d, i + 12)
-#define MF_ACCUMULATORS_4(d) MF_FOUR(d, 0)
 #define MF_ACCUMULATORS_8(d) MF_FOUR(d, 0), MF_FOUR(d, 4)
 #define MF_ACCUMULATORS_16(d) MF_SIXTEEN(d, 0)
-#define MF_ACCUMULATORS_24(d) MF_ACCUMULATORS_16(d), MF_FOUR(d, 16), MF_FOUR(d, 20)
 #define MF_ACCUMULATORS_32(d) MF_ACCUMULATORS_16(d), MF_SIXTEEN(d, 16)
-#define MF_ACCUMULATORS_40(d) MF_ACCUMULATORS_32(d), MF_FOUR(d, 32), MF_FOUR(d, 36)
 #define MF_ACCUMULATORS_48(d) MF_ACCUMULATORS_32(d), MF_SIXTEEN(d, 32)
 #define MF_ACCUMULATORS_56(d) MF_ACCUMULATORS_48(d), MF_FOUR(d, 48), MF_FOUR(d, 52)
 #define MF_ACCUMULATORS_64(d) MF_ACCUMULATORS_48(d), MF_SIXTEEN(d, 48)
@@ -84,21 +79,15 @@ struct Wgmma;
   };
 
 // clang-format off
-MF_WGMMA(BFloat16, "bf16", 8, 4, 4, 5, 6, 7, 8, 9)
 MF_WGMMA(BFloat16, "bf16", 16, 8, 8, 9, 10, 11, 12, 13)
 MF_WGMMA(BFloat16, "bf16", 32, 16, 16, 17, 18, 19, 20, 21)
 MF_WGMMA(BFloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
-MF_WGMMA(BFloat16, "bf16", 48, 24, 24, 25, 26, 27, 28, 29)
-MF_WGMMA(BFloat16, "bf16", 80, 40, 40, 41, 42, 43, 44, 45)
 MF_WGMMA(BFloat16, "bf16", 96, 48, 48, 49, 50, 51, 52, 53)
 MF_WGMMA(BFloat16, "bf16", 112, 56, 56, 57, 58, 59, 60, 61)
 MF_WGMMA(BFloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
-MF_WGMMA(Float16, "f16", 8, 4, 4, 5, 6, 7, 8, 9)
 MF_WGMMA(Float16, "f16", 16, 8, 8, 9, 10, 11, 12, 13)
 MF_WGMMA(Float16, "f16", 32, 16, 16, 17, 18, 19, 20, 21)
 MF_WGMMA(Float16, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
-MF_WGMMA(Float16, "f16", 48, 24, 24, 25, 26, 27, 28, 29)
-MF_WGMMA(Float16, "f16", 80, 40, 40, 41, 42, 43, 44, 45)
 MF_WGMMA(Float16, "f16", 96, 48, 48, 49, 50, 51, 52, 53)
 MF_WGMMA(Float16, "f16", 112, 56, 56, 57, 58, 59, 60, 61)
 MF_WGMMA(Float16, "f16", 128, 64, 64, 65, 66, 67, 68, 69)

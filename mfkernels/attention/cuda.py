@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -114,20 +115,21 @@ def attention_forward(
             for x, x_dot in pairs
         )
     on_gpu = q.device.type == "cuda"  # the tests run the kernels in an emulator, on CPU tensors
-    extension.attention_forward(
-        dtype=DTYPES[q.dtype],
-        q=_described(primals[0]),
-        k=_described(primals[1]),
-        v=_described(primals[2]),
-        q_dot=_described(dots[0]),
-        k_dot=_described(dots[1]),
-        v_dot=_described(dots[2]),
-        o=o.data_ptr(),
-        o_dot=0 if o_dot is None else o_dot.data_ptr(),
-        lse=lse.data_ptr(),
-        scale=scale,
-        causal=causal,
-        device=q.device.index if on_gpu else 0,
-        stream=torch.cuda.current_stream(q.device).cuda_stream if on_gpu else 0,
-    )
+    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
+        extension.attention_forward(
+            dtype=DTYPES[q.dtype],
+            q=_described(primals[0]),
+            k=_described(primals[1]),
+            v=_described(primals[2]),
+            q_dot=_described(dots[0]),
+            k_dot=_described(dots[1]),
+            v_dot=_described(dots[2]),
+            o=o.data_ptr(),
+            o_dot=0 if o_dot is None else o_dot.data_ptr(),
+            lse=lse.data_ptr(),
+            scale=scale,
+            causal=causal,
+            device=q.device.index if on_gpu else 0,
+            stream=torch.cuda.current_stream(q.device).cuda_stream if on_gpu else 0,
+        )
     return o, o_dot, lse
