@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -26,15 +28,26 @@ Support = Callable[[], str | None]
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
 
 
-# Looked up, not imported: importing this package stays cheap and quiet.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+def _triton_missing() -> str | None:
+    """Looked up, not imported: importing this package stays cheap and quiet."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.4'"
+    for name in ("triton", "pytorch-triton"):
+        with suppress(PackageNotFoundError):
+            found = version(name)
+            if tuple(map(int, re.findall(r"\d+", found)[:2])) < (3, 4):
+                return f"expected Triton 3.4 or newer, found {found}"
+    return None
+
+
+_NO_TRITON = _triton_missing()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device` in this process, and what to do about it; None where they can."""
-    if not _HAS_TRITON:
-        return "Triton is not installed: pip install 'triton>=3.4'"
+    if _NO_TRITON is not None:
+        return _NO_TRITON
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from mfkernels import requested_backend, silu, use_backend
+from mfkernels import backend, requested_backend, silu, use_backend
 from mfkernels.backend import choose, recorded_choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -75,3 +75,14 @@ def test_import_is_quiet_and_builds_nothing():
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize(("found", "told"), [("3.3.1", "expected Triton 3.4 or newer, found 3.3.1"), ("3.10.0", None)])
+def test_an_old_triton_is_named(monkeypatch, found, told):
+    monkeypatch.setattr(backend, "version", lambda name: found)
+    assert backend._triton_missing() == told
+
+
+def test_without_triton_the_cure_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'triton>=3.4'" in backend._triton_missing()
