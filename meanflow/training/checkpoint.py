@@ -85,11 +85,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         PartialState().wait_for_everyone()  # for the folder
         _save_shares(partial / "shares", checkpoint.shares)
     for name in ("model", "ema", "rng") if checkpoint.spread else ("model", "ema", "optimizer", "rng"):
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        places = set()
         for key, value in getattr(checkpoint, name).items():
             value = whole(value.detach())
             if main:
-                tensors[key] = value.cpu().contiguous()
+                value = value.cpu().contiguous()
+                # safetensors takes no memory twice, and tied parameters have two names
+                tensors[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
+                places.add(value.untyped_storage().data_ptr())
         if main:
             save_file(tensors, partial / f"{name}.safetensors")
     if not main:

@@ -27,13 +27,13 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        self.weights = {name: p.detach().float().clone() for name, p in _parameters(model)}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 0)."""
         averages = [own_piece(average) for average in self.weights.values()]
-        current = [own_piece(p.detach()).float() for p in model.parameters()]
+        current = [own_piece(p.detach()).float() for _, p in _parameters(model)]
         torch._foreach_lerp_(averages, current, 1.0 - ema_decay_at(step, self.decay))
 
     @torch.no_grad()
@@ -41,3 +41,8 @@ class EMA:
         """Take over saved averages of the same names and shapes."""
         for name, average in self.weights.items():
             average.copy_(weights[name])
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """By every name, where several share a parameter: a state dict has them all."""
+    return list(model.named_parameters(remove_duplicate=False))

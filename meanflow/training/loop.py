@@ -224,11 +224,15 @@ class Trainer:
         return Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
-            ema=self.ema.weights,
+            ema=self._averaged_state(),
             optimizer=optimizer_tensors(self.model, self.optimizer.optimizer),
             rng={f"{self.accelerator.process_index}.{key}": value for key, value in rng_tensors().items()},
             state=state,
         )
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        """The model's state with the averages in the place of its parameters; buffers are as they are."""
+        return {**self.model.state_dict(), **self.ema.weights}
 
     @torch.no_grad()
     def averaged(self) -> nn.Module | None:
@@ -237,10 +241,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             with torch.random.fork_rng(devices=[]):
                 net = build_model(self.config, self.data).to(self.accelerator.device).eval()
-        for name, average in self.ema.weights.items():
+        into = {} if net is None else net.state_dict()
+        for name, average in self._averaged_state().items():
             value = whole(average)
             if net is not None:
-                net.get_parameter(name).copy_(value)
+                into[name].copy_(value)
         return net
 
     def run(self) -> TrainResult:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from meanflow.data import ImageData, TensorImages, load_digits_data
 from meanflow.errors import UsageError
+from meanflow.models import DiT
 from meanflow.training import (
     EMA,
     TrainConfig,
@@ -333,6 +334,34 @@ def test_averages_are_what_a_run_is_sampled_with():
         assert all(torch.equal(value, saved[name]) for name, value in loaded.net.state_dict().items())
     assert averaged.step == 6
     assert averaged.class_names == tuple("0123456789")
+
+
+class Tied(DiT):
+    """A network with a buffer, and two names for one parameter."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.register_buffer("shift", torch.full((1,), 0.5))
+        self.t_embedder.mlp[2].weight = self.r_embedder.mlp[2].weight
+
+    def forward(self, z, r, t, y):
+        return super().forward(z, r, t, y) + self.shift.view(1, 1, 1, 1)
+
+
+def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypatch):
+    def make(name, **sizes):
+        return Tied(**sizes)
+
+    monkeypatch.setattr("meanflow.training.build.create_model", make)
+    monkeypatch.setattr("meanflow.training.network.create_model", make)
+    run_training(dataclasses.replace(TINY, sample_every=2, steps=4))
+    run_training(dataclasses.replace(TINY, sample_every=2, name="tiny"), resume=True)
+    state = load_network(Path("runs/tiny")).net.state_dict()
+    assert state["shift"].item() == 0.5
+    saved = load_file(list_checkpoints(Path("runs/tiny/checkpoints"))[-1] / "ema.safetensors")
+    one, other = (saved[f"{name}.mlp.2.weight"] for name in ("t_embedder", "r_embedder"))
+    assert torch.equal(one, other)
+    assert torch.equal(state["t_embedder.mlp.2.weight"], one)
 
 
 def test_the_affine_baseline_trains():
