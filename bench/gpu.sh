@@ -6,14 +6,32 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:?usage: bench/gpu.sh OUT}"
 mkdir -p "$out"
-python3 -m pip install -q --no-deps --no-build-isolation -e . 2>&1 | tail -n 3
+MFKERNELS_CUDA=1 python3 -m pip install -q --no-deps --no-build-isolation -e . 2>&1 | tail -n 3
 python3 - <<'PY' | tee "$out/machine.txt"
 import torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-python3 -m pytest tests -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -n 15
+
+# The CUDA kernels on their own first: one that hangs is ended here, and then takes nothing else with it.
+ignore=()
+if timeout 60 python3 bench/attention/ragged.py 2>&1 | tee "$out/cuda.log"; then
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck synccheck; do
+            timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/attention/ragged.py \
+                >"$out/sanitizer_$tool.log" 2>&1
+            echo "compute-sanitizer $tool: exit code $?" | tee -a "$out/cuda.log"
+        done
+    else
+        echo "no compute-sanitizer on this machine" | tee -a "$out/cuda.log"
+    fi
+else
+    ignore=(--ignore tests/attention/test_cuda_kernels.py)
+fi
+
+python3 -m pytest tests "${ignore[@]}" -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -n 15
 for what in attention dit_block modern_block step; do
     timeout 240 python3 -m pytest "bench/$what" -s -p no:cacheprovider --json "$out/$what.json" 2>&1 |
         tee "$out/$what.log" | tail -n 60
 done
+[ -f "$out/attention.json" ] && python3 bench/attention/plot.py "$out/attention.json"
