@@ -38,8 +38,8 @@ def create_model(name: str, **config: Any) -> nn.Module:
     """A backbone by name, with any of its sizes changed, or a network of yours.
 
     "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
-    baseline "Affine" with every size given. "package.module:function" is what that function makes of the sizes, dualized
-    (the contract: `meanflow.models.factory.model_from_factory`).
+    baseline "Affine" with every size given. "package.module:function" is what that function makes of the sizes,
+    dualized (the contract: `meanflow.models.factory.model_from_factory`).
 
     Raises:
         ValueError: there is no model of that name.

@@ -15,7 +15,7 @@ from torch import nn
 from mfkernels import dualize
 
 _CONTRACT = (
-    "a function of input_size=, in_channels=, num_classes= (and of every size given on the command line) that returns a "
+    "a function of input_size=, in_channels=, num_classes= (and of every size given beside the name) that returns a "
     "torch.nn.Module with forward(z, r, t, y)"
 )
 

@@ -100,5 +100,5 @@ def test_the_trainer_trains_samples_and_loads_it(here):
 
 def test_the_trainer_names_a_size_that_it_does_not_take(here):
     config = dataclasses.replace(TINY, model="users_network:strict")
-    with pytest.raises(UsageError, match="model: users_network:strict cannot be built for digits.*in_channels"):
+    with pytest.raises(UsageError, match=r"model: users_network:strict cannot be built for digits.*in_channels"):
         build_model(config, load_digits_data(0.0))
