@@ -179,6 +179,13 @@ class Trainer:
                 torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
         except (NotImplementedError, ValueError) as error:
             raise UsageError(f"backend: this run cannot be served: {error}") from error
+        except RuntimeError as error:
+            if self.config.precision != "bf16-weights":
+                raise
+            raise UsageError(
+                "precision: this network does not run with its weights in bfloat16, z in bfloat16 and the times in "
+                f"float32 ({error}); --precision bf16 asks nothing of a network"
+            ) from error
 
     @property
     def checkpoints(self) -> Path:

@@ -22,8 +22,6 @@ from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, Object
 from .config import TrainConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
 
 
