@@ -1,4 +1,5 @@
 """A SiT as its repository writes it, from noise at time 0 to data at 1, trained with MeanFlow on the digits."""
+
 import sys
 
 import torch
