@@ -39,6 +39,36 @@ def test_a_request_is_served_or_refused():
     assert requested_backend() == os.environ.get("MFKERNELS_BACKEND")
 
 
+def test_a_request_for_one_op():
+    with use_backend("reference, attention=triton"):
+        assert requested_backend() == requested_backend("mlp") == "reference"
+        assert requested_backend("attention") == "triton"
+        assert choose("attention", CUDA, {"triton": served}) == "triton"
+        assert choose("mlp", CUDA, {"triton": served}) == "reference"
+    with use_backend("attention=cuda"):
+        assert requested_backend("mlp") is None
+        assert choose("mlp", CUDA, {"triton": served}) == "triton"
+        with pytest.raises(NotImplementedError, match="attention: no cuda backend"):
+            choose("attention", CUDA, {"triton": served})
+    with (
+        pytest.raises(ValueError, match="name: no op is called 'atention'; there are .*attention"),
+        use_backend("atention=cuda"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, got ''"),
+        use_backend("attention="),
+    ):
+        pass
+
+
+def test_a_backend_that_serves_only_on_request():
+    supports = {"cuda": served, "triton": too_wide}
+    assert choose("op", CUDA, supports, on_request=("cuda",)) == "reference"
+    with use_backend("cuda"):
+        assert choose("op", CUDA, supports, on_request=("cuda",)) == "cuda"
+
+
 def test_a_backend_that_an_op_does_not_have():
     with (
         use_backend("cuda"),
