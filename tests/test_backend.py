@@ -51,7 +51,7 @@ def test_a_request_for_one_op():
         with pytest.raises(NotImplementedError, match="attention: no cuda backend"):
             choose("attention", CUDA, {"triton": served})
     with (
-        pytest.raises(ValueError, match="name: no op is called 'atention'; there are .*attention"),
+        pytest.raises(ValueError, match=r"name: no op is called 'atention'; there are .*attention"),
         use_backend("atention=cuda"),
     ):
         pass
