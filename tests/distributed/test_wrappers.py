@@ -42,7 +42,7 @@ def told(request, tmp_path_factory):
         for rank in range(world)
     ]
     try:
-        ends = [process.communicate(timeout=240)[1] for process in started]
+        ends = [process.communicate(timeout=480)[1] for process in started]
     finally:
         for process in started:
             process.kill()
