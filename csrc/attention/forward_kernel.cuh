@@ -1,22 +1,22 @@
 #pragma once
-// Attention and its tangent in one sweep over the keys, for Hopper (sm_90a). The mathematics, the centre c and the names
-// are those of mfkernels/attention/README.md.
+// Attention and its tangent in one sweep over the keys, for Hopper (sm_90a). The mathematics, the centre c and the
+// names are those of mfkernels/attention/README.md.
 //
 // A block has three warpgroups. One thread of the first brings tiles into shared memory (TMA); the other two own 64
-// queries each and keep everything about them in registers. Blocks are persistent: the producer runs ahead into the next
-// work while the consumers finish and store the present one.
+// queries each and keep everything about them in registers. Blocks are persistent: the producer runs ahead into the
+// next work while the consumers finish and store the present one.
 //
-// Order of one step, with s = p of tile j - 1 and ts its tangent scores:
+// Order of one step; p and h are those of tile j - 1:
 //
-//     c, H = P o (tS - c)                   the tensor cores serve the other warpgroup
 //     issue O += P V, T += P V' + H V       tile j - 1
-//     issue S = Q K                         tile j; wait for the three above, whose operands' registers tS takes over
-//     issue tS = Q' K + Q K'                tile j; wait for S
+//     issue S = Q K                         tile j; wait for all four
+//     issue tS = Q' K + Q K'                tile j
 //     softmax of S, O and T rescaled        under the tangent scores
 //     wait for tS
+//     c, H = P o (tS - c)                   the tensor cores serve the other warpgroup
 //
-// The part between the issue of tS and its wait must be one basic block, or ptxas moves the wait up: it has no branch, no
-// loop that waits for a barrier, and masked tiles have a copy of the code of their own.
+// Between the issue of tS and its wait there is one basic block and no other wait, or ptxas moves the wait up: no
+// branch, no loop on a barrier, and masked tiles have a copy of the code of their own.
 
 #include "attention/schedule.h"
 #include "hopper/mbarrier.cuh"
@@ -136,7 +136,7 @@ struct ForwardKernel {
     }
   }
 
-  // ----------------------------------------------------------------------------------------------------- the producer
+  // ---------------------------------------------------------------------------------------------------- the producer
 
   template <class Tile>
   static DEVICE void load(uint32_t tile, const Maps& maps, uint32_t barrier, int head, int row, int batch) {
@@ -187,7 +187,7 @@ struct ForwardKernel {
     }
   }
 
-  // ---------------------------------------------------------------------------------------------------- the consumers
+  // --------------------------------------------------------------------------------------------------- the consumers
 
   // s (+)= q k^T of the warpgroup's 64 queries (whose rows start at `q`) and a tile of keys.
   static DEVICE void score(Scores& s, uint32_t q, uint32_t q_tail, uint32_t k, bool accumulate) {
@@ -472,7 +472,7 @@ struct ForwardKernel {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------- the output
+  // ------------------------------------------------------------------------------------------------------ the output
 
   // A quad's 4 x 4 words: lane a's word b becomes lane b's word a.
   static DEVICE void quad_transpose(uint32_t (&x)[4], int lane) {

@@ -9,7 +9,7 @@
 namespace mfkernels::hopper {
 namespace {
 
-// Asked of the driver at the first call: a library that named libcuda could not be loaded on a machine without a driver.
+// Asked of the driver at the first call: a library that names libcuda does not load where there is no driver.
 PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -38,18 +38,20 @@ CUtensorMapSwizzle swizzle_code(Swizzle swizzle) {
 }  // namespace
 
 TensorMap tensor_map(const Operand& operand, Element element, int box_rows, int box_columns) {
-  const auto bytes = [](int64_t size, int64_t stride) {
-    // the stride of a dimension of one is never used, but must be a legal one
-    return cuuint64_t(size > 1 ? stride * ELEMENT_BYTES : 16);
-  };
   const cuuint64_t sizes[] = {cuuint64_t(operand.columns), cuuint64_t(operand.heads), cuuint64_t(operand.rows),
                               cuuint64_t(operand.batches)};
-  const cuuint64_t strides[] = {bytes(operand.heads, operand.head_stride), bytes(operand.rows, operand.row_stride),
-                                bytes(operand.batches, operand.batch_stride)};
+  cuuint64_t strides[] = {cuuint64_t(operand.head_stride), cuuint64_t(operand.row_stride),
+                          cuuint64_t(operand.batch_stride)};
+  for (cuuint64_t& stride : strides) stride *= ELEMENT_BYTES;
+  // a dimension of one has a stride that nobody uses, and that must be a legal one: as if there were no gaps
+  if (operand.heads == 1) strides[0] = sizes[0] * ELEMENT_BYTES;
+  if (operand.rows == 1) strides[1] = sizes[1] * strides[0];
+  if (operand.batches == 1) strides[2] = sizes[2] * strides[1];
   const cuuint32_t box[] = {cuuint32_t(box_columns), 1, cuuint32_t(box_rows), 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
   TensorMap map;
-  const CUresult result = encode_function()(
+  static const auto encode = encode_function();
+  const CUresult result = encode(
       &map, element == Element::BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
       const_cast<void*>(operand.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       swizzle_code(swizzle_of(box_columns)), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

@@ -1,5 +1,6 @@
 #pragma once
-// Asynchronous products of a warpgroup (four warps, 64 rows). PTX ISA: "Asynchronous warpgroup level matrix instructions".
+// Asynchronous products of a warpgroup (four warps, 64 rows).
+// PTX ISA: "Asynchronous Warpgroup Level Matrix Instructions".
 //
 // Between a product's issue and its wait its registers belong to the tensor cores. To the compiler an accumulator is
 // ready when the instruction has been issued, so `wgmma_wait` takes the accumulators that become readable there and

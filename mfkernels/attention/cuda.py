@@ -23,8 +23,8 @@ def _extension() -> ModuleType | str:
         return importlib.import_module("mfkernels._C")
     except ModuleNotFoundError:
         return (
-            "the CUDA extension was not compiled when this package was installed; with CUDA's nvcc (12.4 or newer) on "
-            "the PATH, `MFKERNELS_CUDA=1 pip install .` compiles it, or says why it cannot"
+            "the CUDA extension was not compiled when this package was installed; with CUDA's nvcc on the PATH, "
+            "`MFKERNELS_CUDA=1 pip install .` compiles it, or says why it cannot"
         )
     except ImportError as error:
         return f"the CUDA extension does not load ({error}); reinstall the package with this Python"

@@ -2,9 +2,9 @@
 // One thread block of a Hopper GPU, on one thread of the host: every CUDA thread is a coroutine, and the parts of the
 // chip that work on their own (the copy engine, the tensor cores) do so as late as the rules allow, or as early.
 //
-// It is written from the PTX ISA and shares no arithmetic with csrc/: a kernel that runs here uses its barriers, layouts
-// and registers as the ISA says. Whatever is not yet there is NaN: a buffer from the moment a copy into it is issued, an
-// accumulator from the moment a product is issued, until the wait that makes it readable.
+// It is written from the PTX ISA and shares no arithmetic with csrc/: a kernel that runs here uses its barriers,
+// layouts and registers as the ISA says. Whatever is not yet there is NaN: a buffer from the moment a copy into it is
+// issued, an accumulator from the moment a product is issued, until the wait that makes it readable.
 
 #include <ucontext.h>
 
@@ -117,7 +117,7 @@ class Machine {
     if (!holds) fail(what);
   }
 
-  // -------------------------------------------------------------------------------------------- threads among each other
+  // ---------------------------------------------------------------------------------------- threads among each other
 
   uint32_t exchange(uint32_t mine, int partner_mask) {
     Warp& warp = warps_[current_ / WARP];
@@ -147,7 +147,7 @@ class Machine {
     wait_until([this, round] { return sync_complete_ > round; });
   }
 
-  // ------------------------------------------------------------------------------------------------------------ barriers
+  // -------------------------------------------------------------------------------------------------------- barriers
 
   void barrier_init(uint32_t address, uint32_t arrivals) {
     require(address % 8 == 0 && address >= SHARED_BASE && address + 8 <= shared.size(), "a barrier out of place");
@@ -168,7 +168,7 @@ class Machine {
     wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
   }
 
-  // ---------------------------------------------------------------------------------------------------- the copy engine
+  // ------------------------------------------------------------------------------------------------- the copy engine
 
   struct Copy {
     uint32_t destination, bytes, barrier;
@@ -182,7 +182,7 @@ class Machine {
     if (options.eager_copies) finish_a_copy();
   }
 
-  // ---------------------------------------------------------------------------------------------------- the tensor cores
+  // ------------------------------------------------------------------------------------------------ the tensor cores
 
   void product(const std::string& shape, float* d, int count, const uint32_t* a, bool accumulate,
                std::function<void(const Product&)> run) {
