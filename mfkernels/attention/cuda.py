@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
+import importlib.util
 import math
 from types import ModuleType
 
@@ -16,42 +16,48 @@ HEAD_DIMS = (64, 72, 80, 96, 128)
 ALIGNMENT = 8  # elements in the 16 bytes that the copy engine counts in
 
 
-@functools.cache
-def _extension() -> ModuleType | str:
-    """The compiled module, or why there is none and how to get it."""
+# Looked up, not imported: importing this package loads nothing, and torch.compile traces through the question.
+_COMPILED = importlib.util.find_spec("mfkernels._C") is not None
+
+
+def _extension() -> ModuleType:
     try:
         return importlib.import_module("mfkernels._C")
-    except ModuleNotFoundError:
-        return (
-            "the CUDA extension was not compiled when this package was installed; with CUDA's nvcc on the PATH, "
-            "`MFKERNELS_CUDA=1 pip install .` compiles it, or says why it cannot"
-        )
     except ImportError as error:
-        return f"the CUDA extension does not load ({error}); reinstall the package with this Python"
+        raise ImportError(
+            f"the CUDA extension does not load ({error}); reinstall the package with this Python"
+        ) from error
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the CUDA backend cannot run on `device` (None: on any), and what to do about it; None where it can."""
-    extension = _extension()
-    if isinstance(extension, str):
-        return extension
+    if not _COMPILED:
+        return (
+            "the CUDA extension was not compiled when this package was installed; with CUDA's nvcc on the PATH, "
+            "`MFKERNELS_CUDA=1 pip install .` compiles it, or says why it cannot"
+        )
     if device is None:
         return None
     if device.type != "cuda":
         return f"device: expected a CUDA device, got {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        major, minor = capability
-        return f"device: expected compute capability 9.0 (Hopper: H100, H200), got {major}.{minor}"
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        return (
+            f"device: expected compute capability 9.0 (Hopper: H100, H200), got {properties.major}.{properties.minor}"
+        )
     return None
 
 
 def description() -> str:
     """One line: what is compiled, or why nothing is and how to get it."""
-    extension = _extension()
-    if isinstance(extension, str):
-        return extension
-    return f"attention, compiled for {extension.ARCHITECTURES}; serves calls that ask for it (attention=cuda)"
+    why_not = unavailable()
+    if why_not is not None:
+        return why_not
+    try:
+        architectures = _extension().ARCHITECTURES
+    except ImportError as error:
+        return str(error)
+    return f"attention, compiled for {architectures}; serves calls that ask for it (attention=cuda)"
 
 
 def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
@@ -94,9 +100,6 @@ def attention_forward(
     q is [B, N_q, H, d]; k and v [B, N_kv, H_kv, d]; each tangent is None (zero) or has the first B_t <= B batch rows.
     Where some tangents are given, those that are not cost as much as if they were.
     """
-    extension = _extension()
-    if isinstance(extension, str):
-        raise NotImplementedError(extension)
     B, N_q, H, d = q.shape
     given = [x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None]
     if len(set(given)) > 1:
@@ -116,7 +119,7 @@ def attention_forward(
         )
     on_gpu = q.device.type == "cuda"  # the tests run the kernels in an emulator, on CPU tensors
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        extension.attention_forward(
+        _extension().attention_forward(
             dtype=DTYPES[q.dtype],
             q=_described(primals[0]),
             k=_described(primals[1]),

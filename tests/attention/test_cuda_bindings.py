@@ -3,7 +3,7 @@
 import importlib
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cuda_emulator
@@ -108,27 +108,36 @@ def test_loading_it_needs_no_gpu_and_prints_nothing() -> None:
 
 
 def test_what_is_missing_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> ModuleType:
-        raise ModuleNotFoundError(name)
+    q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
+    monkeypatch.setattr(cuda, "_COMPILED", False)
+    assert "MFKERNELS_CUDA=1 pip install" in str(cuda.unsupported(q, q, 1.0))
+    assert cuda.description() == cuda.unavailable()
 
+
+def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> ModuleType:
         raise ImportError("undefined symbol")
 
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
-    for find, words in ((absent, "MFKERNELS_CUDA=1 pip install"), (broken, "does not load .undefined symbol")):
-        cuda._extension.cache_clear()
-        monkeypatch.setattr(importlib, "import_module", find)
-        reason = cuda.unsupported(q, q, 1.0)
-        monkeypatch.undo()
-        assert reason is not None
-        assert words.replace(".", "(") in reason
-    cuda._extension.cache_clear()
+    monkeypatch.setattr(cuda, "_COMPILED", True)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ImportError, match=r"the CUDA extension does not load .undefined symbol.; reinstall"):
+        cuda.attention_forward(q, q, q, scale=1.0)
+    assert "reinstall" in cuda.description()
 
 
 def test_other_devices_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_extension", lambda: cuda)
+    monkeypatch.setattr(cuda, "_COMPILED", True)
     assert cuda.unavailable(torch.device("cpu")) == "device: expected a CUDA device, got cpu"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=0))
     assert "expected compute capability 9.0 (Hopper: H100, H200), got 8.0" in str(
         cuda.unavailable(torch.device("cuda"))
     )
+
+
+def test_torch_compile_traces_through_the_question() -> None:
+    def ask(q: torch.Tensor) -> torch.Tensor:
+        return q if cuda.unsupported(q, q, 1.0) is not None else q + 1
+
+    q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
+    assert torch.equal(torch.compile(ask, fullgraph=True, backend="aot_eager")(q), ask(q))
