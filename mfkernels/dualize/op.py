@@ -15,7 +15,7 @@ from .call import has_tangent
 from .passage import passage
 from .report import Report
 from .rows import Rows
-from .tensor import Batch, DualTensor
+from .tensor import Batch, DualTensor, refusals
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,11 +51,9 @@ def dualize(model: M, *, report: bool = False) -> M:
         )
     if is_dual_aware(model):
         return model
-    dual = copy.copy(model)
-    # the copy has the same tables of parameters, buffers, submodules and hooks, not copies of them
-    dual.__dict__.update(model.__dict__)
-    dual.__class__ = _dualized_class(type(model))
-    dual.__dict__["dual_report"] = Report() if report else None
+    dual = _rebuild(type(model))
+    # the same tables of parameters, buffers, submodules and hooks, not copies of them
+    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None)
     return dual
 
 
@@ -116,8 +114,14 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     report = module.dual_report
     start = time.perf_counter()
     args, kwargs = tree_unflatten([_enter(x, Batch(batch, active, report)) if _is_dual(x) else x for x in leaves], spec)
-    with passage():
-        out = module.plain_call(*args, **kwargs)
+    refusals.clear()
+    try:
+        with passage():
+            out = module.plain_call(*args, **kwargs)
+    except RuntimeError as error:
+        if refusals and not isinstance(error, NotImplementedError):
+            raise refusals[0] from error  # TorchScript puts an empty message in its place
+        raise
     out = _map_output(lambda o: _leave(o, batch, active), out)
     if report is not None:
         report.seconds += time.perf_counter() - start

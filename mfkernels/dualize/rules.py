@@ -524,6 +524,14 @@ def addmm(call: Call, out: Tensor) -> list[Out]:
     return [Out(t, parts[0].rows)]
 
 
+def outer(call: Call, out: Tensor) -> list[Out]:
+    """Of a vector over the batch, such as the times, and a plain one."""
+    x, y = call.args[0], call.arg(1, "vec2")
+    if not isinstance(x, Slot) or isinstance(y, Slot):
+        return unknown(call, out)
+    return [Out(torch.outer(x.tangent, y), x.rows)]
+
+
 def linear(call: Call, out: Tensor) -> list[Out]:
     x = call.arg(0, "input")
     if not isinstance(x, Slot) or len(call.slots()) != 1:
@@ -740,6 +748,8 @@ _RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
     "mv": matmul,
     "addmm": addmm,
     "baddbmm": addmm,
+    "outer": outer,
+    "ger": outer,
     "linear": linear,
     "einsum": einsum,
     "layer_norm": layer_norm,

@@ -114,10 +114,16 @@ class DualTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(
-            f"dualize: {func} met a tensor with a tangent in compiled or C++ code (TorchScript, torch.vmap, "
-            f"an extension), where dualize cannot follow; call its Python original{user_line()}"
+        refusal = NotImplementedError(
+            f"dualize: {func} met a tensor with a tangent in compiled or C++ code (TorchScript, torch.func inside the "
+            f"module, an extension), where dualize cannot follow; call its Python original{user_line()}"
         )
+        refusals.append(refusal)
+        raise refusal
+
+
+# What was refused below Python, where the message may be lost on its way up.
+refusals: list[NotImplementedError] = []
 
 
 # ------------------------------------------------------------------------------------------------------------- dispatch

@@ -53,9 +53,11 @@ def signature(x):
     return tuple(x.shape), x.stride(), x.dtype
 
 
-@pytest.mark.parametrize("name", ["SiT-style", "LightningDiT-style", "timm ViT", "diffusers DiT"])
+@pytest.mark.parametrize("name", ["LightningDiT-style", "diffusers DiT"])
 def test_compiled_whole(name):
     net, primals, tangents = ready(name)
+    blocks = net.net.transformer_blocks if name == "diffusers DiT" else net.blocks
+    del blocks[1:]  # a second would double the time and show nothing new
     dual = mfkernels.dualize(net.eval())
 
     def step(primals, tangents):

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "support"))
-from foreign import SiT  # noqa: E402
+from foreign import SiT
 
-import mfkernels  # noqa: E402
-from mfkernels.testing import relative_error  # noqa: E402
+import mfkernels
+from mfkernels.testing import relative_error
 
 B = 8
 
