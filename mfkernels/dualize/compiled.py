@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..dual import Dual
 
@@ -40,14 +41,59 @@ def _decoded(x: Any) -> Any:
     return x
 
 
-def _run(module: Any, args: Any, kwargs: Any) -> Any:
-    from .op import dual_call
+def loose_tensors(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
+    """(submodule, attribute, key in it or None) of the tensors that are neither parameters nor buffers.
 
-    return _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
+    Tables of positions are often kept so. Dynamo hands parameters and buffers over with the module; these it must be
+    told of, or the graph would have them as constants, which no backward can be traced through.
+    """
+    found: list[tuple[str, str, Any]] = []
+    for path, part in module.named_modules():
+        for name, value in part.__dict__.items():
+            if name.startswith("_"):
+                continue
+            items = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+            found += [(path, name, None)] if isinstance(value, Tensor) else []
+            found += [(path, name, key) for key, x in items if isinstance(x, Tensor)]
+    return tuple(found)
 
 
-_nonstrict_trace = getattr(torch._dynamo, "nonstrict_trace", None)
-_traced = None if _nonstrict_trace is None else _nonstrict_trace(_run)
+def _get(module: nn.Module, path: str, name: str, key: Any) -> Any:
+    value = getattr(module.get_submodule(path), name)
+    return value if key is None else value[key]
+
+
+def _set(module: nn.Module, x: Any, path: str, name: str, key: Any) -> None:
+    part = module.get_submodule(path)
+    if key is None:
+        part.__dict__[name] = x
+    else:
+        part.__dict__[name][key] = x
+
+
+def _run(module: Any, loose: Any, args: Any, kwargs: Any) -> Any:
+    from .op import dual_call  # it imports this module
+
+    before = [_get(module, *place) for place in module.loose_tensors]
+    for place, x in zip(module.loose_tensors, loose, strict=True):
+        _set(module, x, *place)
+    try:
+        return _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
+    finally:
+        for place, x in zip(module.loose_tensors, before, strict=True):
+            _set(module, x, *place)
+
+
+_traced: Any = None
+
+
+def prepare() -> None:
+    """Before the first compilation, which cannot do it itself; not at import, for Dynamo takes a second to load."""
+    global _traced
+    import torch._dynamo
+
+    if _traced is None and hasattr(torch._dynamo, "nonstrict_trace"):
+        _traced = torch._dynamo.nonstrict_trace(_run)
 
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,4 +101,5 @@ def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise NotImplementedError(
             f"dualize: torch.compile of a dualized module needs torch 2.7 or newer, got {torch.__version__}"
         )
-    return _decoded(_traced(module, _encoded(args), _encoded(kwargs)))
+    loose = [_get(module, path, name, key) for path, name, key in module.loose_tensors]
+    return _decoded(_traced(module, loose, _encoded(args), _encoded(kwargs)))

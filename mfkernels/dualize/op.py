@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware
 from .call import has_tangent
+from .compiled import call_compiled, loose_tensors, prepare
 from .passage import passage
 from .report import Report
 from .rows import Rows
@@ -53,7 +54,7 @@ def dualize(model: M, *, report: bool = False) -> M:
         return model
     dual = _rebuild(type(model))
     # the same tables of parameters, buffers, submodules and hooks, not copies of them
-    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None)
+    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, loose_tensors=loose_tensors(model))
     return dual
 
 
@@ -69,6 +70,7 @@ def _dualized_class(base: type) -> type:
 
 
 def _rebuild(base: type) -> Any:
+    prepare()
     cls = _dualized_class(base)
     return object.__new__(cls)
 
@@ -76,11 +78,10 @@ def _rebuild(base: type) -> Any:
 class _Dualized(nn.Module):
     __dual_aware__ = True
     dual_report: Report | None
+    loose_tensors: tuple[tuple[str, str, Any], ...]  # what compiled.py has to hand over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            from .compiled import call_compiled
-
             return call_compiled(self, args, kwargs)
         return dual_call(self, args, kwargs)
 

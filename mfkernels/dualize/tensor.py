@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..dual import Dual
+from ..scaled_dot_product_attention import scaled_dot_product_attention
 from . import names
 from .call import Call, Out, Slot, has_tangent
 from .report import Report
@@ -110,7 +112,7 @@ class DualTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        return _dispatch(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -168,7 +170,7 @@ def refused(name: str, why: str) -> NotImplementedError:
 _IMAGE_UNFOLD = {F.unfold: "unfold_image"}
 
 
-def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _dispatch(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     name = _IMAGE_UNFOLD.get(func) or names.name_of(func)
     if name in names.REFUSED:
         raise refused(name, names.REFUSED[name])
@@ -196,10 +198,15 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
             "mixes batch rows (batch statistics in training mode), so no sample has its own derivative; use eval() "
             "or another norm",
         )
+    if func is scaled_dot_product_attention:
+        fused = _fused_attention(call, batch)
+        if fused is not None:
+            return fused
     if _is_in_place(name, kwargs):
         return _in_place(call, args, kwargs, batch)
     start = time.perf_counter() if report else 0.0
-    with _plain():
+    # somebody else's tensor (a quantised weight) keeps its own say
+    with _plain() if all(t is DualTensor for t in types) else nullcontext():
         p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
         if name in names.RANDOM or (name == "scaled_dot_product_attention" and call.arg(4, "dropout_p", 0.0) > 0):
             return _random(call, p_args, p_kwargs, batch)
@@ -243,6 +250,17 @@ def _undispatched(func: Callable[..., Any]) -> Callable[..., Any] | None:
     body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
     body.__kwdefaults__ = func.__kwdefaults__
     return body
+
+
+def _fused_attention(call: Call, batch: Batch) -> DualTensor | None:
+    """This package's own attention, value and tangent in one kernel; None where the batch is not in front."""
+    rows = call.slots()[0].rows
+    if rows is None or rows.axis != 0 or rows.outer != 1 or any(x.rows != rows for x in call.slots()):
+        return None
+    with _plain():
+        duals = call.map(lambda x: Dual(x.primal, x.tangent) if isinstance(x, Slot) else x)
+        out: Any = scaled_dot_product_attention(*duals.args, **duals.kwargs)
+    return DualTensor.make(out.primal, out.tangent, rows, batch)
 
 
 def _inspect(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

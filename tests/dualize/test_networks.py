@@ -75,3 +75,30 @@ def test_compiled_whole(name):
     torch.testing.assert_close(u_dot2, u_dot, **close)
     for n, g in grads.items():
         torch.testing.assert_close(net.get_parameter(n).grad, g, **close)
+
+
+def test_compiled_with_tables_in_plain_attributes():
+    class Rotary(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.angles, self.caches = torch.rand(4, 8).double(), [torch.rand(8).double()]
+            self.linear = torch.nn.Linear(8, 8).double()
+
+        def forward(self, x):
+            return self.linear(x * self.angles + self.caches[0]) * self.angles.cos()
+
+    net, x = Rotary(), torch.randn(5, 4, 8).double()
+    dual = mfkernels.dualize(net)
+
+    def step(x):
+        u, u_dot = mfkernels.jvp(dual, (x,), (torch.ones_like(x),), rows=2)
+        return u.square().mean(), u_dot
+
+    torch._dynamo.reset()
+    loss, u_dot = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    loss.backward()
+    got, net.linear.weight.grad = net.linear.weight.grad, None
+    expected, expected_dot = step(x)
+    expected.backward()
+    torch.testing.assert_close(u_dot, expected_dot, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(got, net.linear.weight.grad, rtol=1e-13, atol=1e-14)
