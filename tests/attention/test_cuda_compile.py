@@ -16,6 +16,7 @@ class Kernel(NamedTuple):
     head_dim: int
     dual: bool
     code: list[str]  # instructions, in order
+    lines: list[str]  # the same with their operands
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,9 @@ def kernels() -> list[Kernel]:
     for text in dump.split("Function : ")[1:]:
         name = re.search(r"ForwardKernel.*?(BFloat16|Float16)ELi(\d+)ELb([01])", text.split("\n", 1)[0])
         assert name is not None, text[:200]
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-        found.append(Kernel(name[1], int(name[2]), name[3] == "1", code))
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*)", text, re.MULTILINE)
+        code = [line.split()[0] for line in lines]
+        found.append(Kernel(name[1], int(name[2]), name[3] == "1", code, lines))
     return found
 
 
@@ -85,3 +87,13 @@ def test_roles_have_their_registers(kernels: list[Kernel]) -> None:
     """setmaxnreg is there; ptxas drops it without an error where it cannot apply it."""
     for kernel in kernels:
         assert sum(op.startswith("USETMAXREG") for op in kernel.code) == 2, kernel[:3]
+
+
+def test_the_producer_stays_within_its_registers(kernels: list[Kernel]) -> None:
+    """It keeps 24 when it has given the others back, and what it would write past them is another warp's."""
+    for kernel in kernels:
+        given_back = next(i for i, line in enumerate(kernel.lines) if line.startswith("USETMAXREG.DEALLOC"))
+        copies = [i for i, op in enumerate(kernel.code) if op.startswith("UTMALDG")]
+        assert min(copies) > given_back
+        used = re.findall(r"\bR(\d+)\b", " ".join(kernel.lines[given_back : max(copies) + 1]))
+        assert max(map(int, used)) < 24, kernel[:3]
