@@ -96,6 +96,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
     if config.precision == "tf32" and accelerator.device.type != "cuda":
         raise UsageError(f"precision: tf32 is a format of NVIDIA GPUs, and this run's device is {accelerator.device}")
+    if config.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        # older ones (2.6, 2.8 and 2.9 were tried) do not follow a Dual's properties
+        raise UsageError(f"compile: expected torch 2.11 or newer, found {torch.__version__}")
     if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":
         raise UsageError(
             f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; there "

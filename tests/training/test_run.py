@@ -155,6 +155,12 @@ def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, cou
     assert counter.frame_count == 1
 
 
+def test_compiling_needs_a_newer_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    with pytest.raises(UsageError, match=r"compile: expected torch 2\.11 or newer, found 2\.9\.1"):
+        run_training(dataclasses.replace(TINY, compile=True))
+
+
 def test_cuda_graphs_need_a_gpu():
     with pytest.raises(UsageError, match="compile_mode: reduce-overhead records CUDA graphs"):
         run_training(dataclasses.replace(TINY, compile=True, compile_mode="reduce-overhead"))
