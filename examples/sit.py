@@ -12,20 +12,16 @@ from meanflow.objectives import MeanFlow
 from mfkernels import dualize
 
 
-class TwoTimes(nn.Module):
-    def __init__(self, time, interval):
-        super().__init__()
-        self.time, self.interval = time, interval
-
+class TwoTimes(nn.ModuleList):
     def forward(self, times):  # (B, 2)
-        return self.time(times[:, 0]) + self.interval(times[:, 1])
+        return self[0](times[:, 0]) + self[1](times[:, 1])
 
 
 class Turned(nn.Module):  # SiT's time is 1 - t, so u = -v; it is also told t - r
     def __init__(self, sit):
         super().__init__()
         self.sit, self.num_classes = sit, sit.num_classes
-        sit.t_embedder = TwoTimes(sit.t_embedder, TimestepEmbedder(sit.linear.in_features))
+        sit.t_embedder = TwoTimes([sit.t_embedder, TimestepEmbedder(sit.linear.in_features)])
 
     def forward(self, z, r, t, y):
         return -self.sit(z, torch.stack([1 - t, t - r], dim=1), y)

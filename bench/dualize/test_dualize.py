@@ -13,6 +13,7 @@ from functools import partial
 import foreign
 import pytest
 import torch
+import torchvision_stub  # noqa: F401
 from measure import interleaved_seconds, median_ratio, peak_bytes
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,7 +7,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-import torchvision_stub  # noqa: F401
 from torch import nn
 
 B = 5
