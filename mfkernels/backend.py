@@ -1,8 +1,8 @@
 """Which backend serves which call.
 
 In this order: what the caller asked for (`use_backend`, or the environment variable MFKERNELS_BACKEND); on CUDA tensors
-the fastest backend that supports the call; else `reference`, plain PyTorch. A request that a backend cannot serve is an
-error that says what is supported, never a silent detour.
+the fastest backend that supports the call; else `reference`, plain PyTorch, which on CUDA is logged once an op. A
+request that a backend cannot serve is an error that says what is supported, never a silent detour.
 
 A request is a backend ("triton"), or one for a single op ("attention=cuda"), or several with commas between them
 ("triton,attention=cuda").
@@ -11,6 +11,7 @@ A request is a backend ("triton"), or one for a single op ("attention=cuda"), or
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,6 +24,9 @@ BACKENDS = ("reference", "triton", "cuda")
 
 # Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
 Support = Callable[[], str | None]
+
+_log = logging.getLogger("mfkernels")
+_said: set[str] = set()  # ops whose slower way has been told
 
 # A plain global, not a context variable: autograd runs backward on threads of its own, and Dynamo guards on globals.
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
@@ -164,7 +168,19 @@ def _choose(op: str, device: torch.device, supports: Mapping[str, Support], on_r
             raise NotImplementedError(f"{op}: the {asked} backend cannot serve this call: {why_not}")
         return asked
     if device.type == "cuda":
+        reasons = []
         for name, why in supports.items():
-            if name not in on_request and why() is None:
-                return name
+            if name not in on_request:
+                reason = why()
+                if reason is None:
+                    return name
+                reasons.append(f"{name}: {reason}")
+        if not torch.compiler.is_compiling():
+            _say_once(op, reasons)
     return "reference"
+
+
+def _say_once(op: str, reasons: list[str]) -> None:
+    if op not in _said:
+        _said.add(op)
+        _log.warning("%s runs on plain PyTorch, which is slower on a GPU (%s)", op, "; ".join(reasons))

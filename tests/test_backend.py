@@ -116,3 +116,13 @@ def test_an_old_triton_is_named(monkeypatch, found, told):
 def test_without_triton_the_cure_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'triton>=3.4'" in backend._triton_missing()
+
+
+def test_on_a_gpu_the_slower_way_is_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_said", set())
+    for _ in range(2):
+        assert choose("op", CUDA, {"triton": too_wide}) == "reference"
+    assert choose("op", CPU, {"triton": too_wide}) == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        "op runs on plain PyTorch, which is slower on a GPU (triton: head dim 300: expected at most 256)"
+    ]
