@@ -30,8 +30,15 @@ else
 fi
 
 python3 -m pytest tests "${ignore[@]}" -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -n 15
-for what in attention dit_block modern_block step; do
-    timeout 240 python3 -m pytest "bench/$what" -s -p no:cacheprovider --json "$out/$what.json" 2>&1 |
-        tee "$out/$what.log" | tail -n 60
+bench() {  # name of the figures, arguments of pytest
+    timeout 300 python3 -m pytest "${@:2}" -s -p no:cacheprovider --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | tail -n 60
+}
+for what in attention dit_block modern_block; do bench "$what" "bench/$what"; done
+bench step bench/step/test_step.py
+for model in DiT-B/4 DiT-B/2 DiT-L/2 DiT-XL/2; do  # one at a time: what has been measured is kept
+    BENCH_MODELS="$model" bench "whole_step_${model//\//_}" bench/step/test_whole_step.py
+done
+for model in DiT-B/4 DiT-XL/2; do
+    timeout 120 python3 bench/step/profile_step.py "$model" >"$out/profile_${model//\//_}.md" 2>&1
 done
 [ -f "$out/attention.json" ] && python3 bench/attention/plot.py "$out/attention.json"
