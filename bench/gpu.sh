@@ -31,7 +31,8 @@ fi
 
 python3 -m pytest tests "${ignore[@]}" -p no:cacheprovider 2>&1 | tee "$out/tests.log" | tail -n 15
 bench() {  # name of the figures, arguments of pytest
-    timeout 300 python3 -m pytest "${@:2}" -s -p no:cacheprovider --json "$out/$1.json" 2>&1 | tee "$out/$1.log" | tail -n 60
+    timeout 300 python3 -m pytest "${@:2}" -s -p no:cacheprovider --json "$out/$1.json" 2>&1 |
+        tee "$out/$1.log" | tail -n 60
 }
 for what in attention dit_block modern_block; do bench "$what" "bench/$what"; done
 bench step bench/step/test_step.py
