@@ -84,6 +84,10 @@ def _run(module: Any, loose: Any, args: Any, kwargs: Any) -> Any:
             _set(module, x, *place)
 
 
+def _torch_version() -> tuple[int, ...]:
+    return tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 _traced: Any = None
 
 
@@ -92,14 +96,14 @@ def prepare() -> None:
     global _traced
     import torch._dynamo
 
-    if _traced is None and hasattr(torch._dynamo, "nonstrict_trace"):
+    if _traced is None and _torch_version() >= (2, 12):  # 2.11 has it too, but takes no module as an argument
         _traced = torch._dynamo.nonstrict_trace(_run)
 
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _traced is None:
         raise NotImplementedError(
-            f"dualize: torch.compile of a dualized module needs torch 2.7 or newer, got {torch.__version__}"
+            f"dualize: torch.compile of a dualized module needs torch 2.12 or newer, got {torch.__version__}"
         )
     loose = [_get(module, path, name, key) for path, name, key in module.loose_tensors]
     return _decoded(_traced(module, loose, _encoded(args), _encoded(kwargs)))
