@@ -9,6 +9,10 @@ import mfkernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12), reason="needs torch 2.12, see dualize/README.md"
+)
+
 
 def ready(name):
     if name.startswith(("timm", "diffusers")):
@@ -53,6 +57,7 @@ def signature(x):
     return tuple(x.shape), x.stride(), x.dtype
 
 
+@compiles
 @pytest.mark.parametrize("name", ["LightningDiT-style", "diffusers DiT"])
 def test_compiled_whole(name):
     net, primals, tangents = ready(name)
@@ -77,6 +82,7 @@ def test_compiled_whole(name):
         torch.testing.assert_close(net.get_parameter(n).grad, g, **close)
 
 
+@compiles
 def test_compiled_with_tables_in_plain_attributes():
     class Rotary(torch.nn.Module):
         def __init__(self):
