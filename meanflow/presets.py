@@ -37,8 +37,8 @@ DIGITS = TrainConfig(
 # (time_mean) keep the variety of one-step samples, a wide spread (time_std) keeps late ones, which decide the class, in
 # the batch; norm_p = 1 would give samples far from their class mean too little weight.
 # One step, seeds 0, 1 and 4: class accuracy 0.993, 0.980 and 0.994 at omega 2, at least 0.998 from omega 3 on; smallest
-# Fréchet distance 0.76, 0.77 and 0.63 (MeanFlow's digits preset, seeds 0 to 2: 0.64, 0.70 and 0.65). The times and
-# norm_p were chosen on seeds 2 and 3. 135 s of one core.
+# Fréchet distance 0.76, 0.77 and 0.63 (MeanFlow's digits preset, seeds 0 to 4: 0.64, 0.70, 0.65, 0.61 and 0.59). The
+# times and norm_p were chosen on seeds 2 and 3. 135 s of one core.
 DIGITS_IMF = dataclasses.replace(
     DIGITS,
     name="digits-imf",
