@@ -20,6 +20,8 @@ SHAPES = [
     (3, 1, 131, 277, 4, 2, False),
     (2, 2, 277, 131, 2, 2, True),
     (2, 0, 65, 33, 1, 1, True),
+    (24, 12, 257, 300, 16, 4, False),  # more work than multiprocessors: blocks go on to a second and a third
+    (24, 12, 257, 300, 16, 4, True),
 ]
 BOUND = {torch.float16: 1.2e-3, torch.bfloat16: 1e-2}  # twice the tests': the reference here is float32's
 

@@ -86,7 +86,10 @@ def loss_of(p, net, x, e, t, r, y, kappa, null):
 def main() -> None:
     case, rounds = dict(np.load(sys.argv[1])), int(sys.argv[2])
     sizes, kappa = tuple(int(n) for n in case.pop("sizes")), float(case.pop("kappa"))
-    dtype = jnp.bfloat16 if case.pop("half") else jnp.float32
+    half = case.pop("half")
+    dtype = jnp.bfloat16 if half else jnp.float32
+    if not half:
+        jax.config.update("jax_default_matmul_precision", "highest")  # as PyTorch's default: JAX's own is TF32
     batch = {name: jnp.asarray(case.pop(name)) for name in ("x", "e", "t", "r", "y", "null")}
     fixed = {"pos_embed": jnp.asarray(case.pop("pos_embed"))}
     params = {name: jnp.asarray(weight) for name, weight in case.items()}

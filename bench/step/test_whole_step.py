@@ -243,7 +243,6 @@ def test_whole_step(name, kappa, device, figures, benchmark):
             step = None
             if GPU:
                 torch.cuda.empty_cache()
-        jax = jax_step(net, batch, kappa)
         base, flops = ways[0], {way: step_flops(way, net, batch) for way in ways}
         for way in ways:
             guidance = "guided" if kappa else "not guided"
@@ -261,6 +260,7 @@ def test_whole_step(name, kappa, device, figures, benchmark):
                 memory[way] / memory[base],
             )
             figures.append({**row, **dict(zip(COLUMNS, values, strict=True))})
+        jax = jax_step(net, batch, kappa)  # last: if it fails, the rows above are there
         if jax is not None:
             taken = statistics.median(jax["seconds"])
             values = (
