@@ -36,8 +36,8 @@ def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: the name leads to no such function, or what it returns is no such network.
     """
-    factory = _function(name)
-    net = factory(**config)
+    with _working_directory_first():  # what the function itself imports as well
+        net = _function(name)(**config)
     if not isinstance(net, nn.Module):
         raise ValueError(f"name: expected {name} to return a torch.nn.Module, got {type(net).__name__}")
     try:
@@ -48,7 +48,13 @@ def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
             f"{type(net).__name__}.forward{inspect.signature(net.forward)}: {error}"
         ) from error
     net = dualize(net)
-    if "num_classes" in config and not isinstance(getattr(net, "num_classes", None), int):
+    if "num_classes" in config:
+        own = getattr(net, "num_classes", None)
+        if isinstance(own, int) and own != config["num_classes"]:
+            raise ValueError(
+                f'name: the network of {name} has num_classes = {own}, which would be its label for "no label"; '
+                f"expected {config['num_classes']}, or no such attribute"
+            )
         net.__dict__["num_classes"] = config["num_classes"]
     net.__dict__["factory_config"] = dict(config)
     return net
@@ -64,11 +70,10 @@ def _function(name: str) -> Callable[..., Any]:
     module_name, _, function = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *function.split("."))):
         raise ValueError(f'name: expected "package.module:function", got {name!r}')
-    with _working_directory_first():
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ValueError(f"name: cannot import {module_name} of {name!r}: {error}") from error
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"name: cannot import {module_name} of {name!r}: {error}") from error
     for part in function.split("."):
         if not hasattr(found, part):
             raise ValueError(f"name: {module_name} has no {function!r}; expected {_CONTRACT}")
@@ -80,8 +85,9 @@ def _function(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _working_directory_first() -> Iterator[None]:
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         yield
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)  # the first of them; what was imported may have put its own before it

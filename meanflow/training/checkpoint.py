@@ -34,7 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
@@ -227,7 +231,8 @@ def _load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read_metadata(path: Path) -> dcp.Metadata:
     try:
         return dcp.FileSystemReader(path).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+    # a damaged pickle raises what it happens to run into
+    except (OSError, EOFError, LookupError, ValueError, AttributeError, ImportError, pickle.UnpicklingError) as error:
         raise UsageError(f"cannot read {path / '.metadata'}: {error}") from error
 
 
@@ -302,7 +307,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     for key, value in tensors.items():
         name, moment = key.split(_SEPARATOR)
         state.setdefault(name, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups})  # type: ignore[dict-item]
+    set_optimizer_state_dict(
+        model,
+        optimizer,
+        {"state": state, "param_groups": groups},  # type: ignore[dict-item]
+        options=StateDictOptions(strict=False),  # a parameter that never had a gradient has no moments
+    )
 
 
 def rng_tensors() -> dict[str, Tensor]:

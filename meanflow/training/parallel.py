@@ -22,6 +22,7 @@ from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, Object
 from .config import TrainConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCKS = "they are what its ModuleLists hold, or Sequentials of one class"
 Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
 
 
@@ -56,8 +57,16 @@ def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a backbone, in the order of their definition."""
-    return [block for child in model.children() if isinstance(child, nn.ModuleList) for block in child]
+    """The blocks of a network, in the order of their definition: those of its outermost lists of equal modules.
+
+    Such a list is a ModuleList or, as in timm, a Sequential of one class, anywhere in the network.
+    """
+    blocks: list[nn.Module] = []
+    for child in model.children():
+        alike = isinstance(child, nn.Sequential) and len(child) > 1 and len({type(part) for part in child}) == 1
+        listed = isinstance(child, nn.ModuleList) or alike
+        blocks += list(child.children()) if listed else transformer_blocks(child)
+    return blocks
 
 
 def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
@@ -67,6 +76,8 @@ def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
         UsageError: it has fewer.
     """
     blocks = transformer_blocks(model)
+    if count == "all" and not blocks:
+        raise UsageError(f"checkpoint_blocks: {type(model).__name__} has no blocks ({_BLOCKS}); expected 0, got 'all'")
     if count != "all" and int(count) > len(blocks):
         raise UsageError(
             f"checkpoint_blocks: expected 'all' or a number up to {len(blocks)} (blocks of the model), got {count}"
@@ -101,6 +112,8 @@ def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, a
     accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
     if sharded:
         blocks = transformer_blocks(model)
+        if config.compile and not blocks:
+            raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {_BLOCKS}")
         for block in blocks:
             if config.compile:
                 compile_forward(block, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
 
@@ -144,7 +146,17 @@ def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> Trai
         accelerator.wait_for_everyone()
         return result
     finally:
+        _keep_process_group()
         accelerator.end_training()  # closes TensorBoard and the process group
+
+
+def _keep_process_group() -> None:
+    """Close the process group, but never run its destructor: gloo's waits for a thread that may wait for Python's lock.
+
+    DDP's reducer holds the group longest, and Python holds the lock while it lets go of the reducer.
+    """
+    if dist.is_available() and dist.is_initialized():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
 def _other_seconds(folder: Path) -> float:

@@ -170,6 +170,8 @@ def attention_with_mask(
     if hidden is not None:
         s = s.masked_fill(hidden, float("-inf"))
     p = torch.softmax(s, -1)
+    # a query that sees no key: PyTorch's attention gives zero there, softmax NaN
+    p = p.masked_fill((s == float("-inf")).all(-1, keepdim=True), 0.0)
     s_dot = _sum(tangent(mask), None)
     if tangent(q) is not None:
         s_dot = _sum(s_dot, tangent(q) @ K.mT * scale)

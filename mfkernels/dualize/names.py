@@ -119,7 +119,6 @@ ALONG: dict[str, tuple[int, str, Any]] = {
     "topk": (2, "dim", -1),
     "kthvalue": (2, "dim", -1),
     "diff": (2, "dim", -1),
-    "renorm": (2, "dim", -1),
     "unfold": (1, "dimension", -1),
     **dict.fromkeys(_names("fft ifft rfft irfft hfft ihfft"), (2, "dim", -1)),
     **dict.fromkeys(_names("fft2 ifft2 rfft2 irfft2"), (2, "dim", (-2, -1))),

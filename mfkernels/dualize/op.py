@@ -123,10 +123,20 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         if refusals and not isinstance(error, NotImplementedError):
             raise refusals[0] from error  # TorchScript puts an empty message in its place
         raise
+    finally:
+        _release_buffers(module)
     out = _map_output(lambda o: _leave(o, batch, active), out)
     if report is not None:
         report.seconds += time.perf_counter() - start
     return out
+
+
+def _release_buffers(module: nn.Module) -> None:
+    """What the module wrote into its buffers stays there without a tangent, which belongs to this pass."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if isinstance(buffer, DualTensor):
+                part._buffers[name] = buffer._primal
 
 
 def _check(duals: list[Dual]) -> tuple[int, int]:
@@ -169,15 +179,17 @@ def _leave(o: Any, batch: int, active: int) -> Any:
     if not isinstance(o, DualTensor):
         return o
     t, rows = o._tangent, o._rows
-    if rows is not None and (rows.axis != 0 or rows.outer != 1):
+    axis = 0 if rows is None else rows.axis
+    if axis != 0 or o._primal.ndim == 0 or (rows is None and o._primal.shape[0] % batch):
+        raise ValueError(
+            f"output: expected its {batch} samples in dimension 0, as a Dual has them, got shape "
+            f"{tuple(o._primal.shape)}{f' with them in dimension {axis}' if axis else ''}; let the module return a "
+            "result per sample"
+        )
+    if rows is not None and rows.outer != 1:  # several batches one after the other: no prefix carries the tangents
         t, rows = rows.fill(t), None
-    if rows is None:
-        if o._primal.ndim == 0 or o._primal.shape[0] % batch:
-            raise ValueError(
-                f"output: expected its {batch} samples in dimension 0, as a Dual has them, got shape "
-                f"{tuple(o._primal.shape)}; let the module return a result per sample"
-            )
-        t = t[: o._primal.shape[0] // batch * active]
+    if rows is None and o._primal.shape[0] == batch:
+        t = t[:active]
     return Dual(o._primal, t)
 
 

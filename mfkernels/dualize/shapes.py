@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,6 +154,7 @@ class Index:
     def __init__(self, index: Any, shape: Sequence[int]) -> None:
         items = list(index) if isinstance(index, tuple) else [index]
         items = [torch.as_tensor(x) if isinstance(x, list) else x for x in items]
+        items = [x.item() if isinstance(x, np.generic) else x for x in items]
         used = sum(self._consumes(x) for x in items)
         dots = [i for i, x in enumerate(items) if x is Ellipsis]
         fill = [slice(None)] * (len(shape) - used)

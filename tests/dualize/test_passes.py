@@ -6,6 +6,7 @@ import pickle
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -361,3 +362,59 @@ def test_wrong_arguments():
     x = torch.zeros(3, 2)
     with pytest.raises(NotImplementedError, match="cannot be mixed"):
         torch.func.jvp(lambda x: dualize(Wrapped(torch.sin))(Dual(x, torch.ones(3, 2))).primal, (x,), (x,))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_that_hides_every_key_gives_zero_as_pytorchs_attention_does(kind):
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[1] = False
+    if kind == "float":
+        mask = torch.zeros(4, 4, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    x, x_dot = torch.randn(2, 6, 1, 4, 8, dtype=torch.float64)
+    out, out_dot = jvp(dualize(Wrapped(lambda x: F.scaled_dot_product_attention(x, x, x, mask))), (x,), (x_dot,))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, expected = torch.func.jvp(lambda x: F.scaled_dot_product_attention(x, x, x, mask), (x,), (x_dot,))
+    assert out[:, :, 1].eq(0).all()
+    torch.testing.assert_close(out_dot[:, :, 1], torch.zeros_like(out_dot[:, :, 1]))
+    keep = [0, 2, 3]
+    torch.testing.assert_close(out_dot[:, :, keep], expected[:, :, keep], rtol=1e-13, atol=1e-14)  # 4e-16 measured
+
+
+def test_what_is_written_into_a_buffer_stays_there_without_its_tangent():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(5, 3, dtype=torch.float64))
+
+        def forward(self, x):
+            self.cache[: x.shape[0]] = x
+            return 2 * self.cache[: x.shape[0]]
+
+    net, (x,) = dualize(Cached()), duals((5, 3))
+    assert net(x).tangent is not None
+    assert type(net.cache) is torch.Tensor
+    torch.testing.assert_close(net.cache, x.primal)
+    copy.deepcopy(net)
+
+
+def test_several_batches_one_after_the_other_keep_every_tangent():
+    (x,) = duals((6, 3))
+    out = dualize(Wrapped(lambda x: torch.cat([x.sin(), x.cos()])))(x)
+    x_dot = torch.cat([x.tangent, torch.zeros(4, 3, dtype=torch.float64)])
+    torch.testing.assert_close(out.tangent, torch.cat([x.primal.cos() * x_dot, -x.primal.sin() * x_dot]))
+
+
+def test_a_result_with_its_samples_elsewhere_is_refused():
+    with pytest.raises(ValueError, match="with them in dimension 1"):
+        dualize(Wrapped(lambda x: x.transpose(0, 1)))(*duals((4, 4, 3)))
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_renorm(dim):
+    x, x_dot = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    assert_same_jvp(Wrapped(lambda x: x.renorm(2, dim, 0.5)), (x,), (x_dot,))
+
+
+def test_an_index_of_numpys():
+    x, x_dot = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+    assert_same_jvp(Wrapped(lambda x: x.transpose(0, 1)[np.int64(1)]), (x,), (x_dot,))

@@ -29,6 +29,40 @@ class Net(nn.Module):
 def network(input_size, in_channels, num_classes, hidden_size=8, **sizes):
     return Net(in_channels, num_classes, hidden_size)
 
+def late(input_size, in_channels, num_classes, hidden_size=8):
+    import users_sizes  # beside this file
+
+    return Net(in_channels, num_classes, users_sizes.WIDTH)
+
+def another(input_size, in_channels, num_classes, hidden_size=8):
+    net = Net(in_channels, num_classes, hidden_size)
+    net.num_classes = 0
+    return net
+
+def unused(input_size, in_channels, num_classes, hidden_size=8):
+    net = Net(in_channels, num_classes, hidden_size)
+    net.left_over = nn.Linear(2, 2)
+    return net
+
+class Wrapping(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.blocks = net, nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(3)))
+
+    def forward(self, z, r, t, y):
+        return self.blocks(self.net(z, r, t, y))
+
+def with_blocks(input_size, in_channels, num_classes, hidden_size=8):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Wrapping(Net(in_channels, num_classes, hidden_size))
+
+        def forward(self, z, r, t, y):
+            return self.inner(z, r, t, y)
+
+    return Outer()
+
 def number(**sizes):
     return 3
 
@@ -80,6 +114,7 @@ def test_it_is_dualized_and_remembers_its_sizes(here):
         ("users_network:thing", "users_network has no 'thing'; expected a function of input_size=, in_channels="),
         ("users_network:VALUE", "users_network:VALUE is a int"),
         ("users_network:number", r"to return a torch.nn.Module, got int"),
+        ("users_network:another", r"has num_classes = 0, which would be its label for \"no label\"; expected 3"),
         ("users_network:unconditional", r"with forward\(z, r, t, y\), got Identity.forward\(input"),
     ],
 )
@@ -89,8 +124,7 @@ def test_names_that_lead_nowhere(here, name, message):
 
 
 def test_the_trainer_trains_samples_and_loads_it(here):
-    config = dataclasses.replace(TINY, checkpoint_blocks="all")
-    run_training(config)
+    run_training(TINY)
     loaded = load_network(here / "runs" / "mine")
     assert loaded.step == 4
     assert (loaded.net.num_classes, loaded.net.label.weight.shape) == (10, (11, 8))
@@ -102,3 +136,23 @@ def test_the_trainer_names_a_size_that_it_does_not_take(here):
     config = dataclasses.replace(TINY, model="users_network:strict")
     with pytest.raises(UsageError, match=r"model: users_network:strict cannot be built for digits.*in_channels"):
         build_model(config, load_digits_data(0.0))
+
+
+def test_what_the_function_imports_is_looked_for_in_the_working_directory_too(here):
+    (here / "users_sizes.py").write_text("WIDTH = 5")
+    net = create_model("users_network:late", input_size=4, in_channels=1, num_classes=3)
+    assert net.label.weight.shape == (4, 5)
+
+
+def test_a_parameter_without_gradient_does_not_stop_a_resume(here):
+    config = dataclasses.replace(TINY, model="users_network:unused", steps=2)
+    run_training(config)
+    assert run_training(dataclasses.replace(config, steps=4), resume=True).step == 4
+
+
+def test_blocks_are_found_within_a_wrapper_and_missed_by_name(here):
+    run_training(dataclasses.replace(TINY, model="users_network:with_blocks", checkpoint_blocks="all", steps=1))
+    with pytest.raises(UsageError, match="checkpoint_blocks: expected 'all' or a number up to 3"):
+        run_training(dataclasses.replace(TINY, name="b", model="users_network:with_blocks", checkpoint_blocks=4))
+    with pytest.raises(UsageError, match=r"checkpoint_blocks: .* has no blocks"):
+        run_training(dataclasses.replace(TINY, name="c", checkpoint_blocks="all"))
