@@ -46,7 +46,8 @@ def told(request, tmp_path_factory):
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(ends)
+    codes = [process.returncode for process in started]
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(ends)
     return [torch.load(folder / f"told.{rank}") for rank in range(world)]
 
 

@@ -1,5 +1,6 @@
 """What the processes of test_wrappers.py run; every assertion is made in the processes themselves."""
 
+import gc
 import os
 import sys
 import traceback
@@ -225,6 +226,7 @@ def cases(world):
 def run(rank, world, folder):
     """One process: every case in turn, so that the start-up is paid once. Writes {case: "" or a traceback}."""
     torch.set_num_threads(1)
+    gc.disable()  # gloo's threads let go of tensors, and a collection there would take whole networks down with it
     # accelerate asks for these also where a process group exists
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

@@ -1,5 +1,6 @@
 """What the processes of test_wrappers.py run; every assertion is made in the processes themselves."""
 
+import gc
 import os
 import sys
 import traceback
@@ -102,6 +103,7 @@ CASES = {
 
 def run(rank, world, folder):
     torch.set_num_threads(1)
+    gc.disable()  # as in tests/distributed/workers.py
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     told = {}
