@@ -1,11 +1,8 @@
 """What the processes of test_wrappers.py run; every assertion is made in the processes themselves."""
 
-import gc
 import os
 import sys
-import traceback
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from unittest.mock import patch
 
@@ -13,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from processes import run_cases
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -223,31 +221,8 @@ def cases(world):
     return CASES | COMPILED if world == 2 else CASES
 
 
-def run(rank, world, folder):
-    """One process: every case in turn, so that the start-up is paid once. Writes {case: "" or a traceback}."""
-    torch.set_num_threads(1)
-    gc.disable()  # gloo's threads let go of tensors, and a collection there would take whole networks down with it
-    # accelerate asks for these also where a process group exists
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=180),
-    )
-    told = {}
-    for name, case in cases(world).items():
-        try:
-            case(rank, world)
-            told[name] = ""
-        except Exception:
-            told[name] = traceback.format_exc()
-            break  # the other processes may be waiting elsewhere by now
-    torch.save(told, f"{folder}/told.{rank}")
-
-
 if __name__ == "__main__":
-    run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    os._exit(0)  # gloo's threads, torn down with the interpreter, abort now and then: all has been told by now
+    # accelerate asks for these also where a process group exists
+    os.environ |= {"RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": sys.argv[2]}
+    os.environ |= {"LOCAL_WORLD_SIZE": sys.argv[2], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    run_cases(cases, seconds=180)

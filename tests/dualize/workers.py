@@ -1,22 +1,15 @@
 """What the processes of test_wrappers.py run; every assertion is made in the processes themselves."""
 
-import gc
-import os
-import sys
-import traceback
-from datetime import timedelta
 from functools import partial
 
 import torch
-import torch.distributed as dist
+from foreign import SiT
+from processes import run_cases
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "support"))
-from foreign import SiT
 
 import mfkernels
 from mfkernels.testing import relative_error
@@ -101,22 +94,5 @@ CASES = {
 }
 
 
-def run(rank, world, folder):
-    torch.set_num_threads(1)
-    gc.disable()  # as in tests/distributed/workers.py
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    told = {}
-    for name, case in CASES.items():
-        try:
-            case(rank, world)
-            told[name] = ""
-        except Exception:
-            told[name] = traceback.format_exc()
-            break  # the other processes may be waiting elsewhere by now
-    torch.save(told, f"{folder}/told.{rank}")
-
-
 if __name__ == "__main__":
-    run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-    os._exit(0)  # gloo's threads, torn down with the interpreter, abort now and then: all has been told by now
+    run_cases(lambda world: CASES, seconds=120)
