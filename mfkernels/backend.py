@@ -22,6 +22,23 @@ import torch
 
 BACKENDS = ("reference", "triton", "cuda")
 
+# The ops that have a choice, and what they have beside the reference; every other function is made of these and of
+# PyTorch's own products.
+OPS: dict[str, tuple[str, ...]] = {
+    "ada_layer_norm": ("triton",),
+    "attention": ("triton", "cuda"),
+    "gated_residual": ("triton",),
+    "gated_residual_ada_layer_norm": ("triton",),
+    "layer_scale_residual": ("triton",),
+    "meanflow_loss": ("triton",),
+    "mlp": ("triton",),
+    "qk_norm_rotary": ("triton",),
+    "rms_norm": ("triton",),
+    "rotary": ("triton",),
+    "swiglu": ("triton",),
+    "timestep_embedding": ("triton",),
+}
+
 # Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
 Support = Callable[[], str | None]
 
@@ -62,6 +79,13 @@ def triton_unavailable(device: torch.device) -> str | None:
     return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
 
 
+def unsupported_dtype(name: str, x: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot serve the dtype of `x`; None where they can."""
+    if x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return None
+    return f"{name}: expected float16, bfloat16 or float32, got {x.dtype}"
+
+
 def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments, by name; None where they can."""
     reason = triton_unavailable(next(iter(tensors.values())).device)
@@ -79,17 +103,13 @@ def _parsed(request: str | None, source: str) -> dict[str, str]:
         op, _, name = part.strip().rpartition("=")
         if request and name not in BACKENDS:
             raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-        if op and op not in _op_names():
-            raise ValueError(f"{source}: no op is called {op!r}; there are {', '.join(sorted(_op_names()))}")
+        if op and op not in OPS:
+            raise ValueError(f"{source}: expected one of the ops {', '.join(OPS)} before '=', got {op!r}")
+        if op and name not in ("reference", *OPS[op]):
+            raise ValueError(f"{source}: {op} has the backends {', '.join(('reference', *OPS[op]))}, got {name!r}")
         if name:
             wanted[op] = name
     return wanted
-
-
-def _op_names() -> set[str]:
-    import mfkernels  # which imports this module first
-
-    return {name for name in mfkernels.__all__ if name.islower()}
 
 
 @contextmanager

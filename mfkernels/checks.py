@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,6 +57,21 @@ def check_same(name: str, x: Any, like_name: str, like: Any) -> None:
         raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {x.device}")
+
+
+def check_parameter(name: str, x: Any, ndim: int, like: Any) -> None:
+    """`x` is a plain tensor of `ndim` dimensions that fits the argument x, `like`, in dtype and device."""
+    if isinstance(x, Dual):
+        raise TypeError(f"{name}: expected a tensor, got a Dual: it is the same for every sample and has no tangent")
+    check_operand(name, x, ndim)
+    check_same(name, x, "x", like)
+
+
+def check_number(name: str, value: float, low: float = -math.inf, *, above: bool = False) -> None:
+    """`value` is finite and at least `low`; with `above`, greater than it."""
+    if not (low < value if above else low <= value) or not abs(value) < math.inf:  # NaN fails too
+        want = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
+        raise ValueError(f"{name}: expected a finite number{want}, got {value}")
 
 
 def check_constant(name: str, x: Any, shape: tuple[int, ...], meaning: str, like: Any) -> None:

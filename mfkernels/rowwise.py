@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import unsupported_dtype
 from .launch import Launch, launch_config
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 16384  # of a row that one block holds in registers
 
 
@@ -24,8 +24,9 @@ def block_of(width: int) -> int:
 
 def unsupported_row(name: str, x: Tensor, max_width: int = MAX_WIDTH) -> str | None:
     """Why `x` cannot be served by a row-wise kernel; None where it can."""
-    if x.dtype not in DTYPES:
-        return f"{name}: expected float16, bfloat16 or float32, got {x.dtype}"
+    reason = unsupported_dtype(name, x)
+    if reason is not None:
+        return reason
     if not 1 <= x.shape[-1] <= max_width:
         return f"{name}: expected a width from 1 to {max_width}, got {x.shape[-1]}"
     return None

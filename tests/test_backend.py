@@ -1,12 +1,14 @@
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mfkernels import backend, requested_backend, silu, use_backend
-from mfkernels.backend import choose, recorded_choices
+from mfkernels.backend import OPS, choose, recorded_choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -51,8 +53,18 @@ def test_a_request_for_one_op():
         with pytest.raises(NotImplementedError, match="attention: no cuda backend"):
             choose("attention", CUDA, {"triton": served})
     with (
-        pytest.raises(ValueError, match=r"name: no op is called 'atention'; there are .*attention"),
+        pytest.raises(ValueError, match=r"name: expected one of the ops .*attention, .* before '=', got 'atention'"),
         use_backend("atention=cuda"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"expected one of the ops .*attention, .*got 'scaled_dot_product_attention'"),
+        use_backend("scaled_dot_product_attention=triton"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="name: rms_norm has the backends reference, triton, got 'cuda'"),
+        use_backend("rms_norm=cuda"),
     ):
         pass
     with (
@@ -60,6 +72,12 @@ def test_a_request_for_one_op():
         use_backend("attention="),
     ):
         pass
+
+
+def test_every_op_with_a_choice_can_be_named():
+    sources = [path.read_text() for path in Path(backend.__file__).parent.glob("*/op.py")]
+    asked = {name for source in sources for name in re.findall(r'choose\(\s*"(\w+)",(?!.*\{\}\))', source)}
+    assert asked == set(OPS)
 
 
 def test_a_backend_that_serves_only_on_request():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mfkernels import jvp, meanflow_loss
+from mfkernels.checks import check_number
 
 from .draws import Draws, choose_moved
 from .meanflow import (
@@ -80,10 +81,8 @@ class ImprovedMeanFlow:
 
     def __post_init__(self) -> None:
         check_shares_and_norm(self)
-        if not math.isfinite(self.cfg_beta):
-            raise ValueError(f"cfg_beta: expected a finite number, got {self.cfg_beta}")
-        if not 1.0 <= self.omega_max < math.inf:
-            raise ValueError(f"omega_max: expected a finite number >= 1, got {self.omega_max}")
+        check_number("cfg_beta", self.cfg_beta)
+        check_number("omega_max", self.omega_max, 1)
 
     def draw_omega(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

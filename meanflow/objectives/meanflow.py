@@ -5,7 +5,6 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mfkernels import jvp, meanflow_loss
-from mfkernels.checks import autocast_enabled
+from mfkernels.checks import autocast_enabled, check_number
 
 from .draws import Draws, choose_moved
 from .time_samplers import LogitNormal, TimeSampler
@@ -79,8 +78,7 @@ class MeanFlow:
         if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, got {self.guidance_interval}")
         for name in ("omega", "kappa"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)}")
+            check_number(name, getattr(self, name))
         if self.kappa >= 1.0 and self.omega != 0.0:
             raise ValueError(f"kappa: expected less than 1 (the effective scale is ω/(1−κ)), got {self.kappa}")
 
@@ -323,10 +321,8 @@ def check_shares_and_norm(objective: Any) -> None:
     for name in ("ratio", "label_dropout"):
         if not 0.0 <= getattr(objective, name) <= 1.0:
             raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(objective, name)}")
-    if not 0 <= objective.norm_p < math.inf:
-        raise ValueError(f"norm_p: expected a number >= 0, got {objective.norm_p}")
-    if not 0 < objective.norm_eps < math.inf:
-        raise ValueError(f"norm_eps: expected a number > 0, got {objective.norm_eps}")
+    check_number("norm_p", objective.norm_p, 0)
+    check_number("norm_eps", objective.norm_eps, 0, above=True)
 
 
 def check_draws(x: Tensor, noise: Tensor, *, t: Tensor, r: Tensor, drop: Tensor | None, **others: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mfkernels.checks import check_number
+
 
 class TimeSampler(Protocol):
     """Draws n independent times in (0, 1)."""
@@ -31,15 +33,15 @@ class LogitNormal:
     """logit(t) ~ N(mean, std²) (arXiv 2403.03206, §3.1; MeanFlow's default is mean −0.4, std 1).
 
     Raises:
-        ValueError: std is not positive.
+        ValueError: the mean is not finite, or std not positive.
     """
 
     mean: float = -0.4
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise ValueError(f"std: expected a number > 0, got {self.std}")
+        check_number("mean", self.mean)
+        check_number("std", self.std, 0, above=True)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n float32 times, (n,)."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_operand, check_same, check_shape
+from ..checks import check_number, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
 from . import reference
 
@@ -121,8 +121,8 @@ def ada_layer_norm(
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_ada_layer_norm(x, shift, scale, eps)
-    xp = primal_of(x)
-    if choose("ada_layer_norm", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
+    primals = {"x": primal_of(x), "shift": primal_of(shift), "scale": primal_of(scale)}
+    if choose("ada_layer_norm", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
         return run_reference(x, shift, scale, eps)
     return bridge_forward_mode("ada_layer_norm", partial(_run_triton, eps=eps), x, shift, scale)
 
@@ -133,8 +133,7 @@ def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDu
         check_operand(name, m, 2)
         check_shape(name, m, (x.shape[0], x.shape[2]), "(B, D) of x")
         check_same(name, m, "x", x)
-    if eps < 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_number("eps", eps, 0)
 
 
 def _run_triton(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:

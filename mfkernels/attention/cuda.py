@@ -60,7 +60,7 @@ def description() -> str:
     return f"attention, compiled for {architectures}; serves calls that ask for it (attention=cuda)"
 
 
-def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
+def unsupported(q: Tensor, scale: float) -> str | None:
     """Why the kernels cannot serve these arguments, naming the one at fault; None where they can."""
     if q.dtype not in DTYPES:
         return f"q: expected float16 or bfloat16, got {q.dtype}"

@@ -5,14 +5,17 @@ import math
 import torch
 from torch import Tensor
 
+from ..backend import unsupported_dtype
+
 MAX_HEAD_DIM = 256
 
 
 def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the Triton kernels cannot serve these arguments, naming the one at fault; None where they can."""
     head_dim = q.shape[-1]
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"q: expected float16, bfloat16 or float32, got {q.dtype}"
+    reason = unsupported_dtype("q", q)
+    if reason is not None:
+        return reason
     step = 16 // q.dtype.itemsize  # rows load 16 bytes at a time
     if head_dim % step or not 8 <= head_dim <= MAX_HEAD_DIM:
         return f"q: expected a head dim that is a multiple of {step} up to {MAX_HEAD_DIM} in {q.dtype}, got {head_dim}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, triton_unavailable
-from ..checks import autocast_enabled, check_operand, check_same, knows_autocast
+from ..checks import autocast_enabled, check_number, check_operand, check_same, knows_autocast
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
 from . import cuda, reference
 from .limits import unsupported
@@ -175,6 +175,7 @@ def attention(
     """
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_number("scale", scale)
     # PyTorch's fused attention refuses forward-mode tangents (pytorch#117629), and a custom op drops them
     return bridge_forward_mode("attention", lambda q, k, v: _run(q, k, v, scale, is_causal), q, k, v)
 
@@ -215,7 +216,7 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
         qp.device,
         {
             "triton": lambda: _triton_unsupported(qp, kp, scale),
-            "cuda": lambda: cuda.unsupported(qp, kp, scale),
+            "cuda": lambda: cuda.unsupported(qp, scale),
         },
         on_request=("cuda",),  # it has not run on a GPU yet
     )

@@ -117,7 +117,11 @@ def where(condition: Any, x: Any, y: Any) -> Tensor:
 
 
 def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
-    return x.tangent.masked_fill(mask, 0)
+    v_dot = tangent(value)
+    if v_dot is None:
+        return x.tangent.masked_fill(mask, 0)
+    x_dot = tangent(x)
+    return torch.where(mask, v_dot, torch.zeros_like(primal(x)) if x_dot is None else x_dot)
 
 
 def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -145,19 +149,22 @@ def attention_with_mask(
 ) -> Tensor:
     """Masked softmax attention's tangent with the scores of the tangent rows materialised; layout [B, H, N, d].
 
+    In float32 or wider.
+
     noise: what dropout multiplied the probabilities by.
     """
-    Q, K, V = primal(q), primal(k), primal(v)
+    wide = torch.promote_types(primal(q).dtype, torch.float32)  # no statistics in half precision
+    Q, K, V = (primal(a).to(wide) for a in (q, k, v))
+    dots = (tangent(a) for a in (q, k, v, mask))
+    q_dot, k_dot, v_dot, mask_dot = (None if dot is None else dot.to(wide) for dot in dots)
     scale = 1 / math.sqrt(Q.shape[-1]) if scale is None else scale
     if K.shape[-3:-2] != Q.shape[-3:-2] and Q.ndim > 2 and K.shape[-3] != 1:  # grouped queries
         n = Q.shape[-3] // K.shape[-3]
         K, V = K.repeat_interleave(n, -3), V.repeat_interleave(n, -3)
         k_dot, v_dot = (
             None if a is None else a.repeat_interleave(n, -3) if a.shape[-3] != Q.shape[-3] else a
-            for a in (tangent(k), tangent(v))
+            for a in (k_dot, v_dot)
         )
-    else:
-        k_dot, v_dot = tangent(k), tangent(v)
     s = Q @ K.mT * scale  # [B_t, H, N_q, N_kv]
     hidden = None
     if is_causal:
@@ -172,9 +179,9 @@ def attention_with_mask(
     p = torch.softmax(s, -1)
     # a query that sees no key: PyTorch's attention gives zero there, softmax NaN
     p = p.masked_fill((s == float("-inf")).all(-1, keepdim=True), 0.0)
-    s_dot = _sum(tangent(mask), None)
-    if tangent(q) is not None:
-        s_dot = _sum(s_dot, tangent(q) @ K.mT * scale)
+    s_dot = mask_dot
+    if q_dot is not None:
+        s_dot = _sum(s_dot, q_dot @ K.mT * scale)
     if k_dot is not None:
         s_dot = _sum(s_dot, Q @ k_dot.mT * scale)
     o_dot = None

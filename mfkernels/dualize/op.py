@@ -91,12 +91,8 @@ class _Dualized(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the user's class; this one is made again from it."""
-        base = next(c for c in type(self).__mro__ if c not in _dualized_set() and not issubclass(c, _Dualized))
+        base = next(c for c in type(self).__mro__ if not issubclass(c, _Dualized))
         return _rebuild, (base,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-
-
-def _dualized_set() -> set[type]:
-    return set(_classes.values())
 
 
 def _is_dual(x: Any) -> bool:
@@ -115,15 +111,15 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     report = module.dual_report
     start = time.perf_counter()
     args, kwargs = tree_unflatten([_enter(x, Batch(batch, active, report)) if _is_dual(x) else x for x in leaves], spec)
-    refusals.clear()
     try:
         with passage():
             out = module.plain_call(*args, **kwargs)
     except RuntimeError as error:
-        if refusals and not isinstance(error, NotImplementedError):
-            raise refusals[0] from error  # TorchScript puts an empty message in its place
+        if refusals.first is not None and not isinstance(error, NotImplementedError):
+            raise refusals.first from error  # TorchScript puts an empty message in its place
         raise
     finally:
+        refusals.first = None  # its traceback holds activations
         _release_buffers(module)
     out = _map_output(lambda o: _leave(o, batch, active), out)
     if report is not None:

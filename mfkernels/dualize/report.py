@@ -37,10 +37,10 @@ class Report:
     zero_filled: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, call: Call, primal: float, tangent: float) -> None:
+    def add(self, call: Call, seconds: float) -> None:
         line = (self.jvp if call.through_jvp else self.rules).setdefault(call.name, Line())
         line.calls += 1
-        line.seconds += tangent
+        line.seconds += seconds
 
     def filled(self, call: Call) -> None:
         self.zero_filled[call.name] = self.zero_filled.get(call.name, 0) + 1

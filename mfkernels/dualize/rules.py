@@ -114,13 +114,16 @@ def constant(call: Call, out: Any) -> list[Out]:
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
 
+_ALL_FOR_NONE = frozenset(["sum", "nansum", "mean", "nanmean", "var", "std", "var_mean", "std_mean", "amax", "amin"])
+
+
 def _dims(call: Call, ndim: int) -> list[int]:
     position, keyword, default = names.ALONG[call.name]
     dim = call.arg(position, keyword, call.kwargs.get("axis", default))
     if call.name in ("softmax", "log_softmax", "softmin") and dim is None:
         raise MixesRows("without dim=")
-    if dim is None:
-        return list(range(ndim))
+    if dim is None or isinstance(dim, bool) or (call.name in _ALL_FOR_NONE and dim in ((), [])):
+        return list(range(ndim))  # a flag is var's `unbiased`, which has no dimensions beside it
     if not isinstance(dim, (int, tuple, list)):
         raise Untracked(call.name)
     return [d % ndim for d in ((dim,) if isinstance(dim, int) else dim)] if ndim else []
@@ -334,6 +337,11 @@ def pad(call: Call, out: Tensor) -> list[Out]:
     return [Out(F.pad(x.tangent, amounts, mode), rows)]
 
 
+def constant_pad_nd(call: Call, out: Tensor) -> list[Out]:
+    x, amounts = call.args[0], call.arg(1, "pad")
+    return pad(Call(F.pad, "pad", (x, amounts), {}), out)
+
+
 def group_norm(call: Call, out: Tensor) -> list[Out]:
     x, groups, weight = call.args[0], call.arg(1, "num_groups"), call.arg(2, "weight")
     if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
@@ -453,7 +461,7 @@ _RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
     "batch_norm": batch_norm,
     "group_norm": group_norm,
     "pad": pad,
-    "constant_pad_nd": pad,
+    "constant_pad_nd": constant_pad_nd,
     "scaled_dot_product_attention": scaled_dot_product_attention,
     **dict.fromkeys(names.CONSTANT, constant),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import types
 from collections.abc import Callable, Mapping
@@ -120,12 +121,17 @@ class DualTensor(Tensor):
             f"dualize: {func} met a tensor with a tangent in compiled or C++ code (TorchScript, torch.func inside the "
             f"module, an extension), where dualize cannot follow; call its Python original{user_line()}"
         )
-        refusals.append(refusal)
+        refusals.first = refusals.first or refusal
         raise refusal
 
 
-# What was refused below Python, where the message may be lost on its way up.
-refusals: list[NotImplementedError] = []
+class _Refusals(threading.local):
+    """What was refused below Python in this thread's dual pass: the message may be lost on its way up."""
+
+    first: NotImplementedError | None = None
+
+
+refusals = _Refusals()
 
 
 # ------------------------------------------------------------------------------------------------------------- dispatch
@@ -204,7 +210,6 @@ def _dispatch(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwarg
             return fused
     if _is_in_place(name, kwargs):
         return _in_place(call, args, kwargs, batch)
-    start = time.perf_counter() if report else 0.0
     # somebody else's tensor (a quantised weight) keeps its own say
     with _plain() if all(t is DualTensor for t in types) else nullcontext():
         p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
@@ -214,11 +219,11 @@ def _dispatch(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwarg
         leaves = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if not any(has_tangent(x) for x in leaves):
             return out
-        middle = time.perf_counter() if report else 0.0
+        start = time.perf_counter() if report else 0.0
         outs = _tangents(call, out, batch)
     result = _wrap(out, outs, duals, batch)
     if report:
-        report.add(call, middle - start, time.perf_counter() - middle)
+        report.add(call, time.perf_counter() - start)
     return result
 
 
@@ -358,13 +363,7 @@ def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], batc
     target = args[0]
     report = batch.report
     start = time.perf_counter() if report else 0.0
-    if not isinstance(target, DualTensor) and call.name in (
-        "random_",
-        "normal_",
-        "uniform_",
-        "bernoulli_",
-        "exponential_",
-    ):
+    if not isinstance(target, DualTensor) and call.name in _DRAWS:
         raise refused(call.name, "the parameters of a distribution cannot carry a tangent")
     with _plain():
         outside = Call(call.func, call.name, call.args, {k: v for k, v in call.kwargs.items() if k != "inplace"})
@@ -388,7 +387,7 @@ def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], batc
     else:
         _adopt(target, t, rows, batch, call.name)
     if report:
-        report.add(outside, 0.0, time.perf_counter() - start)
+        report.add(outside, time.perf_counter() - start)
     return target if out is not None else None
 
 

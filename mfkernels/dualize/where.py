@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from pathlib import Path
 from types import FrameType
@@ -10,7 +11,7 @@ from types import FrameType
 import torch
 from torch import nn
 
-_INSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
+_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, Path(__file__).parent))
 
 
 def user_line() -> str:

@@ -181,8 +181,8 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> Tens
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     _check(x, y, gate)
-    xp = primal_of(x)
-    if choose("gated_residual", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
+    primals = {"x": primal_of(x), "y": primal_of(y), "gate": primal_of(gate)}
+    if choose("gated_residual", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
         return _run_reference(x, y, gate)
     return bridge_forward_mode("gated_residual", _run_triton, x, y, gate)
 
@@ -213,8 +213,10 @@ def gated_residual_ada_layer_norm(
     """
     _check(x, y, gate)
     check_ada_layer_norm(x, shift, scale, eps)
-    xp = primal_of(x)
-    if choose("gated_residual_ada_layer_norm", xp.device, {"triton": lambda: rows_unsupported(x=xp)}) == "reference":
+    operands = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
+    primals = {name: primal_of(a) for name, a in operands.items()}
+    serves = {"triton": lambda: rows_unsupported(**primals)}
+    if choose("gated_residual_ada_layer_norm", x.device, serves) == "reference":
         x_new = _run_reference(x, y, gate)
         return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
 

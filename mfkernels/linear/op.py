@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_operand, check_same, check_shape
+from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual
 from . import reference
 
@@ -23,14 +23,12 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    check_operand("x", x)
-    check_operand("weight", weight, 2)
+    check_rows("x", x)
+    check_parameter("weight", weight, 2, x)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected last size {weight.shape[1]} (D_in of weight), got shape {tuple(x.shape)}")
-    check_same("weight", weight, "x", x)
     if bias is not None:
-        check_operand("bias", bias, 1)
-        check_same("bias", bias, "x", x)
+        check_parameter("bias", bias, 1, x)
         check_shape("bias", bias, (weight.shape[0],), "(D_out,) of weight")
     choose("linear", x.device, {})
     if not isinstance(x, Dual):

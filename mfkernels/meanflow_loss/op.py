@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable
-from ..checks import check_operand, check_shape
+from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..checks import check_number, check_operand, check_shape
 from ..dual import Dual, check_tangent, forward_mode_tangent
 from . import reference
 
@@ -76,13 +76,10 @@ _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 def _triton_unsupported(u: Tensor, *others: Tensor) -> str | None:
     reason = triton_unavailable(u.device)
-    if reason is not None:
-        return reason
-    from ..rowwise import DTYPES
-
     for name, a in zip(("u", "du_dt", "v", "t", "r"), (u, *others), strict=True):
-        if a.dtype not in DTYPES:
-            return f"{name}: expected float16, bfloat16 or float32, got {a.dtype}"
+        reason = reason or unsupported_dtype(name, a)
+        if reason is not None:
+            return reason
         if isinstance(forward_mode_tangent(a), Dual):
             return f"{name}: forward mode through the loss is not supported"
     return None
@@ -134,16 +131,16 @@ def meanflow_loss(
         raise ValueError(f"u: expected (B, …) with at least 2 dimensions, got shape {tuple(u.shape)}")
     check_tangent("du_dt", u, du_dt)
     for name, a in (("v", v), ("t", t), ("r", r)):
+        if isinstance(a, Dual):
+            raise TypeError(f"{name}: expected a tensor, got a Dual; nothing is differentiated through the target")
         check_operand(name, a)
         if a.device != u.device:
             raise ValueError(f"{name}: expected the device of u, {u.device}, got {a.device}")
     check_shape("v", v, tuple(u.shape), "that of u")
     check_shape("t", t, (u.shape[0],), "(B,)")
     check_shape("r", r, (u.shape[0],), "(B,)")
-    if norm_p < 0:
-        raise ValueError(f"norm_p: expected a number >= 0, got {norm_p}")
-    if norm_eps <= 0:
-        raise ValueError(f"norm_eps: expected a number > 0, got {norm_eps}")
+    check_number("norm_p", norm_p, 0)
+    check_number("norm_eps", norm_eps, 0, above=True)
     if choose("meanflow_loss", u.device, {"triton": lambda: _triton_unsupported(u, du_dt, v, t, r)}) == "reference":
         return MeanFlowLoss(*reference.meanflow_loss(u, du_dt, v, t, r, norm_p, norm_eps))
     with_error = torch.is_grad_enabled() and u.requires_grad

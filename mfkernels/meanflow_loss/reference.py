@@ -16,9 +16,10 @@ def meanflow_loss(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor]:
     rows = du_dt.shape[0]
-    wide = torch.float32 if u.dtype in (torch.float16, torch.bfloat16) else u.dtype
+    wide = torch.promote_types(u.dtype, torch.float32)
+    wide_t = torch.promote_types(t.dtype, torch.float32)  # the difference of two half-precision times needs more bits
     with torch.no_grad():
-        interval = (t - r)[:rows].to(wide).view(-1, *[1] * (u.ndim - 1))  # [B_t, 1, …]
+        interval = (t[:rows].to(wide_t) - r[:rows].to(wide_t)).to(wide).view(-1, *[1] * (u.ndim - 1))  # [B_t, 1, …]
         u_tgt = v.to(wide, copy=True)  # [B, …]
         u_tgt[:rows].addcmul_(interval, du_dt.to(wide), value=-1)
     squared_error = (u.to(wide) - u_tgt).square().flatten(1).sum(dim=1)  # [B]

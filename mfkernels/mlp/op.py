@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable
-from ..checks import check_operand, check_same, check_shape
+from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, forward_mode_tangent, primal_of
 from . import reference
 
@@ -83,10 +83,9 @@ def _triton_unsupported(x: Tensor, *parameters: Tensor | None) -> str | None:
     reason = triton_unavailable(x.device)
     if reason is not None:
         return reason
-    from ..rowwise import DTYPES
-
-    if x.dtype not in DTYPES:
-        return f"x: expected float16, bfloat16 or float32, got {x.dtype}"
+    reason = unsupported_dtype("x", x)
+    if reason is not None:
+        return reason
     if any(isinstance(forward_mode_tangent(p), Dual) for p in parameters):
         return "w1, b1, w2, b2: a forward-mode tangent of a parameter is not supported"
     return None
@@ -119,13 +118,10 @@ def mlp(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    check_operand("x", x)
-    if len(x.shape) < 2:
-        raise ValueError(f"x: expected (B, …, D_in) with at least 2 dimensions, got shape {tuple(x.shape)}")
+    check_rows("x", x)
     for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
         if p is not None:
-            check_operand(name, p, ndim)
-            check_same(name, p, "x", x)
+            check_parameter(name, p, ndim, x)
     if x.shape[-1] != w1.shape[1]:
         raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
     if w2.shape[1] != w1.shape[0]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_operand, check_same, check_shape
+from ..checks import check_operand, check_parameter, check_shape
 from ..dual import Dual, TensorOrDual
 from . import reference
 
@@ -24,14 +24,13 @@ def patch_embed(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> 
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     check_operand("x", x, 4)
-    check_operand("weight", weight, 4)
+    check_parameter("weight", weight, 4, x)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: expected {weight.shape[1]} channels (as weight has), got shape {tuple(x.shape)}")
     if x.shape[2] % weight.shape[2] or x.shape[3] % weight.shape[3]:
         raise ValueError(f"x: expected height and width divisible by {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
-    check_same("weight", weight, "x", x)
     if bias is not None:
-        check_same("bias", bias, "x", x)
+        check_parameter("bias", bias, 1, x)
         check_shape("bias", bias, (weight.shape[0],), "(D,) of weight")
     choose("patch_embed", x.device, {})
     if not isinstance(x, Dual):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_rows
+from ..checks import check_constant, check_number, check_rows
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, primal_of, tangent_of
 from . import reference
 
@@ -76,13 +76,8 @@ def rms_norm(x: TensorOrDual, weight: Tensor, *, eps: float = 1e-6) -> TensorOrD
     """
     check_rows("x", x)
     check_constant("weight", weight, x.shape[-1:], "(D,) of x", x)
-    check_eps(eps)
+    check_number("eps", eps, 0)
     return bridge_forward_mode("rms_norm", lambda x: _run(x, weight, eps), x)
-
-
-def check_eps(eps: float) -> None:
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
 
 
 def _run(x: TensorOrDual, weight: Tensor, eps: float) -> TensorOrDual:

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_operand, check_same
+from ..checks import check_constant, check_number, check_operand, check_same
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, primal_of, tangent_of
-from ..rms_norm.op import check_eps
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
@@ -194,7 +193,7 @@ def qk_norm_rotary(
     _check(q, k, cos, sin)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check_constant(name, weight, q.shape[-1:], "(d,) of q", q)
-    check_eps(eps)
+    check_number("eps", eps, 0)
 
     def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         tensors = {"q": primal_of(q), "k": primal_of(k), "q_weight": q_weight, "k_weight": k_weight}

@@ -5,14 +5,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable
-from ..checks import check_operand
+from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..checks import check_number, check_operand
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, primal_of, tangent_of
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom op and its rules
-
-MAX_DIM = 16384  # of a row that one block holds in registers
 
 
 @torch.library.custom_op("mfkernels::timestep_embedding_forward", mutates_args=())
@@ -58,14 +56,12 @@ _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
 def _triton_unsupported(t: Tensor, dim: int) -> str | None:
-    reason = triton_unavailable(t.device)
+    reason = triton_unavailable(t.device) or unsupported_dtype("t", t)
     if reason is not None:
         return reason
-    from ..rowwise import DTYPES
+    from ..rowwise import MAX_WIDTH
 
-    if t.dtype not in DTYPES:
-        return f"t: expected float16, bfloat16 or float32, got {t.dtype}"
-    return f"dim: expected at most {MAX_DIM}, got {dim}" if dim > MAX_DIM else None
+    return f"dim: expected at most {MAX_WIDTH}, got {dim}" if dim > MAX_WIDTH else None
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -89,10 +85,9 @@ def timestep_embedding(t: TensorOrDual, dim: int, *, max_period: float = 10000.0
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_operand("t", t, 1)
-    if dim < 2 or dim % 2 != 0:
-        raise ValueError(f"dim: expected an even number >= 2, got {dim}")
-    if max_period <= 1:
-        raise ValueError(f"max_period: expected a number > 1, got {max_period}")
+    if not isinstance(dim, int) or dim < 2 or dim % 2 != 0:
+        raise ValueError(f"dim: expected an even integer >= 2, got {dim}")
+    check_number("max_period", max_period, 1, above=True)
     tp = primal_of(t)
     if choose("timestep_embedding", tp.device, {"triton": lambda: _triton_unsupported(tp, dim)}) == "reference":
         return _run_reference(t, dim, max_period)

@@ -19,7 +19,6 @@ BOUNDS = [(torch.float32, 9.6e-7), (torch.float16, 1e-3), (torch.bfloat16, 9.6e-
 
 @pytest.fixture(autouse=True)
 def _triton(poison_empty):
-    torch.manual_seed(1)  # with seed 0 the dual check would draw x again, as its tangent
     with use_backend("triton"):
         yield
 
