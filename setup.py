@@ -93,11 +93,21 @@ def flags(toolkit: Path) -> dict[str, list[str]]:
             *host,
             *includes,
             *(f"-isystem{path}" for path in system),
-            f"-DMF_ARCHITECTURES='\"{' '.join(archs)}\"'",
+            f'-DMF_ARCHITECTURES="{" ".join(archs)}"',
         ],
         # the runtime inside, its names hidden: PyTorch has one of its own, of any version
         "link": ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", "-Xlinker=--strip-debug"],
     }
+
+
+def shell(*words: str | Path) -> str:
+    """The words as a ninja command; paths may hold anything."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def ninja_path(path: str | Path) -> str:
+    """A path in a line of ninja's that names files."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 class NinjaBuild(build_ext):
@@ -111,26 +121,26 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         nvcc = compiler()
         assert nvcc is not None
-        options = {name: " ".join(values) for name, values in flags(toolkit_of(nvcc)).items()}
+        options = {name: shell(*values) for name, values in flags(toolkit_of(nvcc)).items()}
+        cxx = shell(*shlex.split(os.environ.get("CXX", "c++")))
         lines = [
-            f"nvcc = {nvcc}",
-            f"cxx = {os.environ.get('CXX', 'c++')}",
             "rule nvcc",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"  command = $nvcc {options['nvcc']} -MD -MF $out.d -c $in -o $out",
+            f"  command = {shell(nvcc)} {options['nvcc']} -MD -MF $out.d -c $in -o $out",
             "rule cxx",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"  command = $cxx {options['cxx']} -MD -MF $out.d -c $in -o $out",
+            f"  command = {cxx} {options['cxx']} -MD -MF $out.d -c $in -o $out",
             "rule link",
-            f"  command = $nvcc {options['link']} $in -o $out",
+            f"  command = {shell(nvcc)} {options['link']} $in -o $out",
         ]
         objects = []
         for source in ext.sources:
             objects.append(source.replace("/", "_") + ".o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT / source}")
-        lines.append(f"build {target}: link {' '.join(objects)}")
+            rule = "nvcc" if source.endswith(".cu") else "cxx"
+            lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
+        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = os.environ.get("MAX_JOBS")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]

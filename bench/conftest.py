@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.backends.cudnn.allow_tf32 = False  # the peers' convolutions in float32: they are checked against float64
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--json", type=Path, default=None, help="write every figure to this file")

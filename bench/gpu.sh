@@ -17,6 +17,9 @@ install() {  # MFKERNELS_CUDA
     MFKERNELS_CUDA="$1" python3 -m pip install -q --no-deps --no-build-isolation -e . 2>&1 |
         tee -a "$out/install.log" | tail -n 3
 }
+if [ -n "${WHEELS:-}" ]; then  # a folder of wheels, for a machine without a registry
+    python3 -m pip install -q --no-index --find-links "$WHEELS" tyro pytest-benchmark pytest-xdist
+fi
 install 1 || install 0 || exit 1  # without the CUDA kernels rather than not at all
 python3 - <<'PY' | tee "$out/machine.txt"
 import torch, triton
@@ -36,6 +39,7 @@ asked() { [[ "$parts" == *" $1 "* ]]; }
 # The CUDA kernels on their own first, whatever is asked for: one that hangs or is wrong is ended here, and then takes
 # nothing else with it.
 ignore=()
+parallel=()
 if timeout -k 10 60 python3 bench/attention/ragged.py 2>&1 | tee "$out/cuda.log"; then
     if asked cuda && command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck; do
@@ -52,7 +56,8 @@ else
 fi
 
 if asked tests; then
-    run 900 tests "${ignore[@]}" --continue-on-collection-errors | tee "$out/tests.log" | tail -n 15
+    python3 -c "import xdist" 2>/dev/null && parallel=(-n 8 --dist loadfile)
+    run 540 tests "${parallel[@]}" "${ignore[@]}" -p no:benchmark --continue-on-collection-errors | tee "$out/tests.log" | tail -n 15
 fi
 for what in attention dit_block modern_block; do
     if asked "$what"; then bench "$what" "bench/$what"; fi
@@ -60,8 +65,11 @@ done
 if asked step; then bench step bench/step/test_step.py; fi
 if asked whole; then
     for model in DiT-B/4 DiT-B/2 DiT-L/2 DiT-XL/2; do  # one at a time: what has been measured is kept
-        BENCH_MODELS="$model" bench "whole_step_${model//\//_}" bench/step/test_whole_step.py
+        BENCH_MODELS="$model" BENCH_COMPILE=0 bench "whole_step_${model//\//_}" bench/step/test_whole_step.py
+        BENCH_MODELS="$model" BENCH_BATCHES=fill bench "whole_step_compiled_${model//\//_}" \
+            bench/step/test_whole_step.py -k whole_step
         timeout 120 python3 bench/step/profile_step.py "$model" >"$out/profile_${model//\//_}.md" 2>&1
     done
 fi
 if [ -f "$out/attention.json" ]; then python3 bench/attention/plot.py "$out/attention.json"; fi
+tar czf "$out/all.tgz" --exclude all.tgz -C "$out" .

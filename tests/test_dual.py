@@ -127,8 +127,8 @@ def test_fallback_equals_func_jvp(rows):
     ref, ref_dot = torch.func.jvp(lambda z, t: net(z, t, y=y), (z, t), (dz, dt))
     R = 4 if rows is None else rows
     assert torch.equal(out[0], ref[0])
-    assert relative_error(out_dot[0], ref_dot[0][:R]) <= 1e-15
-    assert relative_error(out_dot[1]["v"], ref_dot[1]["v"][:R]) <= 1e-15
+    assert relative_error(out_dot[0], ref_dot[0][:R]) <= 1.2e-16  # measured 6e-17
+    assert relative_error(out_dot[1]["v"], ref_dot[1]["v"][:R]) <= 1.2e-16
     assert out[0].requires_grad
     assert not out_dot[0].requires_grad
 
@@ -293,7 +293,7 @@ def test_weights_of_another_dtype_or_device_are_named():
         mfkernels.linear(x, w.to("meta"))
     with pytest.raises(TypeError, match="b1: expected the dtype of x"):
         mfkernels.mlp(x, w, torch.zeros(4).double(), w.T, None)
-    with pytest.raises(ValueError, match=r"x: expected .* at least 2 dimensions"):
+    with pytest.raises(ValueError, match=r"x: expected \(B, …, D\), got shape \(3,\)"):
         mfkernels.mlp(x[0], w, None, w.T, None)
     u, t = torch.randn(2, 1, 2, 2), torch.rand(2)
     with pytest.raises(ValueError, match="v: expected the device of u"):

@@ -40,7 +40,7 @@ SHAPES = (
         (4, 4096, 16, 128),
     ]
     if GPU
-    else [(8, 64, 6, 64), (2, 256, 4, 72)]
+    else [(8, 64, 6, 64), (4, 256, 4, 72)]
 )
 
 
@@ -53,6 +53,11 @@ def packed(B: int, N: int, H: int, d: int, device: torch.device) -> tuple[list[T
 def math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, N, H, d] attention with materialised scores, as every `torch.func.jvp` trainer runs it."""
     return peers.math_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, N, H, d] attention through PyTorch's fused kernels."""
+    return F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v))).transpose(1, 2)
 
 
 def duals(tensors: list[Tensor], dots: list[Tensor], rows: int) -> list[Dual]:
@@ -79,7 +84,8 @@ def test_forward(shape, device, figures, benchmark):
     B, N, H, d = shape
     tensors, dots = packed(*shape, device)
     peer = jvp_flash_attention()
-    compiled = torch.compile(lambda *a: torch.func.jvp(math, a[:3], a[3:]))
+    torch.compiler.reset()  # the graph of one shape would make the next one's sizes symbols
+    compiled = torch.compile(lambda *a: torch.func.jvp(math, a[:3], a[3:]), dynamic=False)
     ways: dict[str, tuple[Callable[[], object], float]] = {
         "this library, every row": (lambda: attention(*duals(tensors, dots, B)), 12.0),
         "this library, 25 % of rows": (lambda: attention(*duals(tensors, dots, B // 4)), 4.0 + 8.0 * (B // 4) / B),
@@ -87,7 +93,7 @@ def test_forward(shape, device, figures, benchmark):
         "reference backend, every row": (_on("reference", lambda: attention(*duals(tensors, dots, B))), 12.0),
         "torch.func.jvp, math attention": (lambda: torch.func.jvp(math, tuple(tensors), tuple(dots)), 12.0),
         "torch.compile of it": (lambda: compiled(*tensors, *dots), 12.0),
-        "SDPA forward alone": (lambda: F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in tensors)), 4.0),
+        "SDPA forward alone": (lambda: sdpa(*tensors), 4.0),
     }
     if cuda.unsupported(tensors[0], tensors[1], 1.0) is None:
         ways |= {
@@ -105,12 +111,11 @@ def test_forward(shape, device, figures, benchmark):
     wanted = torch.func.jvp(math, tuple(few[:3]), tuple(few[3:]))
     for name, (way, _) in list(ways.items()):
         got = way()
-        if isinstance(got, tuple) and "25 % of rows" not in name:
-            try:
-                assert all(relative_error(g[:2], w) < TOLERANCE for g, w in zip(got, wanted, strict=True))
-            except AssertionError:
-                assert "this library" not in name, f"{name} is wrong: no figure"
-                del ways[name]
+        parts = tuple(got) if isinstance(got, tuple) else (got,)  # the value, and its tangent where there is one
+        errors = [relative_error(g[:2], w[: len(g)]) for g, w in zip(parts, wanted, strict=False)]
+        if max(errors) >= TOLERANCE:
+            assert "this library" not in name, f"{name} is wrong: no figure"
+            del ways[name]
     _report(
         figures, f"Attention forward, {DTYPE}", shape, {n: (w, f * B * H * N * N * d) for n, (w, f) in ways.items()}
     )

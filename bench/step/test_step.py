@@ -93,11 +93,13 @@ def test_step(nets, device, figures, benchmark):
     oracle.load_state_dict(net.state_dict())
     oracle.attend = peers.math_attention
     *inputs64, _ = draws(device, torch.float64)
-    wanted = loss_and_gradients(peers.func_jvp, oracle, (*inputs64, y, ROWS))
+    wanted = {
+        way: loss_and_gradients(way, oracle, (*inputs64, y, ROWS)) for way in (peers.flow_matching, peers.func_jvp)
+    }
     for name, (way, module, a) in ways.items():
-        if not name.startswith("flow matching"):
-            for got, ref in zip(loss_and_gradients(way, module, a), wanted, strict=True):
-                assert relative_error(got, ref) < 1e-5, f"{name} is wrong, so it is not timed"
+        oracle_way = peers.flow_matching if way is peers.flow_matching else peers.func_jvp
+        for got, ref in zip(loss_and_gradients(way, module, a), wanted[oracle_way], strict=True):
+            assert relative_error(got, ref) < 1e-5, f"{name} is wrong, so it is not timed"
 
     steps = {name: partial(loss_and_gradients, way, module, a) for name, (way, module, a) in ways.items()}
     times = interleaved_seconds(steps, rounds=ROUNDS)

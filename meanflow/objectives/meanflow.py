@@ -349,7 +349,7 @@ def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:
 def forget_autocast(device: torch.device) -> None:
     """After a forward under no_grad: autocast would hand the weights it cast there to the training pass, and those
     have no gradient."""
-    if autocast_enabled(device):
+    if autocast_enabled(device) and not torch.compiler.is_compiling():  # a compiled graph has no such cache
         torch.clear_autocast_cache()
 
 

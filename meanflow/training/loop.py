@@ -104,6 +104,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; there "
             "expected default"
         )
+    if config.compile and config.compile_mode == "reduce-overhead" and config.accumulate > 1:
+        # the gradients of one part are memory of its CUDA graph, which the next part's run takes (pytorch#169545)
+        raise UsageError(f"accumulate: expected 1 with compile_mode reduce-overhead, got {config.accumulate}")
     parts = config.accumulate * accelerator.num_processes
     if config.batch_size % parts != 0:
         raise UsageError(
@@ -149,7 +152,11 @@ class Trainer:
         self.loss_of = training_loss(self.model, self.objective, config, accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
+            self.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=accelerator.device.type == "cuda",
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.ema_decay)
@@ -374,12 +381,10 @@ class Trainer:
         draws = self._draws()
         where = {"micros": config.accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
         for micro in range(config.accumulate):
-            x, y = next(batches)
+            x, y = (a.to(accelerator.device, non_blocking=True) for a in next(batches))
             if flips is not None:
-                mirrored = shard(flips, micro=micro, **where).view(-1, 1, 1, 1)  # [b, 1, 1, 1]
+                mirrored = shard(flips, micro=micro, **where).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
                 x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
-            x = x.to(accelerator.device, non_blocking=True)
-            y = y.to(accelerator.device, non_blocking=True)
             part = draws.part(micro * where["world"] + where["rank"], where["micros"] * where["world"])
             with accelerator.accumulate(self.loss_of):
                 out = self.loss_of(x, y, part)

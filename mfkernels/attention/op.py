@@ -56,7 +56,7 @@ def _forward(
             v_dot,
             scale=scale,
             causal=is_causal,
-            precision=_float32_precision(),
+            precision=_product_precision(q),
         )
     return o, o.new_empty((0, *o.shape[1:])) if o_dot is None else o_dot, lse
 
@@ -104,7 +104,7 @@ def _backward(
         lse,
         scale=scale,
         causal=is_causal,
-        precision=_float32_precision(),
+        precision=_product_precision(q),
     )
 
 
@@ -131,9 +131,14 @@ def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
-def _float32_precision() -> str:
+def _product_precision(q: Tensor) -> str:
     """Products of float32 operands are exact unless the user asked PyTorch for TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if q.dtype != torch.float32:
+        return "ieee"
+    asked = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch 2.9; the older question then raises
+    if asked is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if asked == "tf32" else "ieee"
 
 
 # --------------------------------------------------------------------------------------------------- what serves a call

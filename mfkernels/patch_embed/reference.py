@@ -1,4 +1,4 @@
-"""Non-overlapping patches to tokens: a convolution whose stride is its kernel; the bias is the primal's alone."""
+"""Non-overlapping patches to tokens: one product with each patch laid out as a row; the bias is the primal's alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = F.conv2d(x, weight, bias, stride=weight.shape[2:])  # [B, D, H/p, W/p]
-    return y.flatten(2).transpose(1, 2)  # [B, N, D], N row by row
+    # not a convolution: cuDNN's are in TF32 unless told otherwise, and give tokens that are not contiguous
+    p, q = weight.shape[2:]
+    patches = x.unflatten(3, (-1, q)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/q, C, p, q]
+    return F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)  # [B, N, D], N row by row
 
 
 def patch_embed_tangent(x_dot: Tensor, weight: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_a_constant_row_and_other_strides():
         inputs,
         duals=ALL,
         dtype=torch.float32,
-        bound=5e-7,
+        bound=1.9e-7,  # measured 9.3e-8
         device=DEVICE,
     )
 

@@ -255,10 +255,11 @@ def test_tangent_scores_of_negligible_first_keys(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_key(dtype: torch.dtype) -> None:
-    """With one key o is v, the tangent is v_dot and no gradient reaches q or k: all exactly."""
+    """With one key o is v, the tangent is v_dot and no gradient reaches q or k."""
     (q, k, v), tangents = inputs(Case(17, 1, 8, B=2, B_t=2), dtype)
     o, o_dot, lse = attention_forward(q, k, v, *tangents, scale=0.5)
-    assert torch.equal(o, v.expand_as(o))
+    # a GPU's exp2 of a zero that was a fused multiply-add is 1 to the last bits of float32
+    torch.testing.assert_close(o, v.expand_as(o), rtol=3 * torch.finfo(torch.float32).eps, atol=0)
     torch.testing.assert_close(o_dot, tangents[2].expand_as(o), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     do = draw(tuple(o.shape), dtype, 7)
     dq, dk, dv = attention_backward(do, q, k, v, o, lse, scale=0.5)

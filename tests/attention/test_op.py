@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from op_checks import DEVICE
 
 from mfkernels import Attention, Dual, attention, use_backend
 from mfkernels.testing import assert_dual, dual_errors, relative_error
@@ -42,7 +43,9 @@ def test_packed(B, N, H, d, dtype, bound):
 
 @pytest.mark.parametrize("duals", ["q", "k", "v", "qk", "kv"])
 def test_some_tangents_are_zero(duals):
-    assert_dual(attention, oracle, packed(3, 17, 2, 24), duals=duals, dtype=torch.float64, bound=2e-15)
+    assert_dual(
+        attention, oracle, packed(3, 17, 2, 24), duals=duals, dtype=torch.float64, bound=1e-15
+    )  # measured 4.8e-16
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -103,13 +106,13 @@ def test_forward_mode_ad(transform):
     tangents = tuple(torch.randn_like(p) for p in primals)
     out, out_dot = transform(attention, primals, tangents)
     ref, ref_dot = torch.func.jvp(oracle, tuple(p.detach() for p in primals), tangents)
-    assert relative_error(out, ref) <= 1e-15
-    assert relative_error(out_dot, ref_dot) <= 2e-15
+    assert relative_error(out, ref) <= 6e-16  # measured 2.8e-16, and at most 3.9e-16 below
+    assert relative_error(out_dot, ref_dot) <= 8e-16
     cotangent = torch.randn_like(out)
     ours = torch.autograd.grad(out, primals, cotangent)
     theirs = torch.autograd.grad(oracle(*primals), primals, cotangent)
     for g, g_ref in zip(ours, theirs, strict=True):
-        assert relative_error(g, g_ref) <= 2e-15
+        assert relative_error(g, g_ref) <= 8e-16
 
 
 def test_forward_mode_ad_with_one_tangent():
@@ -117,7 +120,7 @@ def test_forward_mode_ad_with_one_tangent():
     k_dot = torch.randn_like(x["k"])
     _, out_dot = torch.func.jvp(lambda k: attention(x["q"], k, x["v"]), (x["k"],), (k_dot,))
     _, ref_dot = torch.func.jvp(lambda k: oracle(x["q"], k, x["v"]), (x["k"],), (k_dot,))
-    assert relative_error(out_dot, ref_dot) <= 2e-15
+    assert relative_error(out_dot, ref_dot) <= 8e-16
 
 
 def test_empty_batch():
@@ -153,10 +156,10 @@ def test_num_heads_must_divide():
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_autocast_casts_as_it_does_for_pytorchs_attention(backend):
-    q, k, v = torch.randn(3, 2, 5, 2, 8)
-    with use_backend(backend), torch.autocast("cpu", torch.float16):
+    q, k, v = torch.randn(3, 2, 5, 2, 8).to(DEVICE)
+    with use_backend(backend), torch.autocast(DEVICE, torch.float16):
         out = attention(Dual(q, q[:1]), k, v.half())
     assert out.primal.dtype == out.tangent.dtype == torch.float16
     exact = attention(Dual(q, q[:1]), k, v)
-    assert relative_error(out.primal, exact.primal) <= 1.5e-3
-    assert relative_error(out.tangent, exact.tangent) <= 1.5e-3
+    assert relative_error(out.primal, exact.primal) <= 6.5e-4  # measured 3.1e-4
+    assert relative_error(out.tangent, exact.tangent) <= 6.5e-4

@@ -127,7 +127,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     run_training(dataclasses.replace(config, steps=6), resume=True)
     assert len(curve("many", "loss")) == 6
     for column in ("loss", "grad_norm"):
-        assert curve("many", column) == pytest.approx(curve("one", column), rel=1e-6)  # measured 1e-7 and 2e-7
+        assert curve("many", column) == pytest.approx(curve("one", column), rel=4e-7)  # measured 1e-7 and 2e-7
 
     (piece, *_) = sorted((checkpoint / "shares").glob("*.distcp"))
     shutil.rmtree(Path("runs/many/checkpoints/step_00000006"))

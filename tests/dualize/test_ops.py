@@ -117,6 +117,9 @@ OPS = {
     "masks": lambda x, c, a: (
         x.masked_fill(P > 0, -3.0) + x.clamp(-1, 1) + torch.maximum(x, P) + x.clamp(min=P, max=P + 1)
     ),
+    "masks with a value that has a tangent": lambda x, c, a: torch.stack(
+        [xi.masked_fill(P[0] > 0, ai) + xi.detach().masked_fill(P[0] < -1, ai) for xi, ai in zip(x, a, strict=True)]
+    ),
     "comparison": lambda x, c, a: (x > 0).double() * c[:, None] + torch.sign(x) * x + (x == x).to(x.dtype),
     "dtypes": lambda x, c, a: x.to(torch.float64) + x.type_as(P) + x.double().clone().contiguous().to("cpu"),
     "likes": lambda x, c, a: torch.ones_like(x) * x + x.new_zeros(B, N, D) + torch.full_like(x, 2) * c[:, None],
@@ -184,7 +187,12 @@ OPS = {
         + x.index_select(1, IDS[:2]).take_along_dim(torch.ones(B, 1, 1, dtype=torch.long), 1)
     ),
     "scatter": lambda x, c, a: scatter_in(x),
-    "pad": lambda x, c, a: F.pad(x, (1, 2)) + F.pad(x, (2, 1), value=3.0) + F.pad(x, (1, 2), mode="replicate"),
+    "pad": lambda x, c, a: (
+        F.pad(x, (1, 2))
+        + F.pad(x, (2, 1), value=3.0)
+        + F.pad(x, (1, 2), mode="replicate")
+        + torch.constant_pad_nd(x, (1, 2), 0.5)
+    ),
     "pad batch": lambda x, c, a: F.pad(x, (0, 0, 0, 0, 1, 1)).cos()[1:-1],
     "roll pieces": lambda x, c, a: torch.cat([x[:, 1:], x[:, :1]], 1) + x.diff(dim=1, prepend=P[:, :1]),
     "triangle": lambda x, c, a: (x @ x.mT).tril() + x @ x.transpose(1, 2) @ torch.eye(N).double(),

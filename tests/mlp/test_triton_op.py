@@ -13,8 +13,8 @@ from mfkernels.testing import assert_dual, relative_error
 
 pytest.importorskip("triton")
 
-# measured in the interpreter: 4.8e-7, 5.1e-4, 4.8e-3 (it cuts bfloat16 off where a GPU rounds)
-BOUNDS = [(torch.float32, 9.6e-7), (torch.float16, 1e-3), (torch.bfloat16, 9.6e-3)]
+# measured in the interpreter: 1.1e-6, 5.1e-4, 4.8e-3 (it cuts bfloat16 off where a GPU rounds)
+BOUNDS = [(torch.float32, 2.2e-6), (torch.float16, 1e-3), (torch.bfloat16, 9.6e-3)]
 
 
 @pytest.fixture(autouse=True)

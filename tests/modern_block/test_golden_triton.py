@@ -1,6 +1,7 @@
 """The improved MeanFlow authors' values, as in test_golden_imf.py, with every op that has a Triton kernel on it."""
 
 import pytest
+import torch
 from test_golden_imf import data, net, test_objective_and_gradients, test_samples
 
 from mfkernels import use_backend
@@ -9,6 +10,11 @@ from mfkernels.backend import recorded_choices
 pytest.importorskip("triton")
 
 __all__ = ["data", "net", "test_objective_and_gradients", "test_samples"]  # collected here as well
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

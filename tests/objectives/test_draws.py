@@ -73,3 +73,17 @@ def test_the_objective_compiles_whole_and_once(objective):
         for g, g_ref in zip(*(torch.autograd.grad(o.loss, parameters) for o in (out, eager)), strict=True):
             torch.testing.assert_close(g, g_ref, rtol=1e-10, atol=1e-12)
         assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
+def test_the_objective_compiles_whole_with_autocast_around_it(objective):
+    net = network(objective).float()
+    torch._dynamo.reset()
+    compiled = torch.compile(objective.loss_of, fullgraph=True, backend="aot_eager")
+    x, y, draws = torch.randn(*SHAPE), torch.randint(3, (8,)), objective.draw(SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, eager = compiled(net, x, y, draws), objective.loss_of(net, x, y, draws)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    torch.testing.assert_close(out.loss, eager.loss, rtol=0, atol=0)
+    for g, g_ref in zip(*(torch.autograd.grad(o.loss, parameters) for o in (out, eager)), strict=True):
+        torch.testing.assert_close(g, g_ref, rtol=0, atol=0)

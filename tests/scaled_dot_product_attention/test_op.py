@@ -38,7 +38,7 @@ def oracle(options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-15), (torch.float32, 1e-6)])  # 5e-16, 4e-7 measured
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 8e-16), (torch.float32, 4.1e-7)])  # half is measured
 def test_duals(case, dtype, bound):
     (q, k, v), options = qkv(case)
     inputs = {"query": q.mT.contiguous().mT, "key": k, "value": v.transpose(1, 2).contiguous().transpose(1, 2)}

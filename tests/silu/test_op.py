@@ -9,8 +9,10 @@ def oracle(x):
     return x / (1 + torch.exp(-x))
 
 
-# measured: 3.7e-16, 2.1e-7, 3.0e-3
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 7e-16), (torch.float32, 4.2e-7), (torch.bfloat16, 6e-3)])
+# measured: 2.6e-16, 2.1e-7, 3.0e-3
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 5.1e-16), (torch.float32, 4.2e-7), (torch.bfloat16, 6e-3)]
+)
 @pytest.mark.parametrize("shape", [(4, 7), (3, 5, 24), (1, 1)])
 def test_against_float64(shape, dtype, bound):
     x = 3 * torch.randn(shape, dtype=torch.float64)

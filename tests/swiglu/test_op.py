@@ -19,7 +19,11 @@ SHAPES = [(4, 7, 24), (2, 1, 2730), (3, 5, 2, 9), (4, 9), (1, 1, 3), (2, 276, 48
 backend = both()
 case = cases(
     reference=(4.5e-16, 2.2e-7, 8e-3),  # measured: 2.1e-16, 1.1e-7, 4.0e-3
-    triton=(2.2e-7, 8.5e-4, 9e-3),  # 1.1e-7, 4.2e-4, 4.5e-3
+    triton=(2.2e-7, 5.6e-4, 1.2e-2),  # 1.1e-7, 2.8e-4, 6.0e-3
+)
+module_case = cases(
+    reference=(4.1e-16, 4.1e-7, 1.2e-2),  # measured: 2.0e-16, 2.0e-7, 5.9e-3
+    triton=(4.1e-7, 1.2e-3, 1.2e-2),  # 2.0e-7, 5.9e-4, 5.6e-3
 )
 
 
@@ -65,8 +69,8 @@ def mlp_oracle(x, w1, w2, w3):
 
 
 @pytest.mark.parametrize("shape", [(4, 7, 24), (3, 10)])
-def test_module(shape, case):
-    dtype, bound = case
+def test_module(shape, module_case):
+    dtype, bound = module_case
     D, hidden = shape[-1], 27
     inputs = {"x": torch.randn(shape, dtype=torch.float64)}
     for name, size in (("w1", (hidden, D)), ("w2", (D, hidden)), ("w3", (hidden, D))):
@@ -77,7 +81,7 @@ def test_module(shape, case):
     def run(x, **weights):
         return torch.func.functional_call(net, {f"{name}.weight": w for name, w in weights.items()}, (x,))
 
-    assert_dual(run, mlp_oracle, inputs, duals=["x"], dtype=dtype, bound=2 * bound, device=DEVICE)
+    assert_dual(run, mlp_oracle, inputs, duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
 
 
 def test_backward_keeps_nothing_of_the_tangent(backend):

@@ -13,7 +13,6 @@ pytest.importorskip("triton")
 
 @pytest.fixture(autouse=True)
 def _triton(poison_empty):
-    torch.manual_seed(1)
     with use_backend("triton"):
         yield
 
@@ -24,10 +23,8 @@ def oracle(t, dim=16, max_period=10000.0):
     return torch.cat([torch.cos(t[:, None] * omega), torch.sin(t[:, None] * omega)], 1)
 
 
-# measured in the interpreter: 1.3e-7, 3.3e-4, 3.7e-3 (it cuts bfloat16 off where a GPU rounds)
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 2.6e-7), (torch.float16, 6.6e-4), (torch.bfloat16, 7.4e-3)]
-)
+# measured in the interpreter: 1.1e-7, 2.5e-4, 3.3e-3 (it cuts bfloat16 off where a GPU rounds)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2.2e-7), (torch.float16, 5e-4), (torch.bfloat16, 6.6e-3)])
 @pytest.mark.parametrize(("B", "dim"), [(1, 16), (17, 256), (5, 6), (33, 2)])
 def test_against_float64(B, dim, dtype, bound):
     assert_dual(
@@ -42,17 +39,19 @@ def test_against_float64(B, dim, dtype, bound):
 
 
 def test_times_in_thousandths_and_another_period():
-    """DiT's own times go to 1000: the angle's own rounding is then 3e-5."""
+    """DiT's own times go to 1000: the angle's own rounding is then 3e-5 at most; measured 5.8e-6."""
     t = (1000 * torch.rand(9, dtype=torch.float64)).float().to(DEVICE)
     out = timestep_embedding(t, 64, max_period=100.0)
-    assert relative_error(out, oracle(t.double(), 64, 100.0)) <= 6e-5
+    assert relative_error(out, oracle(t.double(), 64, 100.0)) <= 1.2e-5
 
 
 def test_strided_times():
     t = torch.rand(2, 9, dtype=torch.float64).T[:, 0]  # of a (9, 2) view
-    assert relative_error(timestep_embedding(t.float().to(DEVICE), 8), oracle(t, 8)) <= 2e-7
+    assert (
+        relative_error(timestep_embedding(t.float().to(DEVICE), 8), oracle(t, 8)) <= 5.5e-8
+    )  # measured 1.9e-8 and 2.6e-8
     expanded = torch.rand(1).expand(5).to(DEVICE)
-    assert relative_error(timestep_embedding(expanded, 8), oracle(expanded.double(), 8)) <= 2e-7
+    assert relative_error(timestep_embedding(expanded, 8), oracle(expanded.double(), 8)) <= 5.5e-8
 
 
 def test_opcheck():
