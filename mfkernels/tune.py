@@ -6,6 +6,7 @@ Nothing else in the library ever measures: a training step never tunes behind it
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the table in one step, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
+    new = path.with_suffix(f".{os.getpid()}")
     new.write_text(json.dumps(list(rows), indent=1) + "\n")
     new.replace(path)
     clear_cache()
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = user_table()
     known = {row["op"] for row in read_table(PACKAGE_TABLE)} - NOT_TUNED
     try:
-        table = read_table(path)  # now, not after hours of measuring
+        read_table(path)  # now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):
             raise ValueError(f"--head-dims: expected multiples of 8 up to {MAX_HEAD_DIM}, got {arguments.head_dims}")
         for name in ("tokens", "widths", "hidden_widths"):
@@ -161,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if best is not None:
             row = {"op": problem.op, **machine, **problem.conditions}
             row |= {"config": dict(best[0]), "milliseconds": round(best[1], 4)}
-            table = merge(table, [row])
-            write_table(path, table)  # after each: an interrupted run keeps what it measured
+            # after each: an interrupted run keeps what it measured, and another tuner's rows stay
+            write_table(path, merge(read_table(path), [row]))
             measured += 1
     print(f"wrote {measured} rows to {path}")
     return 0

@@ -189,6 +189,8 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
     for name, a in (("q", q), ("k", k), ("v", v)):
         check_operand(name, a, 4)
         check_same(name, a, "q", q)
+        if (a.dtype == torch.float64) != (q.dtype == torch.float64):
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {a.dtype}; autocast leaves float64 alone")
     B, _, H, d = q.shape
     if d == 0:
         raise ValueError(f"q: expected a head dim of at least 1, got shape {tuple(q.shape)}")
