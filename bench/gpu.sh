@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say, in one command: bench/gpu.sh OUT [PART...]
 # Installs the package beside the torch that is there, runs the tests on the GPU and the benchmarks, and writes logs and
-# figures (JSON with date, versions and shapes) into the folder OUT. Parts, in this order, all by default:
+# figures (JSON with date, versions and shapes) into the folder OUT, and all of it once more as OUT/all.tgz. WHEELS: a
+# folder of wheels for what is missing, on a machine without a registry. Parts, in this order, all by default:
 #   cuda                               the CUDA kernels on their own, then under compute-sanitizer
 #   tests                              all tests
 #   attention dit_block modern_block   the kernels against their peers and floors
