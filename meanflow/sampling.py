@@ -9,14 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mfkernels.checks import check_number
+
+from .checks import check_floating, check_labels, check_velocity, num_classes_of
 from .objectives.meanflow import net_num_classes
 
 
-def _schedule(steps: int, times: Sequence[float] | Tensor | None) -> list[float]:
+def _schedule(steps: int | None, times: Sequence[float] | Tensor | None, default: int) -> list[float]:
     if times is None:
+        steps = default if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         return [1.0 - i / steps for i in range(steps + 1)]
+    if steps is not None:
+        raise ValueError(f"steps, times: expected one of them, got steps={steps} and times={times}")
     schedule = [float(a) for a in times]
     if len(schedule) < 2 or not all(a >= b for a, b in itertools.pairwise(schedule)):
         raise ValueError(f"times: expected at least two times that never increase, such as [1, 0.5, 0], got {schedule}")
@@ -25,18 +31,22 @@ def _schedule(steps: int, times: Sequence[float] | Tensor | None) -> list[float]
     return schedule
 
 
-def _first(out: Any) -> Tensor:
-    """u of a network that returns u, or a tuple that begins with it."""
-    return out[0] if isinstance(out, tuple) else out
+def _first(out: Any, z: Tensor) -> Tensor:
+    """u of a network that returned u at `z`, or a tuple that begins with it."""
+    return check_velocity("u", out[0] if isinstance(out, tuple) and out else out, z)
 
 
-def _check(noise: Tensor, y: Tensor) -> None:
-    if not noise.is_floating_point():
-        raise TypeError(f"noise: expected a floating-point dtype, got {noise.dtype}")
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y: expected a tensor of labels, got {type(y).__name__}")
-    if y.shape != noise.shape[:1]:
-        raise ValueError(f"y: expected shape ({noise.shape[0]},), the batch of noise, got {tuple(y.shape)}")
+def _check(net: Any, noise: Tensor, y: Tensor) -> None:
+    check_floating("noise", noise)
+    if noise.ndim == 0:
+        raise ValueError("noise: expected (B, …), got a single number")
+    check_labels(y, noise.shape[0], "noise")
+    # on a GPU the labels would have to be waited for; a compiler does not read them either
+    last = num_classes_of(net)
+    if last is not None and len(y) and y.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(a) for a in y.aminmax())
+        if low < 0 or high > last:
+            raise ValueError(f'y: expected labels in [0, {last}], where {last} is "no label", got {low} to {high}')
 
 
 @torch.no_grad()
@@ -45,7 +55,7 @@ def sample(
     noise: Tensor,
     y: Tensor,
     *,
-    steps: int = 1,
+    steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
     **conditions: Any,
 ) -> Tensor:
@@ -55,7 +65,7 @@ def sample(
         net: u = net(z, r, t, y, **conditions), or a tuple whose first entry is u (`IMFDiT`).
         noise: (B, C, H, W) standard normal noise, the state at the first time.
         y: (B,) integer labels; the network's `num_classes` means "no label".
-        steps: number of equal steps from t = 1 to 0; 1 is one-step generation.
+        steps: number of equal steps from t = 1 to 0; 1, the default, is one-step generation.
         times: the schedule instead of `steps`, never increasing, such as [1, 0.5, 0].
         **conditions: passed to `net`, for instance omega=, t_min= and t_max= (numbers) for `IMFDiT`.
 
@@ -65,12 +75,12 @@ def sample(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    _check(noise, y)
-    schedule = _schedule(steps, times)
+    _check(net, noise, y)
+    schedule = _schedule(steps, times, 1)
     z = noise
     for now, after in itertools.pairwise(schedule):
         t, r = z.new_full((z.shape[0],), now), z.new_full((z.shape[0],), after)  # [B]
-        z = z - (now - after) * _first(net(z, r, t, y, **conditions))  # [B, C, H, W]
+        z = z - (now - after) * _first(net(z, r, t, y, **conditions), z)  # [B, C, H, W]
     return z
 
 
@@ -80,7 +90,7 @@ def sample_ode(
     noise: Tensor,
     y: Tensor,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     times: Sequence[float] | Tensor | None = None,
     method: Literal["euler", "heun"] = "heun",
     guidance_scale: float = 1.0,
@@ -90,7 +100,7 @@ def sample_ode(
 
     Args:
         net, noise, y, times, **conditions: as in `sample`.
-        steps: number of equal steps.
+        steps: number of equal steps; default: 50.
         method: "euler" (one evaluation a step) or "heun" (two; second order, the explicit trapezoidal rule).
         guidance_scale: classifier-free guidance u_null + scale·(u_label − u_null) (arXiv 2207.12598); 1 is none. It
             doubles the rows of each evaluation.
@@ -101,18 +111,19 @@ def sample_ode(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    _check(noise, y)
+    _check(net, noise, y)
+    check_number("guidance_scale", guidance_scale)
     if method not in ("euler", "heun"):
         raise ValueError(f"method: expected 'euler' or 'heun', got {method!r}")
-    schedule = _schedule(steps, times)
+    schedule = _schedule(steps, times, 50)
     null = torch.full_like(y, net_num_classes(net)) if guidance_scale != 1.0 else y
 
     def velocity(z: Tensor, at: float) -> Tensor:
         t = z.new_full((z.shape[0],), at)  # [B]
         if guidance_scale == 1.0:
-            return _first(net(z, t, t, y, **conditions))
-        t2 = torch.cat([t, t])
-        both = _first(net(torch.cat([z, z]), t2, t2, torch.cat([y, null]), **conditions))  # [2·B, C, H, W]
+            return _first(net(z, t, t, y, **conditions), z)
+        z2, t2, y2 = torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, null])
+        both = _first(net(z2, t2, t2, y2, **conditions), z2)  # [2·B, C, H, W]
         with_label, without = both.chunk(2)
         return without + guidance_scale * (with_label - without)
 

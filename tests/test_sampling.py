@@ -60,6 +60,16 @@ def test_bad_arguments():
         (lambda: sample(net, noise, y[:2]), ValueError, r"y: expected shape \(3,\)"),
         (lambda: sample(net, noise.long(), y), TypeError, "noise: expected a floating-point"),
         (lambda: sample_ode(net, noise, y, method="rk4"), ValueError, "method: expected 'euler' or 'heun'"),
+        (lambda: sample(net, noise, y, steps=7, times=[1, 0]), ValueError, "steps, times: expected one of them, got"),
+        (lambda: sample_ode(net, noise, y, steps=7, times=[1, 0]), ValueError, "steps, times: expected one of them"),
+        (lambda: sample(net, noise, y, times=[1.0, float("nan")]), ValueError, "times: expected at least two times"),
+        (lambda: sample(net, noise.numpy(), y), TypeError, "noise: expected a tensor, got ndarray"),
+        (lambda: sample(net, noise.sum(), y), ValueError, "noise: expected"),
+        (lambda: sample(net, noise, [0, 0, 0]), TypeError, "y: expected a tensor of labels, got list"),
+        (lambda: sample(net, noise, y.float()), TypeError, "y: expected integer labels"),
+        (lambda: sample(net, noise, y + 3), ValueError, r"y: expected labels in \[0, 2\], where 2 is .*, got 3 to 3"),
+        (lambda: sample_ode(net, noise, y - 1), ValueError, r"y: expected labels in \[0, 2\], .*, got -1 to -1"),
+        (lambda: sample_ode(net, noise, y, guidance_scale=float("nan")), ValueError, "guidance_scale: expected a fin"),
     ):
         with pytest.raises(error, match=match):
             call()
@@ -76,3 +86,38 @@ def test_networks_that_return_more_than_u():
     for scale in (1.0, 2.0):
         wanted = sample_ode(net, noise, y, steps=3, guidance_scale=scale)
         torch.testing.assert_close(sample_ode(pair, noise, y, steps=3, guidance_scale=scale), wanted)
+
+
+@pytest.mark.parametrize(
+    ("returns", "error", "match"),
+    [
+        (lambda z: z[:, :, :1], ValueError, r"net: expected u of the shape of z, \(\d, 1, 2, 2\), got \(\d, 1, 1, 2\)"),
+        (lambda z: (z[:1], z), ValueError, r"net: expected u of the shape of z, .*, got \(1, 1, 2, 2\)"),
+        (lambda z: {"u": z}, TypeError, "net: expected it to return u, a tensor of the shape of z, got dict"),
+        (lambda z: (None, z), TypeError, "net: expected it to return u, a tensor of the shape of z, got NoneType"),
+        (lambda z: (), TypeError, "net: expected it to return u, a tensor of the shape of z, got tuple"),
+    ],
+)
+def test_a_prediction_that_is_no_velocity_is_refused(returns, error, match):
+    """It would be broadcast against z in silence."""
+
+    def wrong(z, r, t, y):
+        return returns(z)
+
+    wrong.num_classes = 2
+    noise, y = start()
+    for draw in (sample, sample_ode, lambda *a: sample_ode(*a, guidance_scale=2.0)):
+        with pytest.raises(error, match=match):
+            draw(wrong, noise, y)
+
+
+def test_an_empty_batch_and_labels_of_a_network_that_names_no_number():
+    noise, y = start()
+    assert sample(net, noise[:0], y[:0]).shape == (0, 1, 2, 2)
+    assert sample(lambda z, r, t, y: z, noise, y + 100).shape == noise.shape
+
+
+def test_sampling_compiles_as_one_graph():
+    noise, y = start()
+    compiled = torch.compile(lambda z, y: sample(net, z, y, steps=2), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(noise, y), sample(net, noise, y, steps=2))

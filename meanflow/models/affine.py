@@ -24,6 +24,9 @@ class Affine(nn.Module):
         in_channels: channels C.
         hidden_size: width of the embedding of t, t − r and y.
         num_classes: number of labels; label `num_classes` means "no label".
+
+    Raises:
+        ValueError: a size is less than 1; the message names it.
     """
 
     def __init__(self, input_size: int, in_channels: int, hidden_size: int = 64, num_classes: int = 1) -> None:
@@ -34,6 +37,9 @@ class Affine(nn.Module):
             "hidden_size": hidden_size,
             "num_classes": num_classes,
         }
+        for name, size in self.config.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
         self.input_size, self.in_channels, self.num_classes = input_size, in_channels, num_classes
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.r_embedder = TimestepEmbedder(hidden_size)

@@ -28,6 +28,9 @@ from mfkernels import (
     linear_map,
     split_map,
 )
+from mfkernels.checks import check_number
+
+from ..checks import check_labels
 
 
 def sincos_2d(dim: int, side: int) -> Tensor:
@@ -125,12 +128,20 @@ class DiT(nn.Module):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or input_size < patch_size or input_size % patch_size != 0:
-            raise ValueError(f"input_size: expected a multiple of patch_size = {patch_size}, got {input_size}")
+        check_sizes(
+            input_size,
+            patch_size,
+            depth,
+            mlp_ratio,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
         if hidden_size % 4 != 0:
             raise ValueError(f"hidden_size: expected a multiple of 4, got {hidden_size}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        if hidden_size % num_heads != 0:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}")
         self.config: dict[str, Any] = {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -213,13 +224,24 @@ def check_inputs(z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, i
     B = z.shape[0]
     if tuple(z.shape[1:]) != image:
         raise ValueError(f"z: expected shape (B, {', '.join(map(str, image))}), got {tuple(z.shape)}")
-    for name, a in (("r", r), ("t", t), ("y", y)):
+    for name, a in (("r", r), ("t", t)):
         if not isinstance(a, (Tensor, Dual)):
             raise TypeError(f"{name}: expected a tensor of {B} entries, got {type(a).__name__}")
         if tuple(a.shape) != (B,):
             raise ValueError(f"{name}: expected shape ({B},), the batch of z, got {tuple(a.shape)}")
-    if y.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"y: expected integer labels (int32 or int64), got {y.dtype}")
+    check_labels(y, B, "z")
+
+
+def check_sizes(input_size: int, patch_size: int, depth: int, mlp_ratio: float, **others: int) -> None:
+    """Raise unless a transformer of these sizes can be built; `others` are at least 1."""
+    for name, size in {"patch_size": patch_size, **others}.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if input_size < patch_size or input_size % patch_size != 0:
+        raise ValueError(f"input_size: expected a multiple of patch_size = {patch_size}, got {input_size}")
+    if depth < 0:
+        raise ValueError(f"depth: expected at least 0, got {depth}")
+    check_number("mlp_ratio", mlp_ratio, 0, above=True)
 
 
 def _fill_positions(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

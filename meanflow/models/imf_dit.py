@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,10 @@ from mfkernels import (
     linear_map,
     qk_norm_rotary,
 )
+from mfkernels.checks import check_number
 from mfkernels.dual import padded_tangent, primal_of, tangent_rows
 
-from .dit import LabelEmbedder, check_inputs, unpatchify
+from .dit import LabelEmbedder, check_inputs, check_sizes, unpatchify
 
 
 @dual_aware
@@ -148,10 +150,20 @@ class IMFDiT(nn.Module):
         v_head: bool = True,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or input_size < patch_size or input_size % patch_size != 0:
-            raise ValueError(f"input_size: expected a multiple of patch_size = {patch_size}, got {input_size}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+        check_sizes(
+            input_size,
+            patch_size,
+            depth,
+            mlp_ratio,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            num_class_tokens=num_class_tokens,
+            num_time_tokens=num_time_tokens,
+            num_cfg_tokens=num_cfg_tokens,
+            num_interval_tokens=num_interval_tokens,
+        )
         if not 0 <= aux_head_depth <= depth:
             raise ValueError(f"aux_head_depth: expected a number in [0, {depth}] (depth), got {aux_head_depth}")
         self.config: dict[str, Any] = {
@@ -170,9 +182,6 @@ class IMFDiT(nn.Module):
             "mlp_ratio": mlp_ratio,
             "v_head": v_head,
         }
-        for name, value in self.config.items():
-            if name.endswith("_tokens") and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.has_v_head = num_classes, v_head
         D = hidden_size
@@ -259,6 +268,7 @@ class IMFDiT(nn.Module):
             raise ValueError(f"heads: expected 'uv', 'u' or 'v', got {heads!r}")
         if heads == "v" and not self.has_v_head:
             raise ValueError("heads: the network was built without a v head (v_head=False), got 'v'")
+        _check_guidance(omega, t_min, t_max)
         omega, t_min, t_max = (
             _per_sample(name, a, t) for name, a in (("omega", omega), ("t_min", t_min), ("t_max", t_max))
         )  # [B] each
@@ -298,6 +308,18 @@ class IMFDiT(nn.Module):
         angle = torch.arange(N, dtype=torch.float64, device=device)[:, None] * frequency  # [N, d/2]
         wide = torch.promote_types(dtype, torch.float32)  # half precision has no room for positions
         return angle.cos().to(wide), angle.sin().to(wide)
+
+
+def _check_guidance(omega: Tensor | float, t_min: Tensor | float, t_max: Tensor | float) -> None:
+    """Raise unless those that are numbers are in their ranges; tensors are not read."""
+    for name, a in (("omega", omega), ("t_min", t_min), ("t_max", t_max)):
+        if not isinstance(a, (Tensor, Real)):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(a).__name__}")
+    if isinstance(omega, Real):
+        check_number("omega", omega, 1)
+    low, high = t_min if isinstance(t_min, Real) else 0.0, t_max if isinstance(t_max, Real) else 1.0
+    if not 0.0 <= low <= high <= 1.0:  # NaN fails too
+        raise ValueError(f"t_min, t_max: expected 0 <= t_min <= t_max <= 1, got {low} and {high}")
 
 
 def _per_sample(name: str, a: Tensor | float, t: TensorOrDual) -> Tensor:

@@ -2,7 +2,8 @@
 
 from .draws import Draws
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
-from .meanflow import FlowMatching, MeanFlow, ObjectiveOutput
+from .meanflow import FlowMatching, MeanFlow
+from .objective import Objective, ObjectiveOutput
 from .time_samplers import LogitNormal, TimeSampler, Uniform
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ImprovedMeanFlowOutput",
     "LogitNormal",
     "MeanFlow",
+    "Objective",
     "ObjectiveOutput",
     "TimeSampler",
     "Uniform",

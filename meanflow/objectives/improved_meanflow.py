@@ -18,19 +18,10 @@ from torch import Tensor
 from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import check_number
 
+from ..checks import check_takes, check_velocity
 from .draws import Draws, choose_moved
-from .meanflow import (
-    Net,
-    ObjectiveOutput,
-    check_draws,
-    check_shares_and_norm,
-    column,
-    draw_drop,
-    draw_times,
-    forget_autocast,
-    net_num_classes,
-    rows_first,
-)
+from .meanflow import column, draw_drop, draw_times, forget_autocast, net_num_classes, rows_first
+from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
 from .time_samplers import LogitNormal, TimeSampler
 
 
@@ -51,7 +42,7 @@ class ImprovedMeanFlowOutput(ObjectiveOutput):
 
 
 @dataclass(frozen=True)
-class ImprovedMeanFlow:
+class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
     """The improved MeanFlow objective (arXiv 2512.02012, §4), for networks such as `IMFDiT`.
 
     One network learns every guidance: each sample draws a scale ω and an interval [t_min, t_max], which the network
@@ -95,26 +86,6 @@ class ImprovedMeanFlow:
         # the inverse of the cumulative distribution; log1p and expm1 keep it exact near β = 1
         return torch.exp(torch.log1p(share * math.expm1(power * log_max)) / power)  # [B]
 
-    def __call__(
-        self,
-        net: Net,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> ImprovedMeanFlowOutput:
-        """Draw noise, times, label dropout, rows with r ≠ t, ω and the interval, and evaluate `loss_at`.
-
-        t_min is uniform on [0, 1/2] and t_max on [1/2, 1].
-
-        Args:
-            net: see `loss_at`.
-            x: (B, C, H, W) data.
-            y: (B,) integer labels.
-            generator: source of the draws, on the device of `x`; default: PyTorch's global one.
-        """
-        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
-
     def draw(
         self,
         shape: Sequence[int],
@@ -124,7 +95,10 @@ class ImprovedMeanFlow:
         dtype: torch.dtype = torch.float32,
         spread: bool = False,
     ) -> Draws:
-        """Everything random of a batch of this shape (B, C, H, W); arguments as `MeanFlow.draw`."""
+        """Everything random of a batch of this shape (B, C, H, W); arguments as `MeanFlow.draw`.
+
+        t_min is uniform on [0, 1/2] and t_max on [1/2, 1].
+        """
         B = shape[0]
         e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
         t, r = draw_times(B, self.time_sampler, generator, device)
@@ -137,6 +111,7 @@ class ImprovedMeanFlow:
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ImprovedMeanFlowOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
+        check_draws(x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
         return self._loss(
             net, x, draws.noise, draws.t, draws.r, y, draws.drop, **draws.conditions, order=draws.order, rows=draws.rows
         )
@@ -171,8 +146,9 @@ class ImprovedMeanFlow:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        check_draws(x, noise, t=t, r=r, y=y, drop=drop, omega=omega, t_min=t_min, t_max=t_max)
-        if bool((omega < 1).any()):
+        check_draws(x, y, noise, t=t, r=r, drop=drop, omega=omega, t_min=t_min, t_max=t_max)
+        check_times(t, r)
+        if not bool((omega >= 1).all()):  # NaN fails too
             raise ValueError("omega: expected at least 1 in every row")
         return self._loss(net, x, noise, t, r, y, drop, omega, t_min, t_max, *rows_first(t, r))
 
@@ -192,6 +168,7 @@ class ImprovedMeanFlow:
         rows: int,
     ) -> ImprovedMeanFlowOutput:
         """`order` puts the `rows` samples with r ≠ t first; only those carry tangents."""
+        check_takes(net, "y", "omega", "t_min", "t_max", "heads")
         back = order.argsort()
         x, e, t, r, y, omega, t_min, t_max = (a[order] for a in (x, e, t, r, y, omega, t_min, t_max))
         t_ = column(t.to(x.dtype), x)  # [B, 1, 1, 1]
@@ -209,16 +186,19 @@ class ImprovedMeanFlow:
             z2, t2, y2 = torch.cat([z, z[:rows]]), torch.cat([t, t[:rows]]), torch.cat([null, y[:rows]])
             omega2 = torch.cat([torch.ones_like(omega), omega_eff[:rows]])  # [B + rows]
             whole = {"t_min": torch.zeros_like(t2), "t_max": torch.ones_like(t2)}
-            _, velocities = net(z2, t2, t2, y2, omega=omega2, **whole, heads="v")
-            v_u, v_c = velocities.to(v.dtype).split([len(z), rows])  # [B, C, H, W], [rows, C, H, W]
+            _, velocities = _pair(net(z2, t2, t2, y2, omega=omega2, **whole, heads="v"))
+            velocities = check_velocity("v", velocities, z2).to(v.dtype)  # [B + rows, C, H, W]
+            v_u, v_c = velocities.split([len(z), rows])  # [B, C, H, W], [rows, C, H, W]
             forget_autocast(z.device)
 
         conditions: dict[str, Any] = {"omega": omega, "t_min": t_min, "t_max": t_max}
         if rows > 0:
             tangents = (v_c, torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
-            (u, v_head), (du_dt, _) = jvp(net, (z, r, t), tangents, y=y_in, **conditions)  # [B, C, H, W], du: [rows, …]
+            out, out_dot = jvp(net, (z, r, t), tangents, y=y_in, **conditions)
+            (u, v_head), (du_dt, _) = _pair(out), out_dot  # [B, C, H, W], du: [rows, …]
         else:
-            (u, v_head), du_dt = net(z, r, t, y_in, **conditions), torch.zeros_like(z[:0])
+            (u, v_head), du_dt = _pair(net(z, r, t, y_in, **conditions)), torch.zeros_like(z[:0])
+        u, v_head = check_velocity("u", u, z), check_velocity("v", v_head, z)
         with torch.no_grad():
             # where r = t and the label is kept, the training forward's v head is v_c itself
             v_c = torch.cat([v_c, v_head[rows:].to(v.dtype)])  # [B, C, H, W]
@@ -245,3 +225,11 @@ class ImprovedMeanFlow:
             t_min=t_min[back],
             t_max=t_max[back],
         )
+
+
+def _pair(out: Any) -> tuple[Any, Any]:
+    """(u, v) of a network that returns both."""
+    if not isinstance(out, tuple) or len(out) != 2:
+        what = f"{len(out)} values" if isinstance(out, tuple) else type(out).__name__
+        raise TypeError(f"net: expected it to return (u, v), as IMFDiT does, got {what}")
+    return out[0], out[1]

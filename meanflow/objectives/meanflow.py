@@ -5,9 +5,8 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,38 +14,14 @@ from torch import Tensor
 from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import autocast_enabled, check_number
 
+from ..checks import check_takes, check_velocity, num_classes_of
 from .draws import Draws, choose_moved
+from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
 from .time_samplers import LogitNormal, TimeSampler
 
-# u = net(z, r, t, y)
-Net = Callable[..., Tensor]
-
 
 @dataclass(frozen=True)
-class ObjectiveOutput:
-    """What one evaluation of an objective gives, in the caller's row order.
-
-    loss: () mean of `per_sample`, differentiable.
-    per_sample: (B,) weighted loss of each sample, detached.
-    squared_error: (B,) ‖u − u_tgt‖² of each sample before weighting, detached.
-    u: (B, C, H, W) the network's prediction, detached.
-    du_dt: (B, C, H, W) its total derivative, zero where r = t, detached.
-    v: (B, C, H, W) the guided velocity that it is trained towards.
-    t, r: (B,) the times.
-    """
-
-    loss: Tensor
-    per_sample: Tensor
-    squared_error: Tensor
-    u: Tensor
-    du_dt: Tensor
-    v: Tensor
-    t: Tensor
-    r: Tensor
-
-
-@dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Objective[ObjectiveOutput]):
     """The MeanFlow objective (arXiv 2505.13447, Algorithm 1, with guidance in the target, eqs. 19-21).
 
     Args:
@@ -74,6 +49,8 @@ class MeanFlow:
 
     def __post_init__(self) -> None:
         check_shares_and_norm(self)
+        if not isinstance(self.guidance_interval, Iterable):
+            raise TypeError(f"guidance_interval: expected a pair (low, high), got {self.guidance_interval!r}")
         interval = tuple(self.guidance_interval)
         if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
             raise ValueError(f"guidance_interval: expected 0 <= low <= high <= 1, got {self.guidance_interval}")
@@ -86,24 +63,6 @@ class MeanFlow:
     def guided(self) -> bool:
         """Whether the target differs from the plain velocity anywhere."""
         return self.omega != 1.0 or self.kappa != 0.0
-
-    def __call__(
-        self,
-        net: Net,
-        x: Tensor,
-        y: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> ObjectiveOutput:
-        """Draw noise, times, label dropout and the rows with r ≠ t, and evaluate `loss_at`.
-
-        Args:
-            net: u = net(z, r, t, y), with attribute `num_classes` where labels are dropped or the target is guided.
-            x: (B, C, H, W) data.
-            y: (B,) integer labels.
-            generator: source of the draws, on the device of `x`; default: PyTorch's global one.
-        """
-        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
 
     def draw(
         self,
@@ -129,6 +88,7 @@ class MeanFlow:
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
+        check_draws(x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop)
         return self._loss(net, x, draws.noise, draws.t, draws.r, y, draws.drop, draws.order, draws.rows)
 
     def loss_at(
@@ -155,7 +115,8 @@ class MeanFlow:
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        check_draws(x, noise, t=t, r=r, y=y, drop=drop)
+        check_draws(x, y, noise, t=t, r=r, drop=drop)
+        check_times(t, r)
         return self._loss(net, x, noise, t, r, y, drop, *rows_first(t, r))
 
     def _loss(
@@ -180,10 +141,12 @@ class MeanFlow:
         v_g, w_cond = self._guided_velocity(net, z, v, t, y, drop, rows)
 
         if rows > 0:
+            check_takes(net, "y")
             tangents = (v_g[:rows], torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
             u, du_dt = jvp(net, (z, r, t), tangents, y=y_in)  # [B, C, H, W], [rows, C, H, W]
         else:
             u, du_dt = net(z, r, t, y_in), torch.zeros_like(z[:0])
+        u = check_velocity("u", u, z)
         # where r = t and the label is kept, the prediction itself is the u(z,t,t|y) of the guided target (design §5)
         v_g = torch.cat([v_g[:rows], (v_g + w_cond * u.detach())[rows:]]) if self.kappa != 0 else v_g
         v_g = v_g.to(x.dtype)
@@ -222,7 +185,7 @@ class MeanFlow:
         if n_null + n_cond > 0:
             null = torch.full_like(y, net_num_classes(net))
             z2, t2 = torch.cat([z[:n_null], z[:n_cond]]), torch.cat([t[:n_null], t[:n_cond]])
-            u = net(z2, t2, t2, torch.cat([null[:n_null], y[:n_cond]])).to(v.dtype)
+            u = check_velocity("u", net(z2, t2, t2, torch.cat([null[:n_null], y[:n_cond]])), z2).to(v.dtype)
             forget_autocast(z.device)
             if n_null:
                 v_g = v_g + w_null * u[:n_null]
@@ -232,7 +195,7 @@ class MeanFlow:
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Objective[ObjectiveOutput]):
     """Flow matching: u(z, t, t, y) is trained towards v = e − x (arXiv 2210.02747); MeanFlow with r = t everywhere.
 
     Args:
@@ -266,10 +229,6 @@ class FlowMatching:
     def _as_meanflow(self) -> MeanFlow:
         meanflow: MeanFlow = self.__dict__["_meanflow"]
         return meanflow
-
-    def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> ObjectiveOutput:
-        """Draw noise, time and label dropout, and evaluate the loss; arguments as `MeanFlow.__call__`."""
-        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
 
     def draw(
         self,
@@ -316,30 +275,6 @@ def draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch
     return torch.rand(n, generator=generator, device=device) < p if p > 0 else None  # [B]
 
 
-def check_shares_and_norm(objective: Any) -> None:
-    """Raise unless `ratio`, `label_dropout`, `norm_p` and `norm_eps` of an objective are in their ranges."""
-    for name in ("ratio", "label_dropout"):
-        if not 0.0 <= getattr(objective, name) <= 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(objective, name)}")
-    check_number("norm_p", objective.norm_p, 0)
-    check_number("norm_eps", objective.norm_eps, 0, above=True)
-
-
-def check_draws(x: Tensor, noise: Tensor, *, t: Tensor, r: Tensor, drop: Tensor | None, **others: Tensor) -> None:
-    """Raise unless the draws of a batch fit `x`; `others` are further (B,) tensors by name."""
-    if noise.shape != x.shape:
-        raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")
-    for name, a in {"t": t, "r": r, "drop": drop, **others}.items():
-        if a is not None and a.shape != x.shape[:1]:
-            raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
-    if drop is not None and drop.dtype != torch.bool:
-        raise TypeError(f"drop: expected bool, got {drop.dtype}")
-    if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):  # NaN fails too
-        if bool((r > t).any()):
-            raise ValueError("r: expected r <= t in every row")
-        raise ValueError("t, r: expected times in [0, 1] in every row")
-
-
 def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:
     """The order (B,) that puts the rows with r ≠ t first, and their number, which is read on the host."""
     same = r == t  # [B]
@@ -359,12 +294,9 @@ def net_num_classes(net: Net) -> int:
     Raises:
         TypeError: neither `net` nor a module it wraps has the attribute `num_classes`.
     """
-    inner: object = net
-    while inner is not None:
-        n = getattr(inner, "num_classes", None)
-        if isinstance(n, int):
-            return n
-        inner = getattr(inner, "module", None)
+    n = num_classes_of(net)
+    if n is not None:
+        return n
     raise TypeError(
         'net: expected an attribute num_classes (the index that means "no label") because labels are dropped or the '
         f"target is guided; {type(net).__name__} has none. Set it, or use label_dropout=0, omega=1, kappa=0"

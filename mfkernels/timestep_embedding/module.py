@@ -17,10 +17,17 @@ class TimestepEmbedder(nn.Module):
     Args:
         hidden_size: width D of the output.
         frequency_embedding_size: number of sinusoidal features, even.
+
+    Raises:
+        ValueError: a size does not fit; the message names it.
     """
 
     def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
         super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size: expected at least 1, got {hidden_size}")
+        if frequency_embedding_size < 2 or frequency_embedding_size % 2 != 0:
+            raise ValueError(f"frequency_embedding_size: expected an even number >= 2, got {frequency_embedding_size}")
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
             Linear(frequency_embedding_size, hidden_size),

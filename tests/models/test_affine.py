@@ -81,3 +81,6 @@ def test_affine_against_func_jvp():
 def test_affine_checks_its_input():
     with pytest.raises(ValueError, match=r"z: expected shape \(B, 1, 3, 3\)"):
         Affine(3, 1)(torch.randn(2, 1, 4, 4), torch.rand(2), torch.rand(2), torch.zeros(2, dtype=torch.long))
+    for name in ("input_size", "in_channels", "hidden_size", "num_classes"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            Affine(**{"input_size": 3, "in_channels": 1, name: 0})

@@ -189,6 +189,18 @@ def test_bad_arguments():
         DiT(input_size=8, hidden_size=20, num_heads=3, depth=1)
     with pytest.raises(ValueError, match="hidden_size: expected a multiple of 4"):
         DiT(input_size=8, hidden_size=18, num_heads=3, depth=1)
+    for changes, match in (
+        ({"hidden_size": 0}, "hidden_size: expected at least 1, got 0"),
+        ({"depth": -1}, "depth: expected at least 0, got -1"),
+        ({"in_channels": 0}, "in_channels: expected at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size: expected at least 1, got 0"),
+        ({"input_size": 0}, "input_size: expected a multiple of patch_size = 2, got 0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio: expected a finite number > 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            DiT(**{**SIZES["narrow"], **changes})
     net = DiT(**SIZES["narrow"])
     z, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"z: expected shape \(B, 4, 8, 8\)"):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from imf_peers import PlainIMFDiT
@@ -299,6 +300,12 @@ def test_bad_arguments():
         ({"aux_head_depth": 4}, r"aux_head_depth: expected a number in \[0, 3\]"),
         ({"num_time_tokens": 0}, "num_time_tokens: expected at least 1"),
         ({"num_classes": 0}, "num_classes: expected at least 1"),
+        ({"hidden_size": 0}, "hidden_size: expected at least 1, got 0"),
+        ({"in_channels": 0}, "in_channels: expected at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads: expected at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size: expected at least 1, got 0"),
+        ({"depth": -1, "aux_head_depth": 0}, "depth: expected at least 0, got -1"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio: expected a finite number > 0, got 0"),
     ):
         with pytest.raises(ValueError, match=match):
             IMFDiT(**{**size, **changes})
@@ -312,3 +319,26 @@ def test_bad_arguments():
         net(z, t, t, y, omega=torch.ones(3))
     with pytest.raises(ValueError, match="heads: expected 'uv', 'u' or 'v', got 'w'"):
         net(z, t, t, y, heads="w")
+
+
+def test_guidance_that_is_out_of_range():
+    """Numbers are checked; tensors are not read, so that nothing waits for the GPU."""
+    size, nan = SIZES["narrow"], float("nan")
+    net = IMFDiT(**size)
+    z, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    for guidance, error, match in (
+        ({"omega": 0.5}, ValueError, "omega: expected a finite number >= 1, got 0.5"),
+        ({"omega": nan}, ValueError, "omega: expected a finite number >= 1, got nan"),
+        ({"omega": "2"}, TypeError, "omega: expected a number or a tensor, got str"),
+        ({"t_min": None}, TypeError, "t_min: expected a number or a tensor, got NoneType"),
+        ({"t_min": 0.7, "t_max": 0.2}, ValueError, "expected 0 <= t_min <= t_max <= 1, got 0.7 and 0.2"),
+        ({"t_max": 1.5}, ValueError, "t_min, t_max: expected 0 <= t_min <= t_max <= 1, got 0.0 and 1.5"),
+        ({"t_min": nan, "t_max": torch.ones(2)}, ValueError, "t_min, t_max: expected 0 <= t_min <= t_max <= 1"),
+    ):
+        for call in (lambda g: net(z, t, t, y, **g), lambda g: sample(net, z, y, **g)):
+            with pytest.raises(error, match=match):
+                call(guidance)
+    net(z, t, t, y, omega=2, t_min=np.float32(0.25), t_max=torch.tensor(0.5))
+    with torch.no_grad():
+        compiled = torch.compile(lambda z, y: sample(net, z, y, omega=2.0, t_min=0.25), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(z, y), sample(net, z, y, omega=2.0, t_min=0.25))

@@ -48,3 +48,11 @@ def test_bad_shape_and_period():
         timestep_embedding(torch.rand(3, 1), 8)
     with pytest.raises(ValueError, match="max_period"):
         timestep_embedding(torch.rand(3), 8, max_period=0.5)
+
+
+def test_sizes_of_the_embedder():
+    with pytest.raises(ValueError, match="hidden_size: expected at least 1, got 0"):
+        TimestepEmbedder(0)
+    for odd in (0, 7):
+        with pytest.raises(ValueError, match=f"frequency_embedding_size: expected an even number >= 2, got {odd}"):
+            TimestepEmbedder(8, odd)

@@ -1,0 +1,63 @@
+"""Argument checks that networks, objectives and samplers share; none reads a value of a tensor on a GPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, x: Any) -> None:
+    """`x` is a tensor of a floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+
+
+def check_labels(y: Any, batch: int, of: str) -> None:
+    """`y` is one integer label for each of the `batch` rows of the argument `of`."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor of labels, got {type(y).__name__}")
+    if tuple(y.shape) != (batch,):
+        raise ValueError(f"y: expected shape ({batch},), the batch of {of}, got {tuple(y.shape)}")
+    if y.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"y: expected integer labels (int32 or int64), got {y.dtype}")
+
+
+def check_velocity(name: str, u: Any, z: Tensor) -> Tensor:
+    """`u`, which a network returned at `z`, if it is a tensor of the shape of z."""
+    if not isinstance(u, Tensor):
+        raise TypeError(f"net: expected it to return {name}, a tensor of the shape of z, got {type(u).__name__}")
+    if u.shape != z.shape:
+        raise ValueError(f"net: expected {name} of the shape of z, {tuple(z.shape)}, got {tuple(u.shape)}")
+    return u
+
+
+def check_takes(net: Callable[..., Any], *keywords: str) -> None:
+    """`net` can be called as net(z, r, t, keyword=…). A compiler takes it as it is."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        # what a decorator wraps may take other arguments than the decorated function
+        signature = inspect.signature(getattr(net, "forward", net), follow_wrapped=False)
+    except (TypeError, ValueError):  # of code that is not Python
+        return
+    try:
+        signature.bind("z", "r", "t", **dict.fromkeys(keywords))
+    except TypeError as error:
+        wanted = ", ".join(["z, r, t, y", *(f"{keyword}=" for keyword in keywords if keyword != "y")])
+        raise TypeError(f"net: expected net({wanted}), got {type(net).__name__}{signature}: {error}") from error
+
+
+def num_classes_of(net: Any) -> int | None:
+    """The index that means "no label" for `net`, None if it names none; looks inside wrappers such as DDP."""
+    while net is not None:
+        n = getattr(net, "num_classes", None)
+        if isinstance(n, int):
+            return n
+        net = getattr(net, "module", None)
+    return None
