@@ -172,13 +172,32 @@ def test_gradient_flows_through_the_primal_alone():
     assert net.mlp.fc1.weight.grad.abs().sum() > 0
 
 
+class Lambda(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
 def test_sdpa_without_a_rule_names_the_op_and_the_cure():
     def sdpa(x):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
     x = torch.randn(2, 3, 7, 8)
-    with pytest.raises(NotImplementedError, match=r"scaled_dot_product\w*attention.*mfkernels.attention"):
+    cure = r"scaled_dot_product\w*attention.*mfkernels.scaled_dot_product_attention .*patch_sdpa.*mfkernels.dualize"
+    with pytest.raises(NotImplementedError, match=cure) as refusal:
         jvp(sdpa, (x,), (x,))
+    assert "mfkernels.attention" not in str(refusal.value)  # of another layout, and in silence
+
+    def drop_in(x):
+        return mfkernels.scaled_dot_product_attention(x, x, x)
+
+    _, out_dot = jvp(drop_in, (x,), (x,))
+    with mfkernels.patch_sdpa():
+        torch.testing.assert_close(jvp(sdpa, (x,), (x,))[1], out_dot)
+    torch.testing.assert_close(jvp(mfkernels.dualize(Lambda(sdpa)), (x,), (x,))[1], out_dot)
 
 
 def test_a_custom_function_without_a_rule_is_refused():
@@ -208,11 +227,26 @@ def test_a_custom_op_never_gives_a_silent_zero():
         return x.sin()
 
     x = torch.randn(2, 3)
-    with pytest.raises(NotImplementedError, match=r"flash_attn_like.*mfkernels.attention"):
+    with pytest.raises(NotImplementedError, match=r"flash_attn_like.*mfkernels.attention, of \(B, N, H, d\)"):
         jvp(lambda x: op(x) + x, (x,), (x,))
     # an op that the tangent does not reach is none of our business
     _, out_dot = jvp(lambda x: op(torch.ones(2, 3)) + x, (x,), (x,))
     assert torch.equal(out_dot, x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+def test_batch_statistics_are_refused(settings):
+    """The first rows alone have other statistics than the batch: their tangent would be that of another function."""
+    x = torch.randn(6, 5)
+    norm = nn.BatchNorm1d(5, **settings)
+    with pytest.raises(NotImplementedError, match=r"fn: .* mixes batch rows .*use eval\(\) or another norm"):
+        jvp(norm, (x,), (x,), rows=2)
+    with pytest.raises(NotImplementedError, match="fn: batch_norm mixes batch rows"):
+        jvp(lambda x: nn.functional.batch_norm(x, None, None, None, None, True), (x,), (x,), rows=2)
+    if settings.get("track_running_stats", True):
+        norm.eval()
+        _, out_dot = jvp(norm, (x,), (x,), rows=2)
+        torch.testing.assert_close(out_dot, (norm(x) - norm(0 * x))[:2])
 
 
 def test_other_errors_of_the_callable_pass_through():
