@@ -105,7 +105,7 @@ class MeanFlow(Objective[ObjectiveOutput]):
         """The loss at given draws; nothing random inside.
 
         Args:
-            net: u = net(z, r, t, y).
+            net: u = net(z, r, t, y), of the shape of z; the labels are given by the name y.
             x: (B, C, H, W) data.
             noise: (B, C, H, W) noise e.
             t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.

@@ -115,8 +115,10 @@ def check_draws(
     for name, a in rows.items():
         check_floating(name, a)
     if drop is not None:
-        if not isinstance(drop, Tensor) or drop.dtype != torch.bool:
-            raise TypeError(f"drop: expected bool, got {getattr(drop, 'dtype', type(drop).__name__)}")
+        if not isinstance(drop, Tensor):
+            raise TypeError(f"drop: expected a tensor, got {type(drop).__name__}")
+        if drop.dtype != torch.bool:
+            raise TypeError(f"drop: expected bool, got {drop.dtype}")
         rows["drop"] = drop
     for name, a in rows.items():
         if a.shape != x.shape[:1]:
