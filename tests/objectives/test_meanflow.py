@@ -73,12 +73,12 @@ def test_against_algorithm_1(net, objective):
     assert relative_error(out.v, v_g) <= 2e-15
     assert relative_error(out.du_dt[moved], du[moved]) <= 4e-15
     assert out.du_dt[~moved].abs().sum() == 0
-    assert relative_error(out.per_sample, per_sample) <= 4e-15
-    assert relative_error(out.loss, per_sample.mean()) <= 4e-15
+    assert relative_error(out.per_sample, per_sample) <= 7e-16  # measured 3.3e-16
+    assert relative_error(out.loss, per_sample.mean()) <= 2.4e-16  # measured 1.2e-16
     ours = torch.autograd.grad(out.loss, [p for p in net.parameters() if p.requires_grad])
     theirs = torch.autograd.grad(per_sample.mean(), [p for p in net.parameters() if p.requires_grad])
     for g, g_ref in zip(ours, theirs, strict=True):
-        assert relative_error(g, g_ref) <= 2e-13
+        assert relative_error(g, g_ref) <= 3.6e-15  # measured 1.8e-15
 
 
 @pytest.mark.parametrize("which", ["none", "all"])
@@ -88,7 +88,7 @@ def test_no_row_and_every_row_with_r_below_t(net, which):
     objective = MeanFlow(omega=1.0, kappa=0.5)
     out = objective.loss_at(net, **d)
     per_sample, _, du, _ = algorithm_1(net, objective, **d)
-    assert relative_error(out.per_sample, per_sample) <= 4e-15
+    assert relative_error(out.per_sample, per_sample) <= 9e-16  # measured 4.3e-16
     if which == "all":
         assert relative_error(out.du_dt, du) <= 4e-15
 
