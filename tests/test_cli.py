@@ -224,7 +224,6 @@ def test_mistakes_on_the_command_line_end_with_code_2(capsys):
     fails("train digits --resume", capsys, "runs/digits does not exist")
     fails("train --resume --name nope", capsys, "runs/nope does not exist; start the run without --resume")
     fails("nonsense", capsys, "nonsense")
-    fails("", capsys, "COMMAND")
     assert not Path("runs").exists()
 
 
