@@ -164,6 +164,7 @@ def sample_command(args: Sequence[str]) -> int:
     _check_at_least(1, options, "count", "steps")
     _check_finite(options, "guidance_scale", "omega")
     _check_out(options.out)
+    _check_backend()
     device = _device(options.device)
     loaded = load_network(_source(options.run), options.weights, device)
     guidance = _guidance(options, loaded)
@@ -217,6 +218,14 @@ def _check_finite(options: Any, *names: str) -> None:
             raise UsageError(f"{name}: expected a finite number, got {value}")
 
 
+def _check_backend() -> None:
+    """Raise where MFKERNELS_BACKEND names none."""
+    try:
+        requested_backend()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _check_out(path: Path) -> None:
     """Raise before any work where `path` cannot be written."""
     if path.is_dir():
@@ -226,7 +235,7 @@ def _check_out(path: Path) -> None:
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(f"out: cannot write {path}: the folder {path.absolute().parent} is read-only")
     formats = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
-    if path.suffix.lower() not in {".npy", *formats}:
+    if path.suffix != ".npy" and path.suffix.lower() not in formats:
         raise UsageError(f"out: cannot write {path}: expected the suffix of a picture, such as .png, or .npy")
 
 
@@ -305,6 +314,7 @@ def evaluate(args: Sequence[str]) -> int:
     _check_at_least(2, options, "samples")
     _check_at_least(1, options, "steps")
     _check_finite(options, "omega")
+    _check_backend()
     folder = _source(options.run)
     if folder.is_file() or (folder / "state.json").is_file():
         raise UsageError(f"run: expected a run folder such as runs/digits, got {folder}")
@@ -389,10 +399,7 @@ def info(args: Sequence[str]) -> int:
     from .diagnosis import describe
 
     options = _parse(Info, args, prog="info")
-    try:
-        requested_backend()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    _check_backend()
     print(describe(None if options.device == "auto" else _device(options.device)))
     return 0
 
