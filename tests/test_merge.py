@@ -87,7 +87,7 @@ def test_a_file_may_name_its_preset(configured, capsys):
 def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
     saved(name="mine")
     assert configured("digits --resume --name mine").name == "mine"
-    assert cli.main("train DiT-B/4 --resume --name mine".split()) == 2
+    assert cli.main(["train", "DiT-B/4", "--resume", "--name", "mine"]) == 2
     assert "preset: runs/mine was started from digits" in capsys.readouterr().err
 
 

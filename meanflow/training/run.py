@@ -92,7 +92,7 @@ def changed_values(config: TrainConfig, saved: Mapping[str, Any]) -> dict[str, t
         if name in changes:
             now, then = changes[name]
             raise UsageError(
-                f"{name}: a resumed run goes on with its own, {then}, got {now}; start another run with --name"
+                f"{name}: expected the resumed run's own, {then}, got {now}; start another run with --name"
                 + (", or write the new place of the same images into its config.yaml" if name == "data" else "")
             )
     return changes
