@@ -18,7 +18,6 @@ import torch
 import tyro
 from accelerate import PartialState
 from PIL import Image
-from safetensors import SafetensorError
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -463,7 +462,7 @@ def _run(argv: list[str]) -> int:
         code, words = 130, "interrupted"
     except TrainingError as error:
         code, words = 1, str(error)
-    except (UsageError, OSError, SafetensorError) as error:  # what the disk or its permissions refuse, too
+    except (UsageError, OSError) as error:  # OSError: what the disk or its permissions refuse
         code, words = 2, str(error)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -115,7 +115,7 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
     """Read the weights in `source`, write them to `out`; returns what was done, in words.
 
     Raises:
-        UsageError: the file cannot be read or is neither a DiT's nor an iMF-DiT's.
+        UsageError: the file cannot be read, is neither a DiT's nor an iMF-DiT's, or `out` cannot be written.
     """
     try:
         if source.suffix == ".npz":
@@ -142,9 +142,12 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
         report = load_dit(net, state)
     except ValueError as error:
         raise UsageError(f"weights: {source}: {error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    with replaced(out) as partial:
-        save_file(weights, partial, metadata={"model": json.dumps({"name": name, "config": config})})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(out) as partial:
+            save_file(weights, partial, metadata={"model": json.dumps({"name": name, "config": config})})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"out: cannot write {out}: {error}") from error
     sizes = ", ".join(f"{key} {value:g}" for key, value in config.items())
     return f"{report}\n{name} ({sizes}) written to {out}"

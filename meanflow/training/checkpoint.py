@@ -99,7 +99,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
                 tensors[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
                 places.add(value.untyped_storage().data_ptr())
         if main:
-            save_file(tensors, partial / f"{name}.safetensors")
+            try:
+                save_file(tensors, partial / f"{name}.safetensors")
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"cannot write {partial / name}.safetensors: {error}") from error
     if not main:
         return final
     state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
