@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import itertools
-import json
+import math
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypedDict, get_type_hints
 
+import numpy as np
 import torch
 import tyro
-import yaml
 from accelerate import PartialState
+from PIL import Image
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
+from mfkernels.backend import requested_backend
+
+from . import __version__
 from .data import load_data
 from .errors import UsageError
-from .presets import PRESETS, find_preset
+from .files import replaced
+from .merge import merged
+from .presets import PRESETS, preset_name
 from .training.config import TrainConfig
+from .training.config_file import PRESET, read_config, read_values
 from .training.loop import TrainingError
 from .training.network import LoadedNetwork, generate, load_network
 from .training.pictures import image_grid, save_picture
@@ -34,11 +39,11 @@ from .training.run import (
     RUNS,
     evaluate_network,
     prepare_folder,
-    read_config,
+    read_report,
     report_figures,
     run_folder,
     run_training,
-    write_text,
+    update_report,
 )
 
 Flag = FlagCreatePairsOff[bool]
@@ -58,116 +63,79 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
-    """Train a network; everything it writes is in runs/NAME under the working directory.
-
-    Values come from, later ones first: flags, the YAML file, the saved run (with --resume), the preset, the defaults.
-    """
-
+class _Start:
     # values to start from. digits: 8x8 digits, a minute and a half (--objective imf: three, for any guidance scale);
     # others: the papers' recipes
     preset: Positional[Preset] = None
-    config: Path | None = None  # YAML file with values for any of the options below
+    config: Path | None = None  # YAML file of values (`steps: 1000`), for the preset and every option below --overwrite
     resume: Flag = False  # continue the run of this name from its newest checkpoint
     overwrite: Flag = False  # replace the run of this name, if there is one
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(_Start):
+    """Train a network; everything it writes is in runs/NAME under the working directory.
+
+    Values come from, later ones first: flags, the YAML file, the saved run (with --resume) or else the preset, the
+    defaults.
+    """
+
     settings: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+
+
+# The same, but `settings` has the flags that were given and no others: tyro leaves out what a TypedDict may lack.
+_Flags: Any = TypedDict("_Flags", get_type_hints(TrainConfig), total=False)  # type: ignore[misc]
+_Given = dataclasses.make_dataclass(
+    "_Given", [("settings", OmitArgPrefixes[_Flags])], bases=(_Start,), frozen=True, kw_only=True
+)
 
 
 def train(args: Sequence[str]) -> int:
     """Train a network"""
-    # The defaults that --help shows, and that flags override, depend on the preset and files named among the arguments.
-    first = _parse(Train, [a for a in args if a not in ("-h", "--help")], prog="train")
-    base = TrainConfig()
-    if first.preset:
-        asked = first.settings.objective  # "meanflow" is the flag's default: then the preset and the file decide
-        base = find_preset(first.preset, None if asked == base.objective else asked)
-    given = _values_of_file(first.config, base) if first.config else {}
-    if first.preset and "objective" in given and first.settings.objective == TrainConfig().objective:
-        base = find_preset(first.preset, given["objective"])
-    if first.resume:
-        name = _given_name(args) or given.get("name") or base.name
-        prepare_folder(run_folder(name), resume=True, overwrite=first.overwrite)
-        saved = read_config(run_folder(name))
-        base = _configured(base, saved, run_folder(name) / "config.yaml")
-        base = dataclasses.replace(base, name=name)
-    if first.config:
-        base = _configured(base, given, first.config)
-    if {"-h", "--help"} & set(args):
-        args = ["--help"]  # alone: a preset before it would be left out of the text
-    final = _parse(Train, args, prog="train", default=Train(preset=first.preset, settings=base))
-    result = run_training(final.settings, resume=final.resume, overwrite=final.overwrite)
-    name, folder = final.settings.name, run_folder(final.settings.name)
+    asked = _parse(_Given, [a for a in args if a not in ("-h", "--help")], prog="train")
+    file = read_values(asked.config) if asked.config else {}
+    word = asked.preset or file.get(PRESET)
+    if word and word not in PRESETS:
+        raise UsageError(f"config: {asked.config}: {PRESET}: expected one of {', '.join(PRESETS)}, got {word!r}")
+    file.pop(PRESET, None)
+    given = {**file, **asked.settings}
+    if asked.resume:
+        base, preset = _saved_run(word, given, overwrite=asked.overwrite)
+    else:
+        preset = preset_name(word, given.get("objective")) if word else None
+        base = PRESETS[preset] if preset else TrainConfig()
+    config = merged(base, file, asked.settings, path=asked.config)
+    if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
+        _parse(Train, ["--help"], prog="train", default=Train(settings=config))
+    result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
+    folder = run_folder(config.name)
     if result.signal is not None:
         _say(
-            f"Stopped by {signal.Signals(result.signal).name} after step {result.step} of {final.settings.steps}; "
-            f"everything is saved in {result.checkpoint}. Continue with: meanflow train --resume --name {name}"
+            f"Stopped by {signal.Signals(result.signal).name} after step {result.step} of {config.steps}; "
+            f"everything is saved in {result.checkpoint}. Continue with: meanflow train --resume --name {config.name}"
         )
         return 128 + result.signal
     if result.new_steps == 0:
-        asked = final.settings.steps
-        _say(f"{folder} has {result.step} steps already, and --steps asks for {asked}: nothing was trained")
-        return 0
-    _say(f"Trained {result.step} steps in {result.seconds:.0f} s. Samples: {folder / 'samples.png'}")
-    report = folder / "report.json"
-    if final.settings.evaluate and report.is_file():
-        _say_report(json.loads(report.read_text()))
+        _say(f"{folder} has {result.step} steps already, and --steps asks for {config.steps}: nothing was trained")
+    else:
+        _say(f"Trained {result.step} steps in {result.seconds:.0f} s. Samples: {folder / 'samples.png'}")
+    if config.evaluate:
+        _say_report(read_report(folder))
     return 0
 
 
-def _given_name(args: Sequence[str]) -> str | None:
-    """The value of --name among the arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--name")
-    return parser.parse_known_args(list(args))[0].name
-
-
-def _values_of_file(path: Path, base: TrainConfig) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"config: cannot read {path}: {error}") from error
-    values = {} if values is None else values
-    if not isinstance(values, dict):
-        raise UsageError(f"config: {path}: expected keys and values, such as `steps: 1000`, got {values!r}")
-    _configured(base, values, path)
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def _configured(base: TrainConfig, values: dict[str, Any], path: Path) -> TrainConfig:
-    """`base` with the values of a file, checked as flags are."""
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
-    flags: dict[str, list[str]] = {}
-    for written, value in values.items():
-        key = str(written).replace("-", "_")
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise UsageError(f"config: {path} has an unknown key {written!r}{f'; is it {close[0]}?' if close else ''}")
-        flag = "--" + key.replace("_", "-")
-        if isinstance(getattr(base, key), bool):
-            if not isinstance(value, bool):
-                raise UsageError(f"config: {path}: {key}: expected true or false, got {value!r}")
-            flags[key] = [flag if value else flag.replace("--", "--no-", 1)]
-        else:
-            flags[key] = [flag, *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    try:
-        together = list(itertools.chain.from_iterable(flags.values()))
-        return tyro.cli(TrainConfig, args=together, default=base, console_outputs=False)
-    except SystemExit as error:
-        types = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
-        plain = {str(key).replace("-", "_"): value for key, value in values.items()}
-        for some in [{key: value} for key, value in plain.items()] + [plain]:  # which of them was it?
-            try:
-                dataclasses.replace(base, **some)
-            except UsageError as reason:
-                raise UsageError(f"config: {path}: {reason}") from error
-            except TypeError:
-                pass  # text where a number belongs; said below
-        for key, one in flags.items():
-            try:
-                tyro.cli(TrainConfig, args=one, default=base, console_outputs=False)
-            except SystemExit:
-                raise UsageError(f"config: {path}: {key}: expected {types[key]}, got {plain[key]!r}") from error
-        raise UsageError(f"config: {path}: its values do not fit each other") from error
+def _saved_run(word: str | None, given: dict[str, Any], *, overwrite: bool) -> tuple[TrainConfig, str | None]:
+    """What the run to resume was started with, and its preset; `word` is the preset that was asked for."""
+    of_preset = PRESETS[preset_name(word, given.get("objective"))] if word else TrainConfig()
+    folder = run_folder(given.get("name", of_preset.name))
+    prepare_folder(folder, resume=True, overwrite=overwrite)
+    config, values = read_config(folder / "config.yaml"), read_values(folder / "config.yaml")
+    preset = values.get(PRESET)
+    if word and PRESET in values and preset_name(word, config.objective) != preset:
+        raise UsageError(
+            f"preset: {folder} was started from {preset or 'no preset'}, and a resumed run keeps its values; got {word}"
+        )
+    return dataclasses.replace(config, name=folder.name), preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +160,10 @@ class Sample:
 def sample_command(args: Sequence[str]) -> int:
     """Draw images from a trained network"""
     options = _parse(Sample, args, prog="sample")
-    if options.count < 1 or (options.steps is not None and options.steps < 1):
-        raise UsageError(f"count, steps: expected at least 1, got {options.count} and {options.steps}")
+    _check_at_least(1, options, "count", "steps")
+    _check_finite(options, "guidance_scale", "omega")
+    _check_out(options.out)
+    _check_backend()
     device = _device(options.device)
     loaded = load_network(_source(options.run), options.weights, device)
     guidance = _guidance(options, loaded)
@@ -209,8 +179,6 @@ def sample_command(args: Sequence[str]) -> int:
         raise UsageError(
             f"out: {channels} channels make no picture; write an array instead, with --out {options.out.stem}.npy"
         )
-    if not options.out.absolute().parent.is_dir():
-        raise UsageError(f"out: no folder {options.out.absolute().parent}")
     images = generate(
         loaded.net,
         torch.tensor(labels).repeat_interleave(options.count),
@@ -224,9 +192,8 @@ def sample_command(args: Sequence[str]) -> int:
         device=device,
     )  # [labels·count, C, H, W]
     if options.out.suffix == ".npy":
-        import numpy as np
-
-        np.save(options.out, images.numpy())
+        with replaced(options.out) as partial:
+            np.save(partial, images.numpy())
     else:
         try:
             save_picture(image_grid(images, options.count), options.out)
@@ -234,6 +201,41 @@ def sample_command(args: Sequence[str]) -> int:
             raise UsageError(f"out: cannot write {options.out}: {error}") from error
     _say(f"{len(images)} images from {loaded.source}: {options.out}")
     return 0
+
+
+def _check_at_least(least: int, options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name}: expected at least {least}, got {value}")
+
+
+def _check_finite(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_backend() -> None:
+    """Raise where MFKERNELS_BACKEND names none."""
+    try:
+        requested_backend()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_out(path: Path) -> None:
+    """Raise before any work where `path` cannot be written."""
+    if path.is_dir():
+        raise UsageError(f"out: expected a file, got the folder {path}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"out: no folder {path.absolute().parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"out: cannot write {path}: the folder {path.absolute().parent} is read-only")
+    formats = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
+    if path.suffix != ".npy" and path.suffix.lower() not in formats:
+        raise UsageError(f"out: cannot write {path}: expected the suffix of a picture, such as .png, or .npy")
 
 
 def _guidance(options: Sample | Evaluate, loaded: LoadedNetwork) -> dict[str, float]:
@@ -259,16 +261,18 @@ def _labels(text: str, loaded: LoadedNetwork) -> list[int]:
     names = loaded.class_names
     if not text:
         return list(range(min(10, len(names))))
+    by_number = not any(name.isdecimal() for name in names)  # else "3" could be either
     labels = []
     for word in text.split(","):
         word = word.strip()
         if word in names:
             labels.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
+        elif by_number and word.isdecimal() and int(word) < len(names):
             labels.append(int(word))
         else:
             shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-            raise UsageError(f"labels: expected class names or numbers below {len(names)} ({shown}), got {word!r}")
+            numbers = f" or numbers below {len(names)}" if by_number else ""
+            raise UsageError(f"labels: expected class names{numbers} ({shown}), got {word!r}")
     return labels
 
 
@@ -306,13 +310,17 @@ class Evaluate:
 def evaluate(args: Sequence[str]) -> int:
     """Class accuracy and Frechet distance of a run"""
     options = _parse(Evaluate, args, prog="evaluate")
-    if options.samples < 2 or (options.steps is not None and options.steps < 1):
-        raise UsageError(f"samples, steps: expected at least 2 and 1, got {options.samples} and {options.steps}")
+    _check_at_least(2, options, "samples")
+    _check_at_least(1, options, "steps")
+    _check_finite(options, "omega")
+    _check_backend()
     folder = _source(options.run)
+    if folder.is_file() or (folder / "state.json").is_file():
+        raise UsageError(f"run: expected a run folder such as runs/digits, got {folder}")
     device = _device(options.device)
     loaded = load_network(folder, options.weights, device)
     guidance = _guidance(options, loaded)
-    config = _configured(TrainConfig(), read_config(folder), folder / "config.yaml")
+    config = read_config(folder / "config.yaml")
     data = load_data(
         options.data or config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out
     )
@@ -327,20 +335,20 @@ def evaluate(args: Sequence[str]) -> int:
     )
     report = report_figures(figures, sampler)
     _say_report(report)
-    path = folder / "report.json"
     standard = Evaluate(run=options.run, device=options.device)
     asked = dataclasses.replace(options, omega=None, t_min=None, t_max=None)
     if asked == standard and guidance == loaded.guidance:
-        before = json.loads(path.read_text()) if path.is_file() else {}
-        before.pop("note", None)
-        write_text(path, json.dumps({**before, **report}, indent=2) + "\n")
+        update_report(folder, report, loaded.step)
     else:
-        _say(f"{path} keeps the figures of the standard evaluation: {standard.samples} samples, default options.")
+        _say(
+            f"{folder / 'report.json'} keeps the figures of the standard evaluation: {standard.samples} samples, "
+            "default options."
+        )
     return 0
 
 
 def _say_report(report: dict[str, Any]) -> None:
-    for key, title in (("class_accuracy", "class accuracy"), ("frechet_distance", "Frechet distance")):
+    for key, title in (("class_accuracy", "class accuracy"), ("frechet_distance", "pixel-space Frechet distance")):
         value, reference = report.get(key), report.get(f"held_out_{key}")
         if value is not None:
             beside = "" if reference is None else f"  (held-out real images: {reference:.3f})"
@@ -370,6 +378,8 @@ def convert_command(args: Sequence[str]) -> int:
     from .weight_files import convert_file
 
     options = _parse(Convert, args, prog="convert")
+    if options.out.is_dir():
+        raise UsageError(f"out: expected a file, got the folder {options.out}")
     if options.out.exists() and not options.overwrite:
         raise UsageError(f"out: {options.out} exists already; choose another name or add --overwrite")
     _say(convert_file(options.weights, options.out, num_heads=options.num_heads, input_size=options.input_size))
@@ -388,6 +398,7 @@ def info(args: Sequence[str]) -> int:
     from .diagnosis import describe
 
     options = _parse(Info, args, prog="info")
+    _check_backend()
     print(describe(None if options.device == "auto" else _device(options.device)))
     return 0
 
@@ -398,6 +409,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "convert": convert_command,
     "info": info,
+}
+
+
+# What needs less memory, by command.
+LESS = {
+    "train": "a smaller --batch-size, a larger --accumulate, or --checkpoint-blocks all",
+    "sample": "a smaller --count, or fewer --labels",
+    "evaluate": "fewer --samples",
+    "convert": "nothing here can; use a machine with more",
+    "info": "--device cpu",
 }
 
 
@@ -429,19 +450,31 @@ def _run(argv: list[str]) -> int:
         epilog=f"commands:\n{commands}\n\n`meanflow COMMAND --help` lists its options. Try: meanflow train digits",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"meanflow {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    if not argv:
+        parser.print_help()
+        return 0
     options = parser.parse_args(argv[:1])
     try:
         return COMMANDS[options.command](argv[1:])
-    except UsageError as error:
-        print(f"meanflow {options.command}: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"meanflow {options.command}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"meanflow {options.command}: interrupted", file=sys.stderr)
-        return 130
+        code, words = 130, "interrupted"
+    except TrainingError as error:
+        code, words = 1, str(error)
+    except (UsageError, OSError) as error:  # OSError: what the disk or its permissions refuse
+        code, words = 2, str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        code, words = 2, f"out of memory: {str(error).splitlines()[0]}. Ask for less at a time: {LESS[options.command]}"
+    print(f"meanflow {options.command}: {words}", file=sys.stderr)
+    return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)  # PyTorch's on a CPU is a plain RuntimeError
 
 
 def _run_and_leave(argv: list[str]) -> NoReturn:

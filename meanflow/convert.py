@@ -98,6 +98,11 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights in a training program's file: the averaged ones where it has them."""
+    return next((state[key] for key in ("ema", "model", "state_dict") if isinstance(state.get(key), Mapping)), state)
+
+
 def plain_name(name: str) -> str:
     """A tensor's name without what wrappers added to it: prefixes, and the layers that the authors' ports keep."""
     name = re.sub(r"^(?:module\.|_orig_mod\.|model\.|net\.)+", "", name)
@@ -119,11 +124,7 @@ def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
     Raises:
         ValueError: nothing fits.
     """
-    for key in ("ema", "model", "state_dict"):
-        if key in state and isinstance(state[key], Mapping):
-            state = state[key]  # type: ignore[assignment]
-            break
-    theirs = {plain_name(name): value for name, value in state.items()}
+    theirs = {plain_name(name): value for name, value in unwrapped(state).items()}
     ours = model.state_dict()
     _drop_sigma(theirs, ours)
     loaded, wrong_shape = [], []

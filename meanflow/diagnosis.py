@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -12,24 +13,31 @@ import mfkernels
 import mfkernels.backend
 from mfkernels.attention.cuda import description as cuda_description
 
-from .models import DiT
-from .objectives import MeanFlow
+from .models import DiT, IMFDiT
+from .objectives import ImprovedMeanFlow, MeanFlow
 
 PACKAGES = ("meanflow", "torch", "triton", "numpy", "accelerate", "safetensors", "scikit-learn", "tensorboard")
 
 
 def served_by(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Which backend serves each op in a small training step (head dim 64, 64 tokens) on this device.
+    """Which backend serves each op in small training steps (head dim 64, 64 tokens) on this device.
 
     Raises:
         NotImplementedError: a backend that was asked for cannot serve an op.
     """
-    net = DiT(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
-    net.to(device=device, dtype=dtype)
-    x = torch.zeros(4, 4, 16, 16, device=device, dtype=dtype)
-    y = torch.zeros(4, dtype=torch.long, device=device)
+    sizes: dict[str, Any] = {"input_size": 16, "patch_size": 2, "in_channels": 4, "num_classes": 10}
+    sizes |= {"hidden_size": 128, "num_heads": 2}
+    x = torch.zeros(4, 4, 16, 16, device=device, dtype=dtype)  # [B, C, H, W]
+    y = torch.zeros(4, dtype=torch.long, device=device)  # [B]
+    q = torch.zeros(4, 64, 2, 64, device=device, dtype=dtype)  # [B, N, H, d]
+    angle = torch.zeros(64, 32, device=device)  # [N, d/2]
     with mfkernels.backend.recorded_choices() as chosen:
-        MeanFlow(ratio=0.5)(net, x, y).loss.backward()
+        for net, objective in (
+            (DiT(**sizes, depth=1), MeanFlow(ratio=0.5)),
+            (IMFDiT(**sizes, depth=2, aux_head_depth=1), ImprovedMeanFlow(ratio=0.5)),
+        ):
+            objective(net.to(device=device, dtype=dtype), x, y).loss.backward()
+        mfkernels.rotary(q, q, angle.cos(), angle.sin())  # of other people's networks
     return chosen
 
 

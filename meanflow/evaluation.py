@@ -6,6 +6,8 @@ rest; in [0, 1] every distance would be a quarter of that.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +105,14 @@ def _subset(source: ImageSource) -> tuple[Tensor, Tensor]:
     return source.images(chosen.tolist()), source.labels[chosen]
 
 
+def too_large(shape: Sequence[int]) -> str:
+    """Why images of this shape get no figures; "" where they do."""
+    features = math.prod(shape)
+    if features <= MAX_FEATURES:
+        return ""
+    return f"images of {features} values are too large for pixel-space figures (at most {MAX_FEATURES})"
+
+
 def evaluate_images(images: Tensor, labels: Tensor, data: ImageData) -> Evaluation:
     """Compare generated images with the real ones that the network was trained on.
 
@@ -111,15 +121,13 @@ def evaluate_images(images: Tensor, labels: Tensor, data: ImageData) -> Evaluati
         labels: (n,).
         data: the real images; its held-out part, if any, gives the reference values.
     """
-    n, features = len(images), images[0].numel()
-    if features > MAX_FEATURES:
-        note = f"images of {features} values are too large for pixel-space figures (at most {MAX_FEATURES})"
+    n, note = len(images), too_large(images.shape[1:])
+    if note:
         return Evaluation(None, None, None, None, samples=n, note=note)
     images = images.clamp(-1, 1)
     real, real_labels = _subset(data.train)
     kept = _subset(data.held_out) if data.held_out is not None else None
     accuracy = held_out_accuracy = None
-    note = ""
     if data.num_classes < 2:
         note = "class_accuracy: there is one class only"
     else:

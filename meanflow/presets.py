@@ -48,6 +48,7 @@ DIGITS_IMF = dataclasses.replace(
     aux_head_depth=2,
     prefix_tokens=(1, 1, 1, 1),
     ratio=0.9,
+    kappa=0.0,
     norm_p=0.5,
     time_mean=-2.4,
     time_std=1.8,
@@ -122,6 +123,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
-def find_preset(name: str, objective: str | None = None) -> TrainConfig:
-    """The preset of that name, or its variant for an objective that has one: "digits" with "imf" is "digits-imf"."""
-    return PRESETS.get(f"{name}-{objective}", PRESETS[name])
+def preset_name(name: str, objective: str | None = None) -> str:
+    """The name itself, or that of its variant for an objective that has one: "digits" with "imf" is "digits-imf"."""
+    variant = f"{name}-{objective}"
+    return variant if variant in PRESETS else name

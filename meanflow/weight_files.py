@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name
+from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name, unwrapped
 from .errors import UsageError
+from .files import replaced
 from .models import create_model
 
 
@@ -115,7 +115,7 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
     """Read the weights in `source`, write them to `out`; returns what was done, in words.
 
     Raises:
-        UsageError: the file cannot be read or is neither a DiT's nor an iMF-DiT's.
+        UsageError: the file cannot be read, is neither a DiT's nor an iMF-DiT's, or `out` cannot be written.
     """
     try:
         if source.suffix == ".npz":
@@ -132,10 +132,7 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
         raise
     except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
         raise UsageError(f"weights: cannot read {source}: {error}") from error
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
+    state = unwrapped(state)
     try:
         if _is_imf(state):
             name, config = "iMF-DiT", imf_dit_config(state, input_size=input_size)
@@ -145,10 +142,12 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
         report = load_dit(net, state)
     except ValueError as error:
         raise UsageError(f"weights: {source}: {error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
-    save_file(weights, partial, metadata={"model": json.dumps({"name": name, "config": config})})
-    os.replace(partial, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(out) as partial:
+            save_file(weights, partial, metadata={"model": json.dumps({"name": name, "config": config})})
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"out: cannot write {out}: {error}") from error
     sizes = ", ".join(f"{key} {value:g}" for key, value in config.items())
     return f"{report}\n{name} ({sizes}) written to {out}"

@@ -12,14 +12,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from meanflow import cli
+from meanflow import __version__, cli
+from meanflow.errors import UsageError
 from meanflow.models import DiT, IMFDiT
 from meanflow.presets import PRESETS
-from meanflow.training import TrainConfig, TrainingError, list_checkpoints
+from meanflow.training import LoadedNetwork, TrainConfig, TrainingError, list_checkpoints
 from meanflow.training.log import read_log
+from mfkernels import backend
 
 TINY = "--model DiT --hidden-size 16 --depth 1 --num-heads 2 --patch-size 4 --batch-size 8 --log-every 1 --device cpu"
 
@@ -84,6 +86,7 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
     said = capsys.readouterr().out
     assert "runs/digits/samples.png" in said
     assert "class accuracy" in said
+    assert "pixel-space Frechet distance" in said
     folder = Path("runs/digits")
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
@@ -131,14 +134,22 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
         assert "keeps the figures of the standard evaluation" in capsys.readouterr().out
         assert json.loads((folder / "report.json").read_text()) == after
 
-    fails("sample digits --labels 3,11", capsys, "labels:", "'11'")
-    fails("sample digits --count 0", capsys, "count")
+    fails("sample digits --labels 3,11", capsys, "labels: expected class names (0, 1", "'11'")
+    fails("sample digits --labels ²", capsys, "'²'")
+    fails("sample digits --count 0", capsys, "count: expected at least 1, got 0")
+    fails("sample digits --steps 0", capsys, "sample: steps: expected at least 1, got 0")
+    fails("sample digits --guidance-scale nan", capsys, "guidance_scale: expected a finite number")
+    fails("evaluate digits --samples 1", capsys, "samples: expected at least 2, got 1")
     fails("sample digits --guidance-scale 3", capsys, "guidance_scale: only", "flow_matching")
     fails("sample digits --method euler", capsys, "method: only", "flow_matching")
     fails("sample digits --out nowhere/grid.png", capsys, "no folder", "nowhere")
     fails("sample digits --out grid.xyz", capsys, "cannot write grid.xyz")
     fails("sample nothing", capsys, "nothing does not exist")
     fails("evaluate nothing", capsys, "nothing does not exist")
+    fails(f"evaluate {list_checkpoints(folder / 'checkpoints')[-1]}", capsys, "run: expected a run folder")
+    fails(f"evaluate {folder / 'config.yaml'}", capsys, "run: expected a run folder")
+    Path("folder.png").mkdir()
+    fails("sample digits --out folder.png", capsys, "out: expected a file, got the folder folder.png")
 
 
 def test_a_finished_run_is_left_alone_and_its_seconds_add_up(capsys):
@@ -224,7 +235,9 @@ def test_mistakes_on_the_command_line_end_with_code_2(capsys):
     fails("train digits --resume", capsys, "runs/digits does not exist")
     fails("train --resume --name nope", capsys, "runs/nope does not exist; start the run without --resume")
     fails("nonsense", capsys, "nonsense")
-    fails("", capsys, "COMMAND")
+    fails("train digits --seed 4294967296", capsys, "seed: expected less than 2**32")
+    fails("train digits --weight-decay nan", capsys, "weight_decay: expected a finite number, got nan")
+    fails("train digits --guidance-interval 0 inf", capsys, "guidance_interval: expected a finite number, got inf")
     assert not Path("runs").exists()
 
 
@@ -314,14 +327,25 @@ def test_digits_with_improved_meanflow_at_any_guidance_scale(capsys):
     fails(f"train digits {TINY} --objective imf --name x", capsys, "objective: imf trains an iMF-DiT")
 
 
-def test_info_names_every_op_and_its_backend(capsys):
+def test_info_names_every_op_and_its_backend(capsys, monkeypatch):
     assert run("info --device cpu") == 0
     text = capsys.readouterr().out
-    for word in ("torch", "attention", "ada_layer_norm", "meanflow_loss", "reference", "bfloat16"):
+    for word in ("torch", "reference", "bfloat16", *backend.OPS):
         assert word in text
+    monkeypatch.setattr(backend, "_requested", "tritn")
+    for line in ("info", "sample x", "evaluate x"):
+        fails(line, capsys, "MFKERNELS_BACKEND: expected one of", "'tritn'")
+    assert capsys.readouterr().out == ""
 
 
-def test_converted_weights_can_be_sampled_and_trained_on(capsys):
+def test_the_command_alone_says_what_there_is(capsys):
+    assert run("") == 0
+    assert "commands:" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"meanflow {__version__}\n"
+
+
+def test_converted_weights_can_be_sampled_and_trained_on(capsys, monkeypatch):
     net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
     torch.save({"ema": {f"module.{name}": value for name, value in net.state_dict().items()}}, "theirs.pt")
     assert run("convert theirs.pt --out ours.safetensors --num-heads 2") == 0
@@ -342,6 +366,23 @@ def test_converted_weights_can_be_sampled_and_trained_on(capsys):
     fails("convert theirs.bin --out x.safetensors", capsys, "expected a .npz")
     fails("sample other.safetensors", capsys, "meanflow convert")
     assert not Path("x.safetensors").exists()
+
+    fails("sample ours.safetensors --weights raw", capsys, "weights: ours.safetensors holds one set")
+    for text in ("{half", "[]", '{"name": "DiT"}'):
+        save_file({"w": torch.zeros(1)}, "damaged.safetensors", metadata={"model": text})
+        fails("sample damaged.safetensors", capsys, "its metadata names no model")
+    Path("folder").mkdir()
+    fails("convert theirs.pt --out folder --overwrite", capsys, "out: expected a file, got the folder")
+    fails("convert theirs.pt --out theirs.pt/x.safetensors", capsys, "theirs.pt")
+    with monkeypatch.context() as full:
+
+        def half(tensors, path, metadata):
+            path.write_bytes(b"half")
+            raise SafetensorError("No space left on device")
+
+        full.setattr("meanflow.weight_files.save_file", half)
+        fails("convert theirs.pt --out folder/x.safetensors", capsys, "out: cannot write folder/x", "No space left")
+    assert list(Path("folder").iterdir()) == []
 
 
 def test_weights_of_the_jax_program_are_converted():
@@ -405,6 +446,143 @@ def test_a_damaged_newest_checkpoint_names_an_older_one_that_is_intact(capsys):
     shutil.rmtree(second)
     assert run("train digits --resume --steps 4") == 0
     assert [row["step"] for row in read_log(Path("runs/digits/log.jsonl"))] == [1, 2, 3, 4]
+
+
+def test_only_the_data_of_a_network_is_compared_with_it(tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "pets")
+    line = f"--image-size 8 --name pets {TINY} --steps 2"
+    assert run(f"train --data pets {line}") == 0
+    monkeypatch.chdir("pets")  # the data are found from anywhere
+    assert run("evaluate ../runs/pets --samples 20") == 0
+    monkeypatch.chdir("..")
+    shutil.copytree("pets", "more")
+    (tmp_path / "more" / "cat").rename(tmp_path / "more" / "bird")
+    fails("evaluate pets --data more", capsys, "more has other classes", "it lacks cat; it has besides bird")
+    shutil.copytree("more/dog", "pets/bird")
+    fails("train --resume --name pets --steps 3", capsys, "has other classes", "it has besides bird")
+    shutil.rmtree("pets/bird")
+    fails("train --resume --name pets --steps 3 --image-size 16", capsys, "was trained with input_size 8", "has 16")
+    fails("train --resume --name pets --steps 3 --data more", capsys, "data: expected the resumed run's own")
+    assert run("train --resume --name pets --steps 3 --data pets") == 0
+
+
+def test_a_resumed_run_says_what_is_new_and_reads_no_initial_weights(capsys):
+    assert run(f"train digits {TINY} --steps 2 --no-evaluate") == 0
+    save_file(load_file(list_checkpoints(Path("runs/digits/checkpoints"))[-1] / "model.safetensors"), "w.safetensors")
+    line = f"train digits {TINY} --name second --init w.safetensors --no-evaluate"
+    assert run(f"{line} --steps 2") == 0
+    Path("w.safetensors").unlink()
+    capsys.readouterr()
+    assert run(f"{line} --steps 4 --lr 0.5 --resume") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert "digits: 1438 images in 10 classes, 359 kept apart; DiT, " in said[0]
+    assert said[1] == "resumed after step 2 with steps 4 (was 2), lr 0.5 (was 0.002)"
+    for flag, words in (("--init other", "init: expected"), ("--objective flow_matching", "objective: expected")):
+        fails(f"train --resume --name second --steps 5 {flag}", capsys, words, "resumed run's own")
+
+
+def test_a_report_is_of_the_newest_step(capsys, monkeypatch):
+    line = f"train digits {TINY_IMF}"
+    report = Path("runs/digits-imf/report.json")
+    assert run(f"{line} --steps 2") == 0
+    assert json.loads(report.read_text())["guidance"]
+    with monkeypatch.context() as interrupted:
+
+        def stop(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        interrupted.setattr("meanflow.training.run.evaluate_network", stop)
+        assert run("train --resume --name digits-imf --steps 3") == 130
+    assert not report.exists()
+    assert run("train --resume --name digits-imf --steps 3") == 0
+    assert "nothing was trained" in capsys.readouterr().out
+    after = json.loads(report.read_text())
+    assert (after["steps"], len(after["guidance"])) == (3, 7)
+
+    report.write_text(json.dumps({**after, "steps": 2}))  # such as a copy from before
+    assert run("evaluate digits-imf") == 0
+    again = json.loads(report.read_text())
+    assert again["steps"] == 3
+    assert "guidance" not in again
+    report.write_text("{half")
+    fails("evaluate digits-imf", capsys, "cannot read runs/digits-imf/report.json")
+    fails("train --resume --name digits-imf --steps 4", capsys, "cannot read runs/digits-imf/report.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("checkpoints/step_00000002/state.json", "{half"),
+        ("checkpoints/step_00000002/state.json", "[]"),
+        ("checkpoints/step_00000002/state.json", '{"format": 1}'),
+        ("checkpoints/step_00000002/optimizer.safetensors", "half"),
+        ("checkpoints/step_00000002/optimizer.safetensors", {"x_embedder.proj.weight|exp_avg": torch.zeros(1)}),
+        ("checkpoints/step_00000002/ema.safetensors", {"w": torch.zeros(1)}),
+        ("checkpoints/step_00000002/rng.safetensors", {"0.cpu": torch.zeros(3)}),
+        ("config.yaml", "steps: [half"),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("log.jsonl", '{"step": 1}\n{ha\n{"step": 2}\n'),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_and_nothing_is_lost(capsys, file, text):
+    assert run(f"train digits {TINY} --steps 2 --no-evaluate") == 0
+    path = Path("runs/digits") / file
+    if isinstance(text, dict):
+        save_file(text, path)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    fails("train --resume --name digits --steps 3", capsys, str(path) if path.suffix != ".json" else str(path.parent))
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
+    Path("runs").write_text("")
+    fails(f"train digits {TINY}", capsys, "is a file; expected a folder")
+    Path("runs").unlink()
+
+    def refuse(error):
+        def stop(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(cli, "run_training", stop)
+
+    refuse(OSError(28, "No space left on device"))
+    fails("train digits", capsys, "No space left on device")
+    refuse(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    fails("train digits", capsys, "out of memory", "--batch-size")
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    fails("train digits", capsys, "out of memory", "--batch-size")
+    refuse(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("train digits")
+
+
+def test_a_backend_that_cannot_serve_a_network_is_named(capsys):
+    assert run(f"train digits {TINY} --steps 1 --no-evaluate") == 0
+    with backend.use_backend("cuda"):
+        fails("sample digits", capsys, "backend: this network cannot be served", "cuda")
+        fails("evaluate digits", capsys, "backend: this network cannot be served", "cuda")
+
+
+def test_images_too_large_for_figures_are_not_even_drawn(tmp_path, monkeypatch):
+    make_folder(tmp_path / "pets")
+    monkeypatch.setattr("meanflow.evaluation.MAX_FEATURES", 100)
+    assert run(f"train --data pets --image-size 8 --name pets {TINY} --steps 1") == 0
+    report = json.loads(Path("runs/pets/report.json").read_text())
+    assert report["samples"] == 0
+    assert "images of 192 values are too large" in report["note"]
+
+
+def test_labels_are_numbers_only_where_no_name_is_one():
+    def labels(text, *names):
+        return cli._labels(text, LoadedNetwork(torch.nn.Identity(), "meanflow", names, 1, Path("x")))
+
+    assert labels("dog,0", "cat", "dog") == [1, 0]
+    assert labels("10,7", "7", "10") == [1, 0]
+    for text, names in (("0", ("7", "10")), ("2", ("cat", "dog")), ("", ("cat", "dog"))):
+        with pytest.raises(UsageError, match="labels: expected class names"):
+            labels(text or ",", *names)
 
 
 def test_the_module_runs_as_a_program():

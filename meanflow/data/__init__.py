@@ -3,7 +3,7 @@
 from .digits import load_digits_data
 from .folder import load_folder, read_image
 from .images import ImageData, ImageSource, TensorImages, stratified_split
-from .loader import load_data, micro_batches
+from .loader import load_data, located, micro_batches
 from .order import StepOrder, StepSampler, generator_for, shard
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_data",
     "load_digits_data",
     "load_folder",
+    "located",
     "micro_batches",
     "read_image",
     "shard",

@@ -1,9 +1,11 @@
-"""A folder of images: one sub-folder per class."""
+"""A folder of images: one sub-folder per class. Transparent images are put on white."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ CACHE_BYTES = 2**30
 
 
 def read_image(path: Path, size: int, *, grey: bool) -> Tensor:
-    """Decode, turn as its EXIF says, scale the shorter side to `size` and cut out the centre.
+    """Decode, put on white, turn as its EXIF says, scale the shorter side to `size` and cut out the centre.
 
     Returns:
         (1 or 3, size, size) uint8.
@@ -34,12 +36,20 @@ def read_image(path: Path, size: int, *, grey: bool) -> Tensor:
                 raise UsageError(
                     f"data: {path} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits"
                 )
-            picture = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+            picture = _on_white(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
             picture = ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's three ways to refuse a file
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file raises what its decoder happens to run into
         raise UsageError(f"data: cannot read the image {path}: {error}") from error
     pixels = np.asarray(picture, dtype=np.uint8).reshape(size, size, -1)  # [H, W, C]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
 
 class FolderImages:
@@ -66,14 +76,17 @@ class FolderImages:
             return torch.stack(list(tqdm(decoded, total=len(chosen), desc="reading images", leave=False, disable=None)))
 
 
-def find_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+def find_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...], int]:
     """Image files of a folder with one sub-folder per class, in sorted order; labels number the sorted sub-folders.
 
+    Files and folders whose names begin with a dot are not looked at.
+
     Returns:
-        paths, labels (n,), class names.
+        paths, labels (n,), class names, number of other files.
 
     Raises:
-        UsageError: the folder is missing, has no sub-folders, or a sub-folder has no images.
+        UsageError: the folder is missing, has no sub-folders, or a sub-folder has no images; or the sub-folders are
+            parts of the data, each with a folder per class.
     """
     if not folder.is_dir():
         raise UsageError(f"data: no folder {folder}{' (it is a file)' if folder.exists() else ''}")
@@ -83,15 +96,39 @@ def find_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
         here = sum(entry.suffix.lower() in SUFFIXES for entry in folder.iterdir())
         found = f"{here} images and no sub-folders" if here else "no sub-folders"
         raise UsageError(f"data: {expected}, found {found}. To train without classes, put all images in one sub-folder")
+    _refuse_parts(classes)
     paths: list[Path] = []
     labels: list[int] = []
+    others = sum(entry.is_file() and not entry.name.startswith(".") for entry in folder.iterdir())
     for label, entry in enumerate(classes):
-        files = sorted(p for p in entry.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if not files:
+        files = [p for p in entry.rglob("*") if not _hidden(p.relative_to(entry)) and p.is_file()]
+        images = sorted(p for p in files if p.suffix.lower() in SUFFIXES)
+        if not images:
             raise UsageError(f"data: no images in {entry} ({expected}; image files end in {', '.join(SUFFIXES)})")
-        paths += files
-        labels += [label] * len(files)
-    return paths, torch.tensor(labels), tuple(entry.name for entry in classes)
+        paths += images
+        labels += [label] * len(images)
+        others += len(files) - len(images)
+    return paths, torch.tensor(labels), tuple(entry.name for entry in classes), others
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _refuse_parts(classes: Sequence[Path]) -> None:
+    """FOLDER/train/CLASS and FOLDER/val/CLASS would train on the classes "train" and "val"."""
+    inside: list[set[str]] = []
+    for entry in classes:
+        seen = [item for item in entry.iterdir() if not item.name.startswith(".")]
+        if any(item.suffix.lower() in SUFFIXES and item.is_file() for item in seen):
+            return
+        inside.append({item.name for item in seen if item.is_dir()})
+    repeated = sorted(name for name, times in Counter(chain.from_iterable(inside)).items() if times > 1)
+    if repeated:
+        raise UsageError(
+            f"data: {' and '.join(entry.name for entry in classes[:3])} in {classes[0].parent} have no images but the "
+            f"same sub-folders ({', '.join(repeated[:3])}); expected one sub-folder per class, such as in {classes[0]}"
+        )
 
 
 def load_folder(folder: Path, *, image_size: int, grey: bool = False, held_out: float = 0.0) -> ImageData:
@@ -102,7 +139,7 @@ def load_folder(folder: Path, *, image_size: int, grey: bool = False, held_out: 
     Raises:
         UsageError: the folder or an image in it cannot be used; the message names it.
     """
-    paths, labels, class_names = find_images(folder)
+    paths, labels, class_names, skipped = find_images(folder)
     lazy = FolderImages(paths, labels, size=image_size, grey=grey)
     channels = 1 if grey else 3
     pixels = lazy.pixels() if len(paths) * channels * image_size**2 <= CACHE_BYTES else None
@@ -120,4 +157,5 @@ def load_folder(folder: Path, *, image_size: int, grey: bool = False, held_out: 
         class_names=class_names,
         channels=channels,
         image_size=image_size,
+        skipped=skipped,
     )

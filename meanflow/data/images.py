@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from .order import generator_for
 
 
@@ -53,7 +54,10 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: what is trained on, what is kept apart for evaluation (None: nothing), and the labels' names."""
+    """A data set: what is trained on, what is kept apart for evaluation (None: nothing), and the labels' names.
+
+    skipped: files of its folder that are no images of a class.
+    """
 
     name: str
     train: ImageSource
@@ -61,10 +65,25 @@ class ImageData:
     class_names: tuple[str, ...]
     channels: int
     image_size: int
+    skipped: int = 0
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def check_classes(self, names: Sequence[str], source: object) -> None:
+        """Raise a UsageError unless the classes are `names`, those of `source`, in their order."""
+        if tuple(names) == self.class_names:
+            return
+        words = "; ".join(
+            f"{title} {', '.join(some[:5])}{' …' if len(some) > 5 else ''}"
+            for title, some in (
+                ("it lacks", [name for name in names if name not in self.class_names]),
+                ("it has besides", [name for name in self.class_names if name not in names]),
+            )
+            if some
+        )
+        raise UsageError(f"data: {self.name} has other classes than {source}: {words or 'they are in another order'}")
 
 
 def stratified_split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,11 @@ def load_data(data: str, *, image_size: int, grey: bool, held_out: float) -> Ima
     return load_folder(Path(data).expanduser(), image_size=image_size, grey=grey, held_out=held_out)
 
 
+def located(data: str) -> str:
+    """`data` as `load_data` finds it from any working directory."""
+    return data if data in ("", "digits") else str(Path(data).expanduser().absolute())
+
+
 class _Guarded(Dataset[Any]):
     """Hands an unreadable image back as data: raised in a worker process, its message would drown in a traceback."""
 

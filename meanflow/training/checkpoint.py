@@ -99,7 +99,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
                 tensors[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
                 places.add(value.untyped_storage().data_ptr())
         if main:
-            save_file(tensors, partial / f"{name}.safetensors")
+            try:
+                save_file(tensors, partial / f"{name}.safetensors")
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"cannot write {partial / name}.safetensors: {error}") from error
     if not main:
         return final
     state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
@@ -165,18 +168,22 @@ def load_metadata(path: Path) -> dict[str, str]:
         raise UsageError(f"cannot read {path}: {error}") from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+def load_state(path: Path, *names: str) -> dict[str, Any]:
+    """state.json of a checkpoint, which has these names besides step and format.
 
     Raises:
         UsageError: there is no checkpoint that this version can read.
     """
     try:
         state = json.loads((path / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path} is not a checkpoint: {error}") from error
-    if state.get("format") != FORMAT:
-        raise UsageError(f"{path}: expected a checkpoint of format {FORMAT}, got {state.get('format')}")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a checkpoint: cannot read its state.json: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UsageError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    missing = [name for name in ("step", *names) if name not in state]
+    if missing:
+        raise UsageError(f"{path} is not a checkpoint: its state.json lacks {', '.join(missing)}")
     return state
 
 
@@ -289,6 +296,18 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
     model.load_state_dict(dict(weights))
 
 
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
+    """Raise unless `found`, read from `source`, has every expected tensor in its shape."""
+    wrong = [name for name, value in expected.items() if name not in found or found[name].shape != value.shape]
+    if wrong:
+        raise UsageError(f"{source}: {len(wrong)} tensors are missing or of another shape, such as {wrong[0]}")
+
+
+def parameter_of(key: str) -> str:
+    """The parameter that an optimiser's tensor belongs to."""
+    return key.rpartition(_SEPARATOR)[0]
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, spread as the parameters are.
 
@@ -305,7 +324,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        name, moment = key.split(_SEPARATOR)
+        name, _, moment = key.rpartition(_SEPARATOR)
         state.setdefault(name, {})[moment] = value
     set_optimizer_state_dict(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,6 +85,11 @@ class TrainConfig:
     evaluate: bool = True  # at the end, write report.json (accuracy and Frechet distance of generated images)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"{field.name}: expected a finite number, got {number}")
         for name in (
             "image_size",
             "steps",
@@ -101,6 +107,8 @@ class TrainConfig:
         for name in ("workers", "threads", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**32:  # what NumPy takes
+            raise UsageError(f"seed: expected less than 2**32, got {self.seed}")
         for name in ("held_out", "ema_decay", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UsageError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -110,8 +118,9 @@ class TrainConfig:
             raise UsageError(f"sample_interval: expected 0 <= low <= high <= 1, got {self.sample_interval}")
         if self.checkpoint_blocks != "all" and self.checkpoint_blocks < 0:
             raise UsageError(f"checkpoint_blocks: expected 'all' or at least 0, got {self.checkpoint_blocks}")
-        if not self.lr > 0.0:
-            raise UsageError(f"lr: expected a number > 0, got {self.lr}")
+        for name in ("lr", "time_std"):
+            if getattr(self, name) <= 0.0:
+                raise UsageError(f"{name}: expected a number > 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulate != 0:
             raise UsageError(
                 f"batch_size: expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
@@ -23,14 +23,17 @@ from ..objectives import Draws
 from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
+    check_tensors,
     cure_for_damage,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
     load_rng_tensors,
+    load_state,
     load_tensors,
     load_weights,
     optimizer_tensors,
+    parameter_of,
     rng_tensors,
     save_checkpoint,
 )
@@ -84,6 +87,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
                 f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
                 "--strategy ddp or --strategy fsdp"
             )
+    device = PartialState(cpu=config.device == "cpu").device
+    if config.precision in ("tf32", "fp16") and device.type != "cuda":  # accelerate would train in float32
+        raise UsageError(f"precision: {config.precision} is a format of NVIDIA GPUs, and this run's device is {device}")
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
@@ -92,10 +98,8 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(folder),
         )
-    except ValueError as error:  # fp16 on a CPU, or a second run of this process with another precision
+    except ValueError as error:  # a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
-    if config.precision == "tf32" and accelerator.device.type != "cuda":
-        raise UsageError(f"precision: tf32 is a format of NVIDIA GPUs, and this run's device is {accelerator.device}")
     if config.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         # older ones (2.6, 2.8 and 2.9 were tried) do not follow a Dual's properties
         raise UsageError(f"compile: expected torch 2.11 or newer, found {torch.__version__}")
@@ -167,7 +171,13 @@ class Trainer:
 
     def _check_parts(self) -> None:
         parts = self.config.accumulate * self.accelerator.num_processes
-        rows = round(self.config.batch_size * getattr(self.objective, "ratio", 0.0))
+        ratio = getattr(self.objective, "ratio", 0.0)
+        rows = round(self.config.batch_size * ratio)
+        if ratio > 0.0 and rows == 0:
+            raise UsageError(
+                f"ratio, batch_size: a share of {ratio:g} of {self.config.batch_size} samples is none; expected one "
+                "with r != t at least, or ratio 0"
+            )
         if rows % parts != 0:
             raise UsageError(
                 f"ratio, batch_size: {rows} of the batch's {self.config.batch_size} samples have r != t; expected a "
@@ -205,20 +215,34 @@ class Trainer:
         """Continue from a checkpoint as if the run had never stopped.
 
         Raises:
-            UsageError: it is damaged, or of another model.
+            UsageError: it is damaged, of another model, or of other classes or images than the data.
         """
+        held = self._held()
         try:
-            saved = load_checkpoint(path, like=self._held())
+            state = load_state(path, "seconds", "class_names", "model")
+            saved = load_checkpoint(path, like=held)
         except UsageError as error:
             raise UsageError(f"{error}{cure_for_damage(self.checkpoints, path)}") from error
+        self.data.check_classes(state["class_names"], path)
+        for name, here in (("input_size", self.data.image_size), ("in_channels", self.data.channels)):
+            before = state["model"].get("config", {}).get(name, here)
+            if before != here:
+                raise UsageError(f"data: {path} was trained with {name} {before}, and {self.data.name} has {here}")
         load_weights(self.model, saved.model, path)
+        check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
+        moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
+        moments = {key: value for key, value in held.optimizer.items() if parameter_of(key) in moved}
+        check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
         load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
-        if self.accelerator.scaler is not None and saved.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         rank = f"{self.accelerator.process_index}."
-        load_rng_tensors({key.removeprefix(rank): v for key, v in saved.rng.items() if key.startswith(rank)})
-        self.step, self.seconds = saved.step, float(saved.state["seconds"])
+        try:
+            load_rng_tensors({key.removeprefix(rank): v for key, v in saved.rng.items() if key.startswith(rank)})
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(f"cannot read {path / 'rng.safetensors'}: {error}") from error
+        self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
         """Write a checkpoint of the current step; every process takes part."""

@@ -52,16 +52,25 @@ def load_network(source: Path, weights: Literal["ema", "raw"] = "ema", device: s
         UsageError: there is none, or it is damaged; the message names the path.
     """
     if source.is_file():
+        if weights == "raw":
+            raise UsageError(f"weights: {source} holds one set of weights; a run or a checkpoint has ema and raw ones")
         metadata = load_metadata(source)
         if "model" not in metadata:
             raise UsageError(f"{source}: expected a weight file written by `meanflow convert`, which names its model")
-        model, state = json.loads(metadata["model"]), None
-        tensors, objective = load_tensors(source), "imf" if model["name"] == "iMF-DiT" else "meanflow"
+        try:
+            model, state = json.loads(metadata["model"]), None
+            objective = "imf" if model["name"] == "iMF-DiT" else "meanflow"
+            names = tuple(str(label) for label in range(model["config"]["num_classes"]))
+        except (ValueError, TypeError, LookupError) as error:
+            raise UsageError(
+                f"{source}: its metadata names no model ({type(error).__name__}: {error}); convert it anew with "
+                "`meanflow convert`"
+            ) from error
         guidance = {"omega": 1.0, "t_min": 0.0, "t_max": 1.0} if objective == "imf" else {}
-        names = tuple(str(label) for label in range(model["config"]["num_classes"]))
+        tensors = load_tensors(source)
     else:
         path = find_checkpoint(source)
-        state = load_state(path)
+        state = load_state(path, "model", "objective", "class_names")
         model, objective, names = state["model"], state["objective"], tuple(state["class_names"])
         guidance = state.get("guidance", {})
         source = path / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
@@ -70,7 +79,7 @@ def load_network(source: Path, weights: Literal["ema", "raw"] = "ema", device: s
         family = next((name for name in ("Affine", "iMF-DiT") if model["name"].startswith(name)), "DiT")
         family = model["name"] if is_factory(model["name"]) else family
         net = create_model(family, **model["config"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise UsageError(f"{source}: cannot build its model: {error}") from error
     load_weights(net, tensors, source)
     step = None if state is None else int(state["step"])
@@ -118,18 +127,24 @@ def generate(
 
     Returns:
         (n, C, H, W) float32 on the CPU, not cut to [-1, 1].
+
+    Raises:
+        UsageError: the backend that was asked for cannot serve the network.
     """
     noise = torch.randn(len(labels), *image_shape, generator=generator_for(seed, 5))  # [n, C, H, W]
     images = []
     for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
         z, y = z.to(device), y.to(device)
-        if objective == "imf":
-            conditions: dict[str, Any] = {"heads": "u", **(guidance or {})}
-            x = sample(net, z, y, steps=1 if steps is None else steps, **conditions)
-        elif objective == "meanflow":
-            x = sample(net, z, y, steps=1 if steps is None else steps)
-        else:
-            steps_ode = 50 if steps is None else steps
-            x = sample_ode(net, z, y, steps=steps_ode, method=method, guidance_scale=guidance_scale)
+        try:
+            if objective == "imf":
+                conditions: dict[str, Any] = {"heads": "u", **(guidance or {})}
+                x = sample(net, z, y, steps=1 if steps is None else steps, **conditions)
+            elif objective == "meanflow":
+                x = sample(net, z, y, steps=1 if steps is None else steps)
+            else:
+                steps_ode = 50 if steps is None else steps
+                x = sample_ode(net, z, y, steps=steps_ode, method=method, guidance_scale=guidance_scale)
+        except NotImplementedError as error:
+            raise UsageError(f"backend: this network cannot be served: {error}") from error
         images.append(x.float().cpu())
     return torch.cat(images)

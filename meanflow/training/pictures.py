@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+from ..files import replaced
 
 MIN_TILE = 40  # pixels; smaller images are enlarged to at least this
 
@@ -42,9 +43,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
     Raises:
         ValueError: Pillow knows no format of that suffix.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    image.save(partial)
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        image.save(partial)
 
 
 def save_loss_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
@@ -57,6 +57,5 @@ def save_loss_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
         axes.set_title(title)
         if key == "squared_error" and rows and min(row[key] for row in rows) > 0:
             axes.set_yscale("log")
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=110)
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=110)

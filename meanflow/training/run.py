@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import os
 import platform
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +19,13 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from ..data import ImageData, load_data
+from ..data import ImageData, load_data, located
 from ..errors import UsageError
-from ..evaluation import Evaluation, evaluate_images, evaluation_labels
+from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
+from ..files import write_text
 from .checkpoint import list_checkpoints
 from .config import TrainConfig
+from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
 from .network import LoadedNetwork, generate, load_network
@@ -54,6 +56,8 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | Non
     """
     if resume and overwrite:
         raise UsageError("resume, overwrite: choose one of them")
+    if RUNS.exists() and not RUNS.is_dir():
+        raise UsageError(f"{RUNS.absolute()} is a file; expected a folder, which runs are written to")
     if resume:
         found = list_checkpoints(folder / "checkpoints")
         if not found:
@@ -71,31 +75,59 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | Non
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that `path` never holds half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The saved configuration of a run, as `TrainConfig` takes it.
+def changed_values(config: TrainConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What a resumed run is to do otherwise than it did: the value now, and the saved one, by name.
 
     Raises:
-        UsageError: there is none, or it is not readable.
+        UsageError: it would be another run.
     """
-    path = folder / "config.yaml"
+    before = {**saved, "data": located(saved.get("data", ""))}
+    after = {**vars(config), "data": located(config.data)}
+    changes = {
+        name: (value, before[name])
+        for name, value in after.items()
+        if name != "name" and name in before and value != before[name]
+    }
+    for name in ("data", "objective", "init"):
+        if name in changes:
+            now, then = changes[name]
+            raise UsageError(
+                f"{name}: expected the resumed run's own, {then}, got {now}; start another run with --name"
+                + (", or write the new place of the same images into its config.yaml" if name == "data" else "")
+            )
+    return changes
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of a run; empty where there is none.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path = folder / "report.json"
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected keys and values, got {type(values).__name__}")
-    return values
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"cannot read {path} ({error}); remove it, and evaluate the run again") from error
 
 
-def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def update_report(folder: Path, figures: Mapping[str, Any], step: int | None) -> None:
+    """Write the figures of a standard evaluation after `step` steps; what a report says of other steps goes."""
+    report = read_report(folder)
+    kept = {key: value for key, value in report.items() if key != "note"} if report.get("steps") == step else {}
+    write_text(folder / "report.json", json.dumps({**kept, **figures, "steps": step}, indent=2) + "\n")
+
+
+def run_training(
+    config: TrainConfig, *, preset: str | None = None, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
     """Train, and leave config.yaml, log.jsonl, loss.png, samples.png, report.json and checkpoints/ in the run folder.
+
+    Args:
+        config: the run.
+        preset: what its values started from, noted in config.yaml. A resumed run keeps its own.
+        resume: go on from the newest checkpoint in the run folder.
+        overwrite: replace the run folder.
 
     Raises:
         UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
@@ -106,16 +138,21 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-        return _run_training(config, resume=resume, overwrite=overwrite)
+        return _run_training(config, preset=preset, resume=resume, overwrite=overwrite)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(products)
 
 
-def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> TrainResult:
+def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
     started = time.perf_counter()
     folder = run_folder(config.name)
     checkpoint = prepare_folder(folder, resume=resume, overwrite=overwrite)
+    saved, report, changes = {PRESET: preset}, {}, {}
+    if checkpoint is not None:  # damage is told before anything is written
+        saved, report = read_values(folder / "config.yaml"), read_report(folder)
+        read_log(folder / "log.jsonl")
+        changes = changed_values(config, saved)
     accelerator = make_accelerator(config, folder)
     data = load_data(config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out)
     if not len(data.train):
@@ -125,22 +162,27 @@ def _run_training(config: TrainConfig, *, resume: bool, overwrite: bool) -> Trai
         save_samples(net, config, data, folder / "samples.png", device=accelerator.device)
 
     try:
-        trainer = Trainer(config, data, folder, accelerator, on_samples)
+        fresh = dataclasses.replace(config, init=None) if resume else config  # a checkpoint has all weights
+        trainer = Trainer(fresh, data, folder, accelerator, on_samples)
         if checkpoint is not None:
             trainer.resume(checkpoint)
-            started -= trainer.seconds + _other_seconds(folder)  # as if the sessions had followed without a break
+            # as if the sessions had followed without a break
+            started -= trainer.seconds + report.get("seconds", 0.0) - report.get("training_seconds", 0.0)
         finished = trainer.step >= config.steps
         if accelerator.is_main_process:
             if folder.exists() and overwrite:
                 shutil.rmtree(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            if not finished:  # else it keeps the values that the run was trained with
-                write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            if not finished:  # else config.yaml keeps the values that the run was trained with
+                values = {PRESET: saved.get(PRESET), **config.to_dict(), "data": located(config.data)}
+                write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+                (folder / "report.json").unlink(missing_ok=True)  # of fewer steps
+                _say_start(trainer, changes)
         accelerator.wait_for_everyone()
         result = trainer.run()
         if accelerator.is_main_process:
             save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
-            reported = not config.evaluate or (folder / "report.json").is_file()
+            reported = not config.evaluate or read_report(folder).get("steps") == result.step
             if result.signal is None and not (finished and reported):
                 _finish(trainer, result, started)
         accelerator.wait_for_everyone()
@@ -159,11 +201,18 @@ def _keep_process_group() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
 
-def _other_seconds(folder: Path) -> float:
-    """What the report of a run counts besides training: starts and evaluations of its sessions; 0 without a report."""
-    path = folder / "report.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
-    return float(report.get("seconds", 0.0) - report.get("training_seconds", 0.0))
+def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """One line of what is trained on what, and for a resumed run one of what is new. On stderr, as all progress is."""
+    data, config = trainer.data, trainer.config
+    images = f"{len(data.train)} images in {data.num_classes} class{'es' if data.num_classes > 1 else ''}"
+    kept = f", {len(data.held_out)} kept apart" if data.held_out is not None else ""
+    skipped = f", {data.skipped} other file{'s' if data.skipped > 1 else ''} skipped" if data.skipped else ""
+    model = f"{config.model}, {parameter_count(trainer.model):,} parameters"
+    machine = f"{trainer.accelerator.device}, precision {config.precision}"
+    print(f"{data.name}: {images}{kept}{skipped}; {model}; {machine}; {trainer.folder}", file=sys.stderr, flush=True)
+    if changes:
+        words = ", ".join(f"{name} {now} (was {then})" for name, (now, then) in changes.items())
+        print(f"resumed after step {trainer.step} with {words}", file=sys.stderr, flush=True)
 
 
 def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
@@ -235,12 +284,25 @@ def evaluate_network(
     guidance: Mapping[str, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Evaluation, str]:
-    """Figures of `samples` images, their labels in the training set's proportions; and the sampler in words."""
+    """Figures of `samples` images, their labels in the training set's proportions; and the sampler in words.
+
+    Raises:
+        UsageError: the data are of another shape or of other classes than the network's.
+    """
     guidance = loaded.guidance if guidance is None else guidance
     labels = evaluation_labels(data.train.labels, samples)
     shape = (data.channels, data.image_size, data.image_size)
     if loaded.image_shape != shape:
-        raise UsageError(f"{loaded.source} makes images of shape {loaded.image_shape}, {data.name} has {shape}")
+        raise UsageError(f"data: {loaded.source} makes images of shape {loaded.image_shape}, {data.name} has {shape}")
+    data.check_classes(loaded.class_names, loaded.source)
+    if loaded.objective in ("meanflow", "imf"):
+        sampler = f"MeanFlow, {steps or 1} network evaluation{'s' if (steps or 1) > 1 else ''}"
+        if guidance:
+            sampler += f", omega {guidance['omega']:g} on [{guidance['t_min']:g}, {guidance['t_max']:g}]"
+    else:
+        sampler = f"Heun's method, {steps or 50} steps, {2 * (steps or 50)} network evaluations"
+    if too_large(shape):
+        return Evaluation(None, None, None, None, samples=0, note=too_large(shape)), sampler
     images = generate(
         loaded.net,
         labels,
@@ -251,12 +313,6 @@ def evaluate_network(
         seed=seed,
         device=device,
     )  # [n, C, H, W]
-    if loaded.objective in ("meanflow", "imf"):
-        sampler = f"MeanFlow, {steps or 1} network evaluation{'s' if (steps or 1) > 1 else ''}"
-        if guidance:
-            sampler += f", omega {guidance['omega']:g} on [{guidance['t_min']:g}, {guidance['t_max']:g}]"
-    else:
-        sampler = f"Heun's method, {steps or 50} steps, {2 * (steps or 50)} network evaluations"
     return evaluate_images(images, labels, data), sampler
 
 

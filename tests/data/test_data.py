@@ -1,5 +1,6 @@
 """What a step is fed: order, digits, folders of images."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import torch
 from PIL import Image
 
 import meanflow.data.folder as folder_module
-from meanflow.data import StepOrder, StepSampler, load_data, load_digits_data, load_folder, micro_batches, shard
+from meanflow.data import (
+    StepOrder,
+    StepSampler,
+    load_data,
+    load_digits_data,
+    load_folder,
+    located,
+    micro_batches,
+    shard,
+)
 from meanflow.data.order import mix
 from meanflow.errors import UsageError
 
@@ -174,3 +184,55 @@ def test_folders_that_cannot_be_used_say_why(tmp_path):
         load_folder(tmp_path, image_size=8)
     with pytest.raises(UsageError, match="meanflow train digits"):
         load_data("", image_size=8, grey=False, held_out=0.0)
+
+
+def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
+    make_folder(tmp_path, {"a": 2, "b": 2, ".git": 1})
+    (tmp_path / "a" / "._0.png").write_bytes(b"a Mac's")
+    (tmp_path / "a" / ".cache").mkdir()
+    shutil.copy(tmp_path / "a" / "0.png", tmp_path / "a" / ".cache")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    shutil.copy(tmp_path / "a" / "0.png", tmp_path)
+    data = load_folder(tmp_path, image_size=8)
+    assert (data.class_names, len(data.train), data.skipped) == (("a", "b"), 4, 2)
+
+
+def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
+    make_folder(tmp_path / "train", {"cat": 2, "dog": 2})
+    make_folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    with pytest.raises(UsageError, match=r"train and val in .* same sub-folders \(cat, dog\); .* such as in .*/train"):
+        load_folder(tmp_path, image_size=8)
+    shutil.copy(tmp_path / "train" / "cat" / "0.png", tmp_path / "train")  # images of its own: a class
+    assert load_folder(tmp_path, image_size=8).class_names == ("train", "val")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    (tmp_path / "a").mkdir()
+    image = Image.new(mode, (8, 8), {"RGBA": (9, 9, 9, 0), "LA": (9, 0), "P": 0}[mode])
+    image.save(tmp_path / "a" / "clear.png", **({"transparency": 0} if mode == "P" else {}))
+    Image.new("RGBA", (8, 8), (0, 0, 0, 255)).save(tmp_path / "a" / "opaque.png")
+    clear, opaque = load_folder(tmp_path, image_size=8).train.images()
+    assert (clear.min(), opaque.max()) == (1.0, -1.0)
+
+
+def test_a_damaged_ppm_is_named(tmp_path):
+    make_folder(tmp_path, {"a": 1})
+    (tmp_path / "a" / "bad.ppm").write_bytes(b"P6\n8 x\n255\n")  # Pillow raises a ValueError
+    with pytest.raises(UsageError, match=r"cannot read the image .*bad\.ppm"):
+        load_folder(tmp_path, image_size=8)
+
+
+def test_classes_are_compared_in_their_order():
+    data = load_digits_data()
+    data.check_classes(list("0123456789"), "x")
+    with pytest.raises(UsageError, match="digits has other classes than x: they are in another order"):
+        data.check_classes(list("1023456789"), "x")
+    with pytest.raises(UsageError, match="it lacks ten; it has besides 7, 8, 9"):
+        data.check_classes([*"0123456", "ten"], "x")
+
+
+def test_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located("pets") == str(tmp_path / "pets")
+    assert located("digits") == "digits"

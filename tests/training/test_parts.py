@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from meanflow.errors import UsageError
+from meanflow.files import replaced, write_text
 from meanflow.training import (
     EMA,
     Checkpoint,
@@ -165,6 +166,27 @@ def test_a_log_cut_short_is_read_up_to_there(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
     assert read_log(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("damage", ["{half", "3", '{"loss": 1}', "\0\0"])
+def test_damage_in_the_middle_of_a_log_is_told(tmp_path, damage):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{damage}\n{{"step": 3}}\n')
+    with pytest.raises(UsageError, match=r"log\.jsonl: line 2 is damaged"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+
+    def fail() -> None:
+        with replaced(path) as partial:
+            partial.write_text("half")
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        fail()
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("a.txt", "before")]
 
 
 def test_a_grid_enlarges_pixels_without_smoothing():

@@ -116,6 +116,13 @@ def test_rows_that_a_crash_left_behind_are_not_logged_twice(monkeypatch):
     assert 7.0 not in losses("tiny")
 
 
+def test_off_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr("meanflow.training.log.SECONDS", 0.0)
+    run_training(dataclasses.replace(TINY, steps=30))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [f"tiny: step {step}/30" for step in range(1, 31)]
+
+
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_accumulation_changes_nothing(objective):
     """The same samples, the same draws, and as many of them with r ≠ t in each part."""
@@ -382,6 +389,11 @@ def test_the_affine_baseline_trains():
         ({"lr": math.nan}, "lr: expected"),
         ({"batch_size": 9, "accumulate": 2}, "batch_size: expected a multiple of accumulate = 2"),
         ({"held_out": 1.0}, "held_out"),
+        ({"weight_decay": math.nan}, "weight_decay: expected a finite number, got nan"),
+        ({"lr": math.inf}, "lr: expected a finite number"),
+        ({"guidance_interval": (0.0, math.nan)}, "guidance_interval: expected a finite number"),
+        ({"time_std": 0.0}, "time_std: expected a number > 0"),
+        ({"seed": 2**32}, r"seed: expected less than 2\*\*32"),
         ({"sample_omega": 0.5}, "sample_omega: expected a number >= 1"),
         ({"sample_interval": (0.5, 0.2)}, "sample_interval: expected"),
     ],
@@ -400,8 +412,9 @@ def test_values_out_of_range_are_named(change, words):
         ({"model": "iMF-DiT"}, "got objective meanflow with model iMF-DiT"),
         ({"aux_head_depth": 1}, "aux_head_depth"),
         ({"name": "../elsewhere"}, "name: expected"),
-        ({"precision": "fp16"}, "precision: fp16"),
+        ({"precision": "fp16"}, "precision: fp16 is a format of NVIDIA GPUs, and this run's device is cpu"),
         ({"precision": "tf32"}, "precision: tf32 is a format of NVIDIA GPUs"),
+        ({"ratio": 0.05}, "ratio, batch_size: a share of 0.05 of 8 samples is none"),
         ({"patch_size": 3}, "multiple of patch_size"),
         ({"device": "cuda"}, "sees no GPU"),
     ],

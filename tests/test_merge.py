@@ -1,0 +1,148 @@
+"""What a run is, from a preset or a saved run, a YAML file and flags; and what YAML files may say."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meanflow import cli
+from meanflow.errors import UsageError
+from meanflow.merge import OBJECTIVES, SIZES, merged
+from meanflow.presets import PRESETS
+from meanflow.training import TrainConfig, TrainingError
+from meanflow.training.config_file import read_config, read_values
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """The configuration that `meanflow train LINE` with a YAML file of this text would train."""
+    asked: list[TrainConfig] = []
+
+    def refuse(config, **kwargs):
+        asked.append(config)
+        raise TrainingError("not in this test")
+
+    monkeypatch.setattr(cli, "run_training", refuse)
+
+    def configure(line: str, text: str = "") -> TrainConfig:
+        if text:
+            Path("mine.yaml").write_text(text)
+            line += " --config mine.yaml"
+        assert cli.main(["train", *line.split()]) == 1
+        return asked[-1]
+
+    return configure
+
+
+def saved(**values) -> None:
+    """A run with a checkpoint, as far as merging looks."""
+    config = dataclasses.replace(PRESETS["digits"], **values)
+    checkpoint = Path("runs") / config.name / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    text = yaml.safe_dump({"preset": "digits", **config.to_dict()})
+    (Path("runs") / config.name / "config.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(("line", "text"), [("--model DiT-B/2", ""), ("", "model: DiT-B/2"), ("--model m:f", "")])
+def test_another_model_does_not_take_a_presets_sizes(configured, line, text):
+    config = configured(f"digits {line}", text)
+    assert [getattr(config, name) for name in SIZES] == [None] * len(SIZES)
+    assert configured(f"digits {line} --depth 3", text).depth == 3
+    assert configured(f"digits {line}", f"{text}\ndepth: 3").depth == 3
+    assert configured("digits --model DiT").hidden_size == PRESETS["digits"].hidden_size
+
+
+def test_values_need_to_fit_in_the_end_only(configured):
+    assert configured("digits-imf --accumulate 3").accumulate == 3  # 48 samples; the default is 256
+    assert configured("--data x --accumulate 5", "batch_size: 60").batch_size == 60
+    assert configured("--data x --batch-size 60", "accumulate: 3").accumulate == 3
+    saved(batch_size=60)
+    config = configured("--resume --name digits --accumulate 5")
+    assert (config.batch_size, config.accumulate) == (60, 5)
+    with pytest.raises(UsageError, match="batch_size: expected a multiple of accumulate = 7, got 60"):
+        merged(TrainConfig(), {"batch_size": 60}, {"accumulate": 7})
+
+
+def test_an_objective_that_is_given_counts_though_it_is_the_default(configured):
+    assert configured("digits", "objective: imf").name == "digits-imf"
+    config = configured("digits --objective meanflow", "objective: imf")
+    assert config == PRESETS["digits"]
+
+
+def test_a_file_may_name_its_preset(configured, capsys):
+    assert configured("", "preset: digits\nlr: 0.5") == dataclasses.replace(PRESETS["digits"], lr=0.5)
+    assert configured("digits", "preset: DiT-B/4") == PRESETS["digits"]
+    Path("bad.yaml").write_text("preset: digitz")
+    assert cli.main(["train", "--config", "bad.yaml"]) == 2
+    assert "preset: expected one of digits" in capsys.readouterr().err
+
+
+def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
+    saved(name="mine")
+    assert configured("digits --resume --name mine").name == "mine"
+    assert cli.main(["train", "DiT-B/4", "--resume", "--name", "mine"]) == 2
+    assert "preset: runs/mine was started from digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "flags", "words"),
+    [
+        ("digits-imf", {"kappa": 0.5}, "kappa: expected only with objective meanflow, got objective imf"),
+        ("digits", {"omega_max": 4.0}, "omega_max: expected only with objective imf"),
+        ("digits", {"objective": "flow_matching", "ratio": 0.3}, "ratio: expected only with objective meanflow or imf"),
+        ("digits", {"time_sampler": "uniform", "time_std": 2.0}, "time_std: expected only with time_sampler logit"),
+        ("digits", {"model": "DiT-S/8", "aux_head_depth": 2}, "aux_head_depth: expected only with an iMF-DiT"),
+        ("digits", {"image_size": 16}, "image_size: expected only with a folder of images, got data digits"),
+        ("digits", {"compile_mode": "reduce-overhead"}, "compile_mode: expected only with compile"),
+        ("digits", {"warmup_steps": 9, "steps": 9}, "warmup_steps: expected less than steps = 9, got 9"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused_where_it_is_asked_for(base, flags, words):
+    with pytest.raises(UsageError, match=f"^{words}"):
+        merged(PRESETS[base], {}, flags)
+    with pytest.raises(UsageError, match=f"^config: a.yaml: {words}"):
+        merged(PRESETS[base], flags, {}, path=Path("a.yaml"))
+
+
+def test_what_a_preset_says_besides_does_no_harm():
+    config = merged(PRESETS["digits"], {}, {"objective": "flow_matching", "steps": 4})
+    assert (config.kappa, config.ratio, config.steps) == (0.0, None, 4)  # warm-up: the preset's 50
+    for preset in PRESETS.values():
+        assert merged(TrainConfig(), vars(preset), {}) == preset
+    assert set(OBJECTIVES) < {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_yaml_as_people_write_it():
+    Path("a.yaml").write_text("precision: no\nlr: 1e-3\nsteps: 1e3\nname: 7\nbatch-size: 8\ncheckpoint_blocks: all\n")
+    values = {"precision": "no", "lr": 1e-3, "steps": 1000, "name": "7", "batch_size": 8, "checkpoint_blocks": "all"}
+    assert read_values(Path("a.yaml")) == values
+    assert read_config(Path("a.yaml")) == TrainConfig(**values)
+    for preset in PRESETS.values():
+        Path("b.yaml").write_text(yaml.safe_dump(preset.to_dict()))
+        assert read_config(Path("b.yaml")) == preset
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: null", "lr: expected float, got null"),
+        ("steps: 1.5", "steps: expected int, got 1.5"),
+        ("steps: true", "steps: expected int, got True"),
+        ("prefix_tokens: [1, 2]", r"prefix_tokens: expected .*, got \[1, 2\]"),
+        ("precision: maybe", "precision: expected .*, got 'maybe'"),
+        ("lr: 1\nlr: 2", "lr: expected once, got 2 values"),
+        ("batch_size: 8\nbatch-size: 9", "batch_size: expected once, got 2 values"),
+    ],
+)
+def test_yaml_that_is_not_meant_is_refused(text, words, capsys):
+    Path("a.yaml").write_text(text)
+    with pytest.raises(UsageError, match=f"^config: .*a.yaml: {words}"):
+        read_values(Path("a.yaml"))
+    assert capsys.readouterr() == ("", "")
