@@ -16,7 +16,7 @@ from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
 from ..data import ImageData, StepOrder, generator_for, micro_batches
-from ..data.order import shard
+from ..data.order import mix, shard
 from ..errors import UsageError
 from ..models import config_of
 from ..objectives import Draws
@@ -197,8 +197,9 @@ class Trainer:
                 self.optimizer.zero_grad()
             else:
                 torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
-        except (NotImplementedError, ValueError) as error:
-            raise UsageError(f"backend: this run cannot be served: {error}") from error
+        except (NotImplementedError, TypeError, ValueError) as error:
+            what = "model" if str(error).startswith("net:") else "backend"
+            raise UsageError(f"{what}: this run cannot be served: {error}") from error
         except RuntimeError as error:
             if self.config.precision != "bf16-weights":
                 raise
@@ -409,7 +410,10 @@ class Trainer:
             if flips is not None:
                 mirrored = shard(flips, micro=micro, **where).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
                 x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
-            part = draws.part(micro * where["world"] + where["rank"], where["micros"] * where["world"])
+            index = micro * where["world"] + where["rank"]
+            part = draws.part(index, where["micros"] * where["world"])
+            # what a network draws itself, for dropout say: other numbers in each part, the same ones after a resume
+            torch.manual_seed(mix(config.seed, 5, self.step, index))
             with accelerator.accumulate(self.loss_of):
                 out = self.loss_of(x, y, part)
                 accelerator.backward(out.loss)

@@ -139,6 +139,46 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     assert f"step_00000001 is intact: remove {checkpoint} to" in cure
 
 
+def test_what_a_network_draws_itself_differs_between_processes_and_not_after_a_resume():
+    Path("noisy.py").write_text(
+        """
+import os
+
+import torch
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, z, r, t, y):
+        noise = torch.rand(())
+        if self.training:
+            with open(f"drawn_{os.environ['RANK']}.txt", "a") as file:
+                print(noise.item(), file=file)
+        return z * self.scale * noise
+
+
+def net(input_size, in_channels, num_classes):
+    return Noisy()
+"""
+    )
+    sizes = dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"))
+    config = dataclasses.replace(TINY, name="noisy", model="noisy:net", steps=3, kappa=0.0, label_dropout=0.0, **sizes)
+
+    def drawn(rank: int) -> list[str]:
+        return Path(f"drawn_{rank}.txt").read_text().split()
+
+    launch("torchrun", 2, config)
+    straight = [drawn(rank)[-1] for rank in range(2)]
+    assert straight[0] != straight[1]
+    launch("torchrun", 2, dataclasses.replace(config, steps=2), "--overwrite")
+    assert [drawn(rank)[-1] for rank in range(2)] != straight
+    launch("torchrun", 2, config, "--resume")
+    assert [drawn(rank)[-1] for rank in range(2)] == straight
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_process_that_dies_takes_the_others_down(strategy):
     config = dataclasses.replace(TINY, name="dies", steps=100_000, checkpoint_every=20, strategy=strategy)
