@@ -22,7 +22,7 @@ from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, Object
 from .config import TrainConfig
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_BLOCKS = "they are what its ModuleLists hold, or Sequentials of one class"
+BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
 Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
 
 
@@ -77,7 +77,7 @@ def checkpoint_blocks(model: nn.Module, count: int | str) -> None:
     """
     blocks = transformer_blocks(model)
     if count == "all" and not blocks:
-        raise UsageError(f"checkpoint_blocks: {type(model).__name__} has no blocks ({_BLOCKS}); expected 0, got 'all'")
+        raise UsageError(f"checkpoint_blocks: {type(model).__name__} has no blocks ({BLOCKS}); expected 0, got 'all'")
     if count != "all" and int(count) > len(blocks):
         raise UsageError(
             f"checkpoint_blocks: expected 'all' or a number up to {len(blocks)} (blocks of the model), got {count}"
@@ -111,9 +111,15 @@ def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, a
     # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself
     accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
     if sharded:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 0:
+                raise UsageError(
+                    f"strategy: fsdp cuts parameters along their first dimension, and {name} is a single number; make "
+                    "it of shape (1,)"
+                )
         blocks = transformer_blocks(model)
         if config.compile and not blocks:
-            raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {_BLOCKS}")
+            raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {BLOCKS}")
         for block in blocks:
             if config.compile:
                 compile_forward(block, config)

@@ -29,6 +29,7 @@ from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
 from .network import LoadedNetwork, generate, load_network
+from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import image_grid, save_loss_curve, save_picture
 
 RUNS = Path("runs")
@@ -213,6 +214,12 @@ def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None
     model = f"{config.model}, {parameter_count(trainer.model):,} parameters"
     machine = f"{trainer.accelerator.device}, precision {config.precision}"
     print(f"{data.name}: {images}{kept}{skipped}; {model}; {machine}; {trainer.folder}", file=sys.stderr, flush=True)
+    if is_sharded(config, trainer.accelerator) and not transformer_blocks(trainer.model):
+        print(
+            f"strategy: {config.model} has no blocks, so fsdp gathers all of it at once in each process: {BLOCKS}",
+            file=sys.stderr,
+            flush=True,
+        )
     if changes:
         words = ", ".join(f"{name} {now} (was {then})" for name, (now, then) in changes.items())
         print(f"resumed after step {trainer.step} with {words}", file=sys.stderr, flush=True)

@@ -150,7 +150,7 @@ import torch
 class Noisy(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, z, r, t, y):
         noise = torch.rand(())
@@ -170,12 +170,14 @@ def net(input_size, in_channels, num_classes):
     def drawn(rank: int) -> list[str]:
         return Path(f"drawn_{rank}.txt").read_text().split()
 
-    launch("torchrun", 2, config)
+    _, said = launch("torchrun", 2, config, "--strategy", "ddp")
+    assert "gathers all of it" not in said
     straight = [drawn(rank)[-1] for rank in range(2)]
     assert straight[0] != straight[1]
     launch("torchrun", 2, dataclasses.replace(config, steps=2), "--overwrite")
     assert [drawn(rank)[-1] for rank in range(2)] != straight
-    launch("torchrun", 2, config, "--resume")
+    _, said = launch("torchrun", 2, dataclasses.replace(config, strategy="fsdp"), "--resume")
+    assert said.count("strategy: noisy:net has no blocks, so fsdp gathers all of it at once") == 1
     assert [drawn(rank)[-1] for rank in range(2)] == straight
 
 

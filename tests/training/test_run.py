@@ -31,6 +31,7 @@ from meanflow.training import (
     list_checkpoints,
     load_network,
     make_accelerator,
+    parallel,
     run_training,
 )
 from meanflow.training.log import read_log
@@ -160,6 +161,15 @@ def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, cou
     run_training(dataclasses.replace(TINY, name="compiled", compile=True, checkpoint_blocks=count))
     assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-5)
     assert counter.frame_count == 1
+
+
+def test_fsdp_names_a_parameter_that_it_cannot_cut(monkeypatch, tmp_path):
+    config = dataclasses.replace(TINY, strategy="fsdp")
+    net = torch.nn.Linear(2, 2)
+    net.scale = torch.nn.Parameter(torch.ones(()))
+    monkeypatch.setattr(parallel, "is_sharded", lambda config, accelerator: True)
+    with pytest.raises(UsageError, match=r"strategy: fsdp .* scale is a single number; make it of shape \(1,\)"):
+        parallel.training_loss(net, build_objective(config), config, make_accelerator(config, tmp_path))
 
 
 def test_compiling_needs_a_newer_torch(monkeypatch):
