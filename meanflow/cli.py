@@ -31,7 +31,7 @@ from .merge import merged
 from .presets import PRESETS, preset_name
 from .training.config import TrainConfig
 from .training.config_file import PRESET, read_config, read_values
-from .training.loop import TrainingError
+from .training.loop import TrainingError, check_device
 from .training.network import LoadedNetwork, generate, load_network
 from .training.pictures import image_grid, save_picture
 from .training.run import (
@@ -284,10 +284,7 @@ def _source(text: str) -> Path:
 
 
 def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
-        )
+    check_device(name)
     return "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
 
 
@@ -321,9 +318,8 @@ def evaluate(args: Sequence[str]) -> int:
     loaded = load_network(folder, options.weights, device)
     guidance = _guidance(options, loaded)
     config = read_config(folder / "config.yaml")
-    data = load_data(
-        options.data or config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out
-    )
+    channels, side, _ = loaded.image_shape
+    data = load_data(options.data or config.data, image_size=side, grey=channels == 1, held_out=config.held_out)
     figures, sampler = evaluate_network(
         loaded,
         data,

@@ -14,7 +14,8 @@ def replaced(path: Path) -> Iterator[Path]:
 
     `path` never holds half a file; where the block raises it is as before, and nothing else is left.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    path = path.resolve()  # what a link points to
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)

@@ -41,21 +41,31 @@ def merged(
     """
     given = {**file, **flags}
     sizes = dict.fromkeys(SIZES) if given.get("model", base.model) != base.model else {}
+    if (
+        "model" in file and flags.get("model", file["model"]) != file["model"]
+    ):  # the file's sizes are those of its own model
+        given = {name: value for name, value in given.items() if name not in SIZES or name in flags}
     try:
         config = dataclasses.replace(base, **{**sizes, **given})
         # a file may be a whole configuration: it asks for what differs
-        asked = [name for name in given if name in flags or given[name] != getattr(base, name)]
+        asked = [name for name in given if name in flags or given[name] not in _unasked(base, name)]
         idle = _without_effect(config)
         for name in asked:
             if name in idle:
                 raise UsageError(f"{name}: expected only with {idle[name]}")
-        if "warmup_steps" in asked and config.warmup_steps >= config.steps:
+        chosen = "warmup_steps" in flags or ("warmup_steps" in file and "steps" not in flags)
+        if chosen and config.warmup_steps >= config.steps:
             raise UsageError(f"warmup_steps: expected less than steps = {config.steps}, got {config.warmup_steps}")
     except UsageError as error:
         name = str(error).partition(":")[0]
         where = f"config: {path}: " if name in file and name not in flags else ""
         raise UsageError(f"{where}{error}") from error
     return dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in idle})
+
+
+def _unasked(base: TrainConfig, name: str) -> tuple[Any, Any]:
+    """What a value is where nobody chose it."""
+    return getattr(base, name), getattr(TrainConfig, name)
 
 
 def _without_effect(config: TrainConfig) -> dict[str, str]:

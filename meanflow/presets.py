@@ -51,10 +51,11 @@ DIGITS_IMF = dataclasses.replace(
     kappa=0.0,
     norm_p=0.5,
     time_mean=-2.4,
-    time_std=1.8,
-    steps=1700,
+    time_std=2.0,
+    steps=2000,
     batch_size=48,
-    lr=1e-2,
+    lr=6e-3,
+    warmup_steps=200,
     ema_decay=0.99,
 )
 

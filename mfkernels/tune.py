@@ -90,8 +90,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the table in one step, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(list(rows), indent=1) + "\n")
-    new.replace(path)
+    try:
+        new.write_text(json.dumps(list(rows), indent=1) + "\n")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
     clear_cache()
 
 

@@ -518,7 +518,6 @@ def test_a_report_is_of_the_newest_step(capsys, monkeypatch):
         ("checkpoints/step_00000002/optimizer.safetensors", "half"),
         ("checkpoints/step_00000002/optimizer.safetensors", {"x_embedder.proj.weight|exp_avg": torch.zeros(1)}),
         ("checkpoints/step_00000002/ema.safetensors", {"w": torch.zeros(1)}),
-        ("checkpoints/step_00000002/rng.safetensors", {"0.cpu": torch.zeros(3)}),
         ("config.yaml", "steps: [half"),
         ("config.yaml", b"\xff\xfe\x00"),
         ("log.jsonl", '{"step": 1}\n{ha\n{"step": 2}\n'),

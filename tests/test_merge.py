@@ -146,3 +146,16 @@ def test_yaml_that_is_not_meant_is_refused(text, words, capsys):
     with pytest.raises(UsageError, match=f"^config: .*a.yaml: {words}"):
         read_values(Path("a.yaml"))
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("extra", ["", "--time-sampler uniform", "--objective flow_matching"])
+def test_a_runs_own_values_as_a_file_start_a_run_like_it(configured, preset, extra):
+    if "flow_matching" in extra and "iMF" in PRESETS[preset].model:
+        extra += " --model DiT-B/4"
+    first = configured(f"{preset} --data there {extra}")
+    text = yaml.safe_dump({"preset": preset, **first.to_dict()})
+    assert configured("", text) == first
+    assert configured(preset, yaml.safe_dump(first.to_dict())) == first
+    other = configured("--model m:f", text) if "iMF" not in first.model else first
+    assert other is first or [getattr(other, name) for name in SIZES] == [None] * len(SIZES)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from ..errors import UsageError
 from .images import ImageData, ImageSource, TensorImages, stratified_split, to_unit_range
 
+PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")  # of other people's data sets
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 CACHE_BYTES = 2**30
 
@@ -117,18 +116,15 @@ def _hidden(path: Path) -> bool:
 
 def _refuse_parts(classes: Sequence[Path]) -> None:
     """FOLDER/train/CLASS and FOLDER/val/CLASS would train on the classes "train" and "val"."""
-    inside: list[set[str]] = []
-    for entry in classes:
-        seen = [item for item in entry.iterdir() if not item.name.startswith(".")]
-        if any(item.suffix.lower() in SUFFIXES and item.is_file() for item in seen):
-            return
-        inside.append({item.name for item in seen if item.is_dir()})
-    repeated = sorted(name for name, times in Counter(chain.from_iterable(inside)).items() if times > 1)
-    if repeated:
+    if all(entry.name.lower() in PARTS for entry in classes) and not any(_has_images(entry) for entry in classes):
         raise UsageError(
-            f"data: {' and '.join(entry.name for entry in classes[:3])} in {classes[0].parent} have no images but the "
-            f"same sub-folders ({', '.join(repeated[:3])}); expected one sub-folder per class, such as in {classes[0]}"
+            f"data: {' and '.join(entry.name for entry in classes)} in {classes[0].parent} are parts of a data set; "
+            f"expected one sub-folder per class, such as in {classes[0]}"
         )
+
+
+def _has_images(folder: Path) -> bool:
+    return any(item.suffix.lower() in SUFFIXES and not item.name.startswith(".") for item in folder.iterdir())
 
 
 def load_folder(folder: Path, *, image_size: int, grey: bool = False, held_out: float = 0.0) -> ImageData:

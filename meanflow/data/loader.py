@@ -33,7 +33,7 @@ def load_data(data: str, *, image_size: int, grey: bool, held_out: float) -> Ima
 
 def located(data: str) -> str:
     """`data` as `load_data` finds it from any working directory."""
-    return data if data in ("", "digits") else str(Path(data).expanduser().absolute())
+    return data if data in ("", "digits") else str(Path(data).expanduser().resolve())
 
 
 class _Guarded(Dataset[Any]):

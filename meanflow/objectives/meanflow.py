@@ -138,10 +138,11 @@ class MeanFlow(Objective[ObjectiveOutput]):
         z = (1 - t_) * x + t_ * e  # [B, C, H, W]
         v = e - x  # [B, C, H, W]
         y_in, drop = (y, None) if drop is None else (y.masked_fill(drop[order], net_num_classes(net)), drop[order])
+        if rows > 0:
+            check_takes(net, "y")
         v_g, w_cond = self._guided_velocity(net, z, v, t, y, drop, rows)
 
         if rows > 0:
-            check_takes(net, "y")
             tangents = (v_g[:rows], torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
             u, du_dt = jvp(net, (z, r, t), tangents, y=y_in)  # [B, C, H, W], [rows, C, H, W]
         else:

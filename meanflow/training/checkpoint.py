@@ -6,11 +6,10 @@
                               shares/                 under FSDP2, instead of optimizer.safetensors: weights, averages
                                                       and moments, written by torch.distributed.checkpoint, each
                                                       process's pieces in a file of its own
-                              rng.safetensors         states of the main process's global PyTorch generators
                               state.json              step, model, timing; written last
 
-Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and the objective's draws are functions of
-(seed, step), so the step is the data position too.
+Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and all draws are functions of (seed,
+step), so the step is the data position and the state of every random generator too.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    rng: Mapping[str, Tensor]
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,7 +86,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     if checkpoint.spread:
         PartialState().wait_for_everyone()  # for the folder
         _save_shares(partial / "shares", checkpoint.shares)
-    for name in ("model", "ema", "rng") if checkpoint.spread else ("model", "ema", "optimizer", "rng"):
+    for name in ("model", "ema") if checkpoint.spread else _SHARED:
         tensors: dict[str, Tensor] = {}
         places = set()
         for key, value in getattr(checkpoint, name).items():
@@ -215,7 +213,7 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     for key, value in shares.items():
         part, name = key.split(_SEPARATOR, 1)
         parts[part][name] = value
-    return Checkpoint(step=int(state["step"]), rng=load_tensors(path / "rng.safetensors"), state=state, **parts)
+    return Checkpoint(step=int(state["step"]), state=state, **parts)
 
 
 def _load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +255,7 @@ def _is_intact(path: Path) -> bool:
     """Whether all files are there and as long as they should be."""
     try:
         load_state(path)
-        names = {"model", "ema", "rng"}
+        names = {"model", "ema"}
         if (path / "shares").is_dir():
             for place in _read_metadata(path / "shares").storage_data.values():
                 if (path / "shares" / place.relative_path).stat().st_size < place.offset + place.length:
@@ -332,19 +330,3 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         {"state": state, "param_groups": groups},  # type: ignore[dict-item]
         options=StateDictOptions(strict=False),  # a parameter that never had a gradient has no moments
     )
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """States of this process's PyTorch generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def load_rng_tensors(states: Mapping[str, Tensor]) -> None:
-    """Put back what `rng_tensors` gave, where this machine has such a generator."""
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..files import write_text
 from .config import TrainConfig
 
+PLOTTED = ("step", "loss", "squared_error")  # what every row has
 SECONDS = 60.0  # between progress lines at most
 
 
@@ -30,7 +31,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in PLOTTED):
             rows.append(row)
         elif number < len(lines):
             raise UsageError(f"{path}: line {number} is damaged; mend it or take it out")

@@ -28,13 +28,11 @@ from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
-    load_rng_tensors,
     load_state,
     load_tensors,
     load_weights,
     optimizer_tensors,
     parameter_of,
-    rng_tensors,
     save_checkpoint,
 )
 from .config import TrainConfig
@@ -69,16 +67,21 @@ class TrainResult:
     signal: int | None
 
 
+def check_device(name: str) -> None:
+    """Raise where a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
+        )
+
+
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     """Device, precision, gradient accumulation and trackers as the configuration says.
 
     Raises:
         UsageError: this machine or installation cannot do that.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
-        )
+    check_device(config.device)
     if config.tensorboard and not is_tensorboard_available():
         raise UsageError('tensorboard: it is not installed: pip install "meanflow[tensorboard]"')
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -198,8 +201,11 @@ class Trainer:
             else:
                 torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
         except (NotImplementedError, TypeError, ValueError) as error:
-            what = "model" if str(error).startswith("net:") else "backend"
-            raise UsageError(f"{what}: this run cannot be served: {error}") from error
+            if str(error).startswith("net:"):
+                raise UsageError(f"model: {self.config.model}: {error}") from error
+            if isinstance(error, NotImplementedError) or str(error).startswith("MFKERNELS_BACKEND:"):
+                raise UsageError(f"backend: this run cannot be served: {error}") from error
+            raise  # a mistake within the user's own network
         except RuntimeError as error:
             if self.config.precision != "bf16-weights":
                 raise
@@ -238,11 +244,6 @@ class Trainer:
         load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        rank = f"{self.accelerator.process_index}."
-        try:
-            load_rng_tensors({key.removeprefix(rank): v for key, v in saved.rng.items() if key.startswith(rank)})
-        except (RuntimeError, TypeError) as error:
-            raise UsageError(f"cannot read {path / 'rng.safetensors'}: {error}") from error
         self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
@@ -268,7 +269,6 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self._averaged_state(),
             optimizer=optimizer_tensors(self.model, self.optimizer.optimizer),
-            rng={f"{self.accelerator.process_index}.{key}": value for key, value in rng_tensors().items()},
             state=state,
         )
 
@@ -281,8 +281,7 @@ class Trainer:
         """The network with averaged weights, whole; every process takes part, and all but the main one get None."""
         net = None
         if self.accelerator.is_main_process:
-            with torch.random.fork_rng(devices=[]):
-                net = build_model(self.config, self.data).to(self.accelerator.device).eval()
+            net = build_model(self.config, self.data).to(self.accelerator.device).eval()
         into = {} if net is None else net.state_dict()
         for name, average in self._averaged_state().items():
             value = whole(average)

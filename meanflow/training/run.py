@@ -10,7 +10,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +135,35 @@ def run_training(
         UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
         TrainingError: the run cannot go on.
     """
-    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
+    threads = torch.get_num_threads()
     try:
         if config.threads:
             torch.set_num_threads(config.threads)
-        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"  # on by default, unlike that of products
-        return _run_training(config, preset=preset, resume=resume, overwrite=overwrite)
+        with tensor_float32(config.precision == "tf32"):
+            return _run_training(config, preset=preset, resume=resume, overwrite=overwrite)
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions on a GPU are rounded to TF32; PyTorch by itself rounds convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    newer = getattr(matmul, "fp32_precision", None)  # torch 2.9; where it alone was set, the older question is an error
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"
+    convolutions = cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            matmul.fp32_precision = newer
+        cudnn.allow_tf32 = convolutions
 
 
 def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
@@ -180,13 +198,15 @@ def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, over
             if not finished:  # else config.yaml keeps the values that the run was trained with
                 values = {PRESET: saved.get(PRESET), **config.to_dict(), "data": located(config.data)}
                 write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-                (folder / "report.json").unlink(missing_ok=True)  # of fewer steps
                 _say_start(trainer, changes)
         accelerator.wait_for_everyone()
         result = trainer.run()
         if accelerator.is_main_process:
             save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
-            reported = not config.evaluate or read_report(folder).get("steps") == result.step
+            current = read_report(folder).get("steps") == result.step
+            if not current:  # of a checkpoint that is no longer the newest
+                (folder / "report.json").unlink(missing_ok=True)
+            reported = not config.evaluate or current
             if result.signal is None and not (finished and reported):
                 _finish(trainer, result, started)
         accelerator.wait_for_everyone()

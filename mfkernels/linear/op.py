@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_parameter, check_rows, check_shape
+from ..checks import check_operand, check_parameter, check_shape
 from ..dual import Dual, TensorOrDual
 from . import reference
 
@@ -23,7 +23,7 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    check_rows("x", x)
+    check_operand("x", x)
     check_parameter("weight", weight, 2, x)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected last size {weight.shape[1]} (D_in of weight), got shape {tuple(x.shape)}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def timestep_embedding(t: TensorOrDual, dim: int, *, max_period: float = 10000.0
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     check_operand("t", t, 1)
-    if not isinstance(dim, int) or dim < 2 or dim % 2 != 0:
+    if not isinstance(dim, Integral) or dim < 2 or dim % 2 != 0:
         raise ValueError(f"dim: expected an even integer >= 2, got {dim}")
     check_number("max_period", max_period, 1, above=True)
     tp = primal_of(t)

@@ -200,8 +200,12 @@ def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
 def test_parts_of_a_data_set_are_not_taken_for_classes(tmp_path):
     make_folder(tmp_path / "train", {"cat": 2, "dog": 2})
     make_folder(tmp_path / "val", {"cat": 1, "dog": 1})
-    with pytest.raises(UsageError, match=r"train and val in .* same sub-folders \(cat, dog\); .* such as in .*/train"):
+    with pytest.raises(UsageError, match=r"train and val in .* are parts of a data set; .* such as in .*/train"):
         load_folder(tmp_path, image_size=8)
+    assert load_folder(tmp_path / "val", image_size=8).class_names == ("cat", "dog")
+    (tmp_path / "val").rename(tmp_path / "more")  # classes with sub-folders of the same names
+    assert load_folder(tmp_path, image_size=8).class_names == ("more", "train")
+    (tmp_path / "more").rename(tmp_path / "val")
     shutil.copy(tmp_path / "train" / "cat" / "0.png", tmp_path / "train")  # images of its own: a class
     assert load_folder(tmp_path, image_size=8).class_names == ("train", "val")
 

@@ -111,7 +111,9 @@ def test_rows_that_a_crash_left_behind_are_not_logged_twice(monkeypatch):
         stop_after(interrupted, 4)
         run_training(TINY)
     log = Path("runs/tiny/log.jsonl")
-    log.write_text(log.read_text() + json.dumps({"step": 5, "loss": 7.0}) + "\n" + '{"step": 6, "lo')
+    log.write_text(
+        log.read_text() + json.dumps({"step": 5, "loss": 7.0, "squared_error": 7.0}) + "\n" + '{"step": 6, "lo'
+    )
     run_training(TINY, resume=True)
     assert [row["step"] for row in read_log(log)] == [1, 2, 3, 4, 5, 6]
     assert 7.0 not in losses("tiny")
