@@ -300,8 +300,8 @@ def jvp(
     pass. Any other callable or module is evaluated once for the primal and then, under no_grad and on the first `rows`
     samples only, once more through `torch.func.jvp`: right for every network made of differentiable PyTorch operations
     that treats samples independently, but it repeats the primal's work on those rows and materialises attention. In
-    README.md's measured step it costs 2.06x a plain training step with every row and 1.29x with a quarter of them, a
-    dual-aware network 1.36x and 1.10x. Dropout draws anew in the second evaluation.
+    README.md's measured step it costs 2.07x a plain training step with every row and 1.28x with a quarter of them, a
+    dual-aware network 1.34x and 1.07x. Dropout draws anew in the second evaluation.
 
     Args:
         fn: callable of `len(primals)` positional tensors.
