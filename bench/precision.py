@@ -68,6 +68,7 @@ def step(net: nn.Module, ours: bool, policy: tuple[torch.dtype, torch.dtype | No
     r, t = r.to(DEVICE, times), t.to(DEVICE, times)  # [B]
     net = net.to(DEVICE, weights)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # of the peer, whose patch embedding is a convolution
     cast = torch.autocast(DEVICE, dtype=autocast) if autocast else contextlib.nullcontext()
     scale = 2.0**10 if autocast == torch.float16 else 1.0  # what a gradient scaler does
     with cast:

@@ -71,7 +71,7 @@ def choose_moved(
             batches in random order.
     """
     rows = round(B * ratio)
-    if spread:
+    if spread or rows == 0:
         i = torch.arange(B, device=device)  # [B]
         return (i + 1) * rows // B > i * rows // B, rows
     order = torch.randperm(B, generator=generator, device=device)  # [B]

@@ -8,7 +8,6 @@ towards the guided velocity v_g, and so is the auxiliary head that gives v_c.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +18,8 @@ from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import check_number
 
 from ..checks import check_takes, check_velocity
-from .draws import Draws, choose_moved
-from .meanflow import column, draw_drop, draw_times, forget_autocast, net_num_classes, rows_first
+from .draws import Draws
+from .meanflow import column, forget_autocast, net_num_classes, rows_first
 from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
 from .time_samplers import LogitNormal, TimeSampler
 
@@ -86,28 +85,13 @@ class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
         # the inverse of the cumulative distribution; log1p and expm1 keep it exact near β = 1
         return torch.exp(torch.log1p(share * math.expm1(power * log_max)) / power)  # [B]
 
-    def draw(
-        self,
-        shape: Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        spread: bool = False,
-    ) -> Draws:
-        """Everything random of a batch of this shape (B, C, H, W); arguments as `MeanFlow.draw`.
-
-        t_min is uniform on [0, 1/2] and t_max on [1/2, 1].
-        """
-        B = shape[0]
-        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
-        t, r = draw_times(B, self.time_sampler, generator, device)
-        drop = draw_drop(B, self.label_dropout, generator, device)
-        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
-        omega = self.draw_omega(B, generator=generator, device=device)  # [B]
-        t_min, t_max = torch.rand(2, B, generator=generator, device=device) / 2  # [B] each
-        conditions = {"omega": omega, "t_min": t_min, "t_max": 1 - t_max}
-        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop, conditions=conditions)
+    def _draw_conditions(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """ω, t_min uniform on [0, 1/2] and t_max on [1/2, 1]."""
+        omega = self.draw_omega(n, generator=generator, device=device)  # [B]
+        t_min, t_max = torch.rand(2, n, generator=generator, device=device) / 2  # [B] each
+        return {"omega": omega, "t_min": t_min, "t_max": 1 - t_max}
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ImprovedMeanFlowOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""

@@ -5,7 +5,7 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import autocast_enabled, check_number
 
 from ..checks import check_takes, check_velocity, num_classes_of
-from .draws import Draws, choose_moved
+from .draws import Draws
 from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
 from .time_samplers import LogitNormal, TimeSampler
 
@@ -63,28 +63,6 @@ class MeanFlow(Objective[ObjectiveOutput]):
     def guided(self) -> bool:
         """Whether the target differs from the plain velocity anywhere."""
         return self.omega != 1.0 or self.kappa != 0.0
-
-    def draw(
-        self,
-        shape: Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        spread: bool = False,
-    ) -> Draws:
-        """Everything random of a batch of this shape (B, C, H, W).
-
-        Args:
-            generator: source of the draws, on `device`; default: PyTorch's global one.
-            spread: put the rows with r ≠ t at even distances (see `Draws.part`) instead of at random.
-        """
-        B = shape[0]
-        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
-        t, r = draw_times(B, self.time_sampler, generator, device)
-        drop = draw_drop(B, self.label_dropout, generator, device)
-        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
-        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop)
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
@@ -209,6 +187,7 @@ class FlowMatching(Objective[ObjectiveOutput]):
         ValueError: a value is out of its range; the message names it.
     """
 
+    ratio = 0.0  # no field: r = t by definition
     label_dropout: float = 0.1
     norm_p: float = 0.0
     norm_eps: float = 0.01
@@ -231,22 +210,11 @@ class FlowMatching(Objective[ObjectiveOutput]):
         meanflow: MeanFlow = self.__dict__["_meanflow"]
         return meanflow
 
-    def draw(
-        self,
-        shape: Sequence[int],
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        spread: bool = False,
-    ) -> Draws:
-        """Everything random of a batch; arguments as `MeanFlow.draw`, where `spread` changes nothing here."""
-        B = shape[0]
-        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
-        t = self.time_sampler.sample(B, generator=generator, device=device)  # [B]
-        drop = draw_drop(B, self.label_dropout, generator, device)
-        moved, rows = choose_moved(B, 0.0, spread=True, generator=generator, device=device)
-        return Draws(noise=e, t=t, r=t, moved=moved, rows=rows, drop=drop)
+    def _draw_times(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
+        return t, t
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
         """The loss at what `draw` gave."""
@@ -262,18 +230,6 @@ class FlowMatching(Objective[ObjectiveOutput]):
 def column(a: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, …) of the rank of `like`."""
     return a.view(-1, *[1] * (like.ndim - 1))
-
-
-def draw_times(
-    n: int, sampler: TimeSampler, generator: torch.Generator | None, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Two independent times per sample, (n,) each, the larger one first."""
-    pair = sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
-    return pair.amax(dim=0), pair.amin(dim=0)  # [B]
-
-
-def draw_drop(n: int, p: float, generator: torch.Generator | None, device: torch.device | str) -> Tensor | None:
-    return torch.rand(n, generator=generator, device=device) < p if p > 0 else None  # [B]
 
 
 def rows_first(t: Tensor, r: Tensor) -> tuple[Tensor, int]:

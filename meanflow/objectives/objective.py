@@ -13,7 +13,8 @@ from torch import Tensor
 from mfkernels.checks import check_number
 
 from ..checks import check_floating, check_labels
-from .draws import Draws
+from .draws import Draws, choose_moved
+from .time_samplers import TimeSampler
 
 # u = net(z, r, t, y)
 Net = Callable[..., Any]
@@ -46,7 +47,14 @@ Output = TypeVar("Output", bound=ObjectiveOutput)
 
 
 class Objective(ABC, Generic[Output]):
-    """A loss of a network, data and labels."""
+    """A loss of a network, data and labels.
+
+    ratio: share of samples with r ≠ t; label_dropout: of those trained without their label.
+    """
+
+    ratio: float
+    label_dropout: float
+    time_sampler: TimeSampler
 
     def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Output:
         """Draw everything random (see `draw`) and evaluate the loss there.
@@ -63,7 +71,6 @@ class Objective(ABC, Generic[Output]):
         check_batch(x, y)
         return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
 
-    @abstractmethod
     def draw(
         self,
         shape: Sequence[int],
@@ -73,7 +80,34 @@ class Objective(ABC, Generic[Output]):
         dtype: torch.dtype = torch.float32,
         spread: bool = False,
     ) -> Draws:
-        """Everything random of a batch of this shape."""
+        """Everything random of a batch of this shape (B, C, H, W).
+
+        Args:
+            generator: source of the draws, on `device`; default: PyTorch's global one.
+            spread: put the rows with r ≠ t at even distances (see `Draws.part`) instead of at random.
+        """
+        B = shape[0]
+        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
+        t, r = self._draw_times(B, generator, device)
+        drop = None
+        if self.label_dropout > 0:
+            drop = torch.rand(B, generator=generator, device=device) < self.label_dropout  # [B]
+        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
+        conditions = self._draw_conditions(B, generator, device)
+        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop, conditions=conditions)
+
+    def _draw_times(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """Two independent times per sample, (n,) each, the larger one first."""
+        pair = self.time_sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
+        return pair.amax(dim=0), pair.amin(dim=0)  # [B]
+
+    def _draw_conditions(
+        self, n: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """Further draws, (n,) each, by the names that `loss_at` has for them."""
+        return {}
 
     @abstractmethod
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> Output:

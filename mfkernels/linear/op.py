@@ -24,6 +24,8 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     check_operand("x", x)
+    if len(x.shape) == 0:
+        raise ValueError("x: expected (…, D_in), got a single number")
     check_parameter("weight", weight, 2, x)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected last size {weight.shape[1]} (D_in of weight), got shape {tuple(x.shape)}")

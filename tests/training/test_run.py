@@ -35,6 +35,7 @@ from meanflow.training import (
     run_training,
 )
 from meanflow.training.log import read_log
+from meanflow.training.run import tensor_float32
 
 TINY = TrainConfig(
     data="digits",
@@ -452,3 +453,21 @@ def test_a_backend_that_cannot_serve_the_run_is_named_before_anything_is_written
     with pytest.raises(UsageError, match=f"backend: .*{words}"):
         run_training(TINY)
     assert not Path("runs").exists()
+
+
+def test_tf32_is_put_back_as_it_was():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    for allowed in (True, False):
+        with tensor_float32(allowed):
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+            assert cudnn.allow_tf32 == allowed
+        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == before
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9: where it alone was set, the older question is an error
+        old, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            with tensor_float32(False):
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert matmul.fp32_precision == "tf32"
+        finally:
+            matmul.fp32_precision = old
