@@ -9,7 +9,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from .dual import Dual, check_tangent, primal_of
+from .dual import CarriesTangent, Dual, check_tangent, primal_of
 
 
 def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) -> None:
@@ -85,5 +85,5 @@ def check_constant(name: str, x: Any, shape: tuple[int, ...], meaning: str, like
     check_shape(name, x, shape, meaning)
     if x.device != like.device:
         raise ValueError(f"{name}: expected the device of the input, {like.device}, got {x.device}")
-    if fwAD.unpack_dual(x).tangent is not None:
+    if isinstance(x, CarriesTangent) or fwAD.unpack_dual(x).tangent is not None:
         raise NotImplementedError(f"{name}: a forward-mode tangent of a parameter or table is not supported")

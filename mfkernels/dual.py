@@ -84,6 +84,14 @@ class Dual(NamedTuple):
 TensorOrDual = Tensor | Dual
 
 
+class CarriesTangent(Tensor):
+    """A tensor that carries its tangent along through a module that knows nothing of it: see `dualize`."""
+
+    def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        """`run(*operands)` with Duals in place of these tensors, and these tensors in place of the Duals it returns."""
+        raise NotImplementedError
+
+
 def primal_of(x: Any) -> Any:
     """The primal of a Dual; anything else unchanged."""
     return x.primal if isinstance(x, Dual) else x
@@ -145,7 +153,7 @@ _tangent_barrier.register_autograd(_barrier_backward, setup_context=_barrier_set
 
 
 def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
-    """`run(*operands)`, where plain tensors may carry tangents of `torch.func.jvp` or `forward_ad`.
+    """`run(*operands)`, where plain tensors may carry tangents of `torch.func.jvp`, `forward_ad` or a dualized module.
 
     Custom ops drop those without a word. Here `run` gets them as Duals, and the tangents of what it returns (a tensor,
     a Dual or a tuple of these) go back to forward mode, where a gradient through them is an error that names `op`.
@@ -157,6 +165,10 @@ def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any
                 "call; give every tangent as a Dual, or every one to forward mode"
             )
         return run(*operands)
+
+    carrier = next((x for x in operands if isinstance(x, CarriesTangent)), None)
+    if carrier is not None:
+        return carrier.through(run, operands)
 
     def back(out: Any) -> Any:
         if not isinstance(out, Dual):
@@ -321,20 +333,25 @@ def jvp(
     """
     primals, cut, R = _check_jvp(primals, tangents, rows)
     B = primals[0].shape[0]
+    if any(isinstance(a, CarriesTangent) for a in (*primals, *cut)):
+        raise NotImplementedError(
+            "primals: a jvp inside a dualized module is a second derivative, which needs torch.func.jvp of the module"
+        )
+    bare = _unwrapped(fn)
     if is_dual_aware(fn):
-        duals = [p if t is None else Dual(p, t) for p, t in zip(primals, cut, strict=True)]
+        foreign = getattr(bare, "__dualized__", False)  # may write into any of them
+        duals = [p if t is None and not foreign else Dual(p, t) for p, t in zip(primals, cut, strict=True)]
         return _split(fn(*duals, **kwargs), R)
     if any(_carries_tangent(a) for a in (*primals, *cut)):
         raise NotImplementedError(
             "primals: a second derivative (jvp inside torch.func.jvp or forward_ad) needs torch.func.jvp itself, or a "
             "dual-aware fn; this would return zero"
         )
-    out = fn(*primals, **kwargs)
-    bare = _unwrapped(fn)
+    out = fn(*map(unshared, primals), **kwargs)
     with torch.no_grad():
         first = tree_map_only(Tensor, lambda a: a[:R] if a.ndim > 0 and a.shape[0] == B else a, kwargs)
         active = [i for i, t in enumerate(cut) if t is not None]
-        leads = [p.detach()[:R] for p in primals]
+        leads = [p.detach()[:R].clone(memory_format=torch.contiguous_format) for p in primals]
 
         structure: list[Any] = []  # of fn's output: its leaves that are not tensors, and how to put them together
 
@@ -349,7 +366,7 @@ def jvp(
         try:
             with _RefuseSilentZeros(), _RefuseBatchStatistics():
                 leaf_tangents = torch.func.jvp(
-                    of_active, tuple(leads[i] for i in active), tuple(t for t in cut if t is not None)
+                    of_active, tuple(leads[i] for i in active), tuple(t.clone() for t in cut if t is not None)
                 )[1]
         except (NotImplementedError, RuntimeError) as error:
             explained = _explained(error)
@@ -359,6 +376,14 @@ def jvp(
     are_tensors, spec = structure
     left = iter(leaf_tangents)
     return out, tree_unflatten([next(left).detach() if is_tensor else None for is_tensor in are_tensors], spec)
+
+
+def unshared(x: Tensor) -> Tensor:
+    """A copy for a function that may write into its arguments: the caller's tensors are not its own.
+
+    An expanded tensor stays as it is, since nothing can be written into it.
+    """
+    return x if 0 in x.stride() and x.numel() > 1 else x.clone()
 
 
 def _check_jvp(
@@ -462,6 +487,8 @@ class _RefuseBatchStatistics(TorchFunctionMode):
 
 
 def _carries_tangent(x: Any) -> bool:
+    if isinstance(x, CarriesTangent):
+        return True
     return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None
 
 

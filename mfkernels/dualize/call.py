@@ -1,4 +1,4 @@
-"""One intercepted PyTorch call: its operands, and its tangent through `torch.func.jvp`."""
+"""One ATen call of a dual pass: its operands, and its tangent through `torch.func.jvp`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..dual import _RefuseSilentZeros
+from .. import _torch
 from .rows import Rows, Untracked
 
 
@@ -34,7 +33,10 @@ class Out(NamedTuple):
     """The tangent of one output; None is zero."""
 
     tangent: Tensor | None
-    rows: Rows | None
+    rows: Rows | None = None
+
+
+UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output whose tangent is not computed, such as attention's statistics
 
 
 def has_tangent(x: Any) -> bool:
@@ -50,22 +52,21 @@ def tangent(x: Any) -> Tensor | None:
     return x.tangent if isinstance(x, Slot) else None
 
 
-# not a closure: one that calls itself is a reference cycle, and would keep tangents until the garbage collector comes
-def _applied(fn: Callable[[Any], Any], x: Any) -> Any:
-    if isinstance(x, (Slot, Tensor)):
-        return fn(x)
-    if isinstance(x, (list, tuple)) and any(isinstance(y, (Slot, Tensor)) for y in x):
-        return type(x)(_applied(fn, y) for y in x) if type(x) in (list, tuple) else [_applied(fn, y) for y in x]
-    return x
+def tensors(out: Any) -> list[Any]:
+    """The outputs of an ATen call, of which each is a tensor, a list of them or something else."""
+    if isinstance(out, (tuple, list)):
+        return [x for part in out for x in (part if isinstance(part, (tuple, list)) else (part,))]
+    return [out]
 
 
 class Call:
     """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
 
-    def __init__(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    __slots__ = ("args", "func", "kwargs", "name", "through_jvp")
+
+    def __init__(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
         self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
         self.through_jvp = False  # set where the tangent has no rule of its own
-        self.noise: Any = None  # what dropout multiplied by
 
     def operands(self) -> Iterator[Any]:
         """Slots and plain tensors, in order; those in lists included."""
@@ -80,14 +81,28 @@ class Call:
 
     def map(self, fn: Callable[[Any], Any]) -> Call:
         """The same call with `fn` applied to slots and tensors."""
-        args = tuple(_applied(fn, x) for x in self.args)
-        return Call(self.func, self.name, args, {k: _applied(fn, x) for k, x in self.kwargs.items()})
+
+        def one(x: Any) -> Any:
+            if isinstance(x, (Slot, Tensor)):
+                return fn(x)
+            if isinstance(x, (list, tuple)) and any(isinstance(y, (Slot, Tensor)) for y in x):
+                return [fn(y) if isinstance(y, (Slot, Tensor)) else y for y in x]
+            return x
+
+        return Call(self.func, self.name, [one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""
         if len(self.args) > position:
             return self.args[position]
         return self.kwargs.get(name, default)
+
+    def named(self) -> dict[str, Any]:
+        """Every argument by its name in the operator's schema, defaults included."""
+        arguments = self.func._schema.arguments
+        values = {a.name: a.default_value for a in arguments}
+        values.update(zip((a.name for a in arguments), self.args, strict=False))
+        return values | dict(self.kwargs)
 
     def dense(self) -> Call:
         """The same call with the tangent of every row given, zeros where there was none."""
@@ -120,34 +135,26 @@ class Call:
 
         return self.map(one)
 
-    def only(self, slot: Slot, rows: Rows | None) -> Call:
+    def only(self, slot: Slot) -> Call:
         """The call with `slot`, its one operand with rows, cut to those that carry tangents."""
+        rows = slot.rows
         if rows is None:
             return self
         return self.map(lambda x: Slot(rows.take(x.primal), x.tangent, None) if x is slot else x)
 
     def jvp(self) -> list[Tensor]:
-        """Tangents of the outputs that can have one, in order, by `torch.func.jvp` of the function itself."""
+        """Tangents of the outputs that can have one, in order, by PyTorch's forward-mode rule of the operator."""
         self.through_jvp = True
-        leaves, spec = tree_flatten((list(self.args), dict(self.kwargs)))
-        active = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Slot)]
-        in_place = self.name.endswith("_")
+        if torch.Tag.nondeterministic_seeded in self.func.tags:
+            raise NotImplementedError(f"{self.func}: draws at random, and forward AD would draw anew")
+        slots = self.slots()
 
         def run(*xs: Tensor) -> tuple[Tensor, ...]:
-            filled = list(leaves)
-            for i, x in zip(active, xs, strict=True):
-                filled[i] = x
-            args, kwargs = tree_unflatten(filled, spec)
-            if in_place:
-                args[0] = args[0].clone()
-            return tuple(x for x in tree_leaves(self.func(*args, **kwargs)) if has_tangent(x))
+            given = iter(xs)
+            filled = self.map(lambda x: next(given) if isinstance(x, Slot) else x)
+            return tuple(x for x in tensors(self.func(*filled.args, **filled.kwargs)) if has_tangent(x))
 
-        with _RefuseSilentZeros():
-            slots = [leaves[i] for i in active]
-            return list(
-                torch.func.jvp(
-                    run,
-                    tuple(slot.primal.detach() for slot in slots),
-                    tuple(slot.tangent for slot in slots),
-                )[1]
-            )
+        # PyTorch stores a tangent with its primal's strides, and an expanded one cannot be written
+        with _torch.autograd_again(), torch.no_grad():
+            primals = tuple(slot.primal.detach().contiguous() for slot in slots)
+            return list(torch.func.jvp(run, primals, tuple(slot.tangent for slot in slots))[1])

@@ -2,21 +2,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware
+from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware, unshared
 from .call import has_tangent
 from .compiled import call_compiled, loose_tensors, prepare
-from .passage import passage
 from .report import Report
-from .rows import Rows
-from .tensor import Batch, DualTensor, refusals
+from .tensor import DualPass, DualTensor, leave
+from .where import refused
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -77,6 +78,7 @@ def _rebuild(base: type) -> Any:
 
 class _Dualized(nn.Module):
     __dual_aware__ = True
+    __dualized__ = True
     dual_report: Report | None
     loose_tensors: tuple[tuple[str, str, Any], ...]  # what compiled.py has to hand over
 
@@ -104,35 +106,44 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
+    # the module may write into what it is given
+    leaves = [Dual(*(a if a is None else unshared(a) for a in x)) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module.plain_call(*args, **kwargs)
         return _map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
-    args, kwargs = tree_unflatten([_enter(x, Batch(batch, active, report)) if _is_dual(x) else x for x in leaves], spec)
-    try:
-        with passage():
+    run = DualPass(batch, active, report)
+    with _compiled_parts_eager(), run:
+        args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
+        try:
             out = module.plain_call(*args, **kwargs)
-    except RuntimeError as error:
-        if refusals.first is not None and not isinstance(error, NotImplementedError):
-            raise refusals.first from error  # TorchScript puts an empty message in its place
-        raise
-    finally:
-        refusals.first = None  # its traceback holds activations
-        _release_buffers(module)
-    out = _map_output(lambda o: _leave(o, batch, active), out)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
+                raise
+            why = "torch.func.grad and its kin inside the module would differentiate its values alone"
+            raise refused("torch.func", f"{why} ({str(error).splitlines()[0]})", error) from error
+        out = _map_output(lambda o: _leave(o, run), out)
+        _release_buffers(module, run)
     if report is not None:
         report.seconds += time.perf_counter() - start
     return out
 
 
-def _release_buffers(module: nn.Module) -> None:
+def _compiled_parts_eager() -> AbstractContextManager[Any]:
+    """Parts of a module that were compiled know no DualTensor; where nothing was, there is nothing to do."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _release_buffers(module: nn.Module, run: DualPass) -> None:
     """What the module wrote into its buffers stays there without a tangent, which belongs to this pass."""
+    if not run.outlived():
+        return
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if isinstance(buffer, DualTensor):
-                part._buffers[name] = buffer._primal
+                part._buffers[name] = leave(buffer)
 
 
 def _check(duals: list[Dual]) -> tuple[int, int]:
@@ -149,44 +160,32 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
                 f"primal: expected the same batch in every Dual, got {x.primal.shape[0]} rows and "
                 f"{duals[0].primal.shape[0]}"
             )
+        if any(map(_carries_tangent, x)):
+            raise NotImplementedError(
+                "dualize: forward-mode tangents (torch.func.jvp, forward_ad), another dual pass and Duals cannot be "
+                "mixed; a second derivative needs torch.func.jvp of the module itself"
+            )
     if not duals:
         return 0, 0
     return (duals[0].primal.shape[0] if duals[0].primal.ndim else 0), max(x.rows for x in duals)
 
 
-def _enter(x: Dual, batch: Batch) -> Tensor:
-    if x.tangent is None or x.rows == 0:
-        return x.primal
-    t = x.tangent
-    if _carries_tangent(x.primal) or _carries_tangent(t):
-        raise NotImplementedError(
-            "dualize: forward-mode tangents (torch.func.jvp, forward_ad) and Duals cannot be mixed; a second "
-            "derivative needs torch.func.jvp of the module itself"
-        )
-    if x.rows < batch.active:
-        t = torch.cat([t, t.new_zeros(batch.active - x.rows, *t.shape[1:])])
-    # one sample is all of them: nothing to keep apart
-    return DualTensor.make(
-        x.primal, t.detach(), Rows(0, 1, batch.size, 1, batch.active) if batch.size > 1 else None, batch
-    )
-
-
-def _leave(o: Any, batch: int, active: int) -> Any:
-    if not isinstance(o, DualTensor):
-        return o
-    t, rows = o._tangent, o._rows
+def _leave(o: Any, run: DualPass) -> Any:
+    slot = run.slot(o) if isinstance(o, Tensor) else None
+    if slot is None:
+        return leave(o) if isinstance(o, Tensor) else o
+    t, rows, shape = slot.tangent, slot.rows, tuple(o.shape)
     axis = 0 if rows is None else rows.axis
-    if axis != 0 or o._primal.ndim == 0 or (rows is None and o._primal.shape[0] % batch):
+    if axis != 0 or o.ndim == 0 or (rows is None and o.shape[0] % run.batch):
         raise ValueError(
-            f"output: expected its {batch} samples in dimension 0, as a Dual has them, got shape "
-            f"{tuple(o._primal.shape)}{f' with them in dimension {axis}' if axis else ''}; let the module return a "
-            "result per sample"
+            f"output: expected its {run.batch} samples in dimension 0, as a Dual has them, got shape "
+            f"{shape}{f' with them in dimension {axis}' if axis else ''}; let the module return a result per sample"
         )
     if rows is not None and rows.outer != 1:  # several batches one after the other: no prefix carries the tangents
         t, rows = rows.fill(t), None
-    if rows is None and o._primal.shape[0] == batch:
-        t = t[:active]
-    return Dual(o._primal, t)
+    if rows is None and o.shape[0] == run.batch:
+        t = t[: run.active_rows]
+    return Dual(leave(o), t.detach())
 
 
 def _map_output(fn: Any, out: Any) -> Any:

@@ -25,7 +25,7 @@ class Line:
 class Report:
     """What `dualize(model, report=True)` saw since it was made or cleared.
 
-    rules: operations whose tangent is written out, by name.
+    rules: ATen operators whose tangent is written out, by name.
     jvp: operations that went through `torch.func.jvp` one by one, on the rows that carry tangents.
     zero_filled: operations after which those rows are no prefix, so that zeros stand for the others.
     seconds: in all dual passes, hooks and the user's Python included. On CUDA kernels run on after their launch: the

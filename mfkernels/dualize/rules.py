@@ -1,158 +1,168 @@
-"""For each kind of operation: where the batch of its result is, and its tangent.
+"""For each kind of operator: where the batch of its result is, and its tangent.
 
-A rule takes the `Call` and the primal result (of an in-place operation: the tensor before it) and gives an `Out` for
-each output. It raises `Untracked` where the rows that carry tangents are no prefix in the result, and `MixesRows` where
-samples would depend on each other.
+A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before it) and gives an
+`Out` for each output that can have a tangent. It raises `Untracked` where the rows that carry tangents are no prefix
+in the result, and `MixesRows` where samples would depend on each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..attention import attention
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
-from . import fast, names
-from .call import Call, Out, Slot, has_tangent, primal, tangent
-from .rows import MixesRows, Rows, Untracked
-from .shapes import (
-    aligned,
-    broadcast,
-    broadcast_tensors,
-    copy_,
-    expand,
-    fill_,
-    getitem,
-    index_select,
-    join,
-    narrow,
-    permute,
-    repeat,
-    repeat_interleave,
-    reshape,
-    select,
-    setitem,
-    split,
-    unknown,
-)
+from . import formulas, views
+from .call import UNKNOWN, Call, Out, Slot, has_tangent, primal, tensors
+from .rows import MixesRows, Untracked
+from .views import broadcast, linear, same, unknown
+
+Rule = Callable[[Call, Any], list[Out]]
 
 
-def rule_for(call: Call) -> Callable[[Call, Any], list[Out]]:
-    name = call.name
-    if name in _RULES:
-        return _RULES[name]
-    bare = name.removesuffix("_")
-    if name in ("max", "min") and isinstance(call.arg(1, "other"), (Tensor, Slot)):
-        return elementwise
-    if bare in names.ELEMENTWISE:
-        return elementwise
-    if name in names.ALONG:
+def rule_for(name: str, func: Any, view: bool) -> Rule:
+    """The rule of an ATen operator that writes nothing."""
+    if name in RULES:
+        return RULES[name]
+    if name in ALONG:
         return along
-    if name in names.BATCH_FIRST:
-        return batch_first
-    if name in names.RESHAPE:
-        return reshape
-    if name in names.PERMUTE:
-        return permute
-    if name in names.CAST:
-        return cast
-    if name in names.SPLIT:
-        return split
-    return unknown
+    if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
+        return elementwise
+    return views.any_view if view else unknown
+
+
+def foreign(call: Call, out: Any) -> list[Out]:
+    raise NotImplementedError(f"{call.func} is no operator of PyTorch's own, so forward AD does not know it")
+
+
+def constant(call: Call, out: Any) -> list[Out]:
+    return [Out(None) for leaf in tensors(out) if has_tangent(leaf)]
+
+
+# Zero derivative wherever there is one: the result is a plain tensor.
+CONSTANT = frozenset(
+    """detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones
+    new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide
+    random normal uniform exponential log_normal cauchy geometric""".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- elementwise
 
+# Row i of the result depends on row i of each operand; not all versions of PyTorch tag these as pointwise.
+_ELEMENTWISE = frozenset(
+    """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside leaky_relu
+    lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold where
+    xlogy nan_to_num copysign square""".split()
+)
 
-def elementwise(call: Call, out: Tensor) -> list[Out]:
+
+def elementwise(call: Call, out: Any) -> list[Out]:
     from_right, rows = call.rows_from_right()
     inner = call.sliced(from_right, rows)
-    quick = fast.ELEMENTWISE.get(call.name.removesuffix("_"))
+    formula = formulas.ELEMENTWISE.get(call.name)
     t: Tensor | None = None
-    holomorphic = call.name.removesuffix("_") in ("add", "sub", "rsub", "mul", "neg")
-    if quick is not None and (holomorphic or not any(slot.primal.is_complex() for slot in call.slots())):
+    if formula is not None and (call.name in formulas.HOLOMORPHIC or not _any_complex(call)):
         try:
-            t = quick(*inner.args, **inner.kwargs)
-        except (
-            TypeError,
-            AttributeError,
-        ):  # a signature that the written rule does not know (rounding_mode=, a dual mask)
+            t = formula(*inner.args, **inner.kwargs)
+        except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
             t = None
-    if t is None:
-        (t,) = inner.jvp()
-        call.through_jvp = True
-    return [broadcast(t, out, from_right, rows)]
+    if t is not None:
+        return [broadcast(t, out, from_right, rows)]
+    outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
+    tangents = inner.jvp()
+    call.through_jvp = True
+    return [broadcast(t, o, from_right, rows) for t, o in zip(tangents, outs, strict=True)]
 
 
-def power(call: Call, out: Tensor) -> list[Out]:
-    x, n = call.args[0], call.arg(1, "exponent")
-    if not isinstance(x, Slot) or not isinstance(n, (int, float)) or isinstance(n, bool) or x.primal.is_complex():
-        return elementwise(call, out)
-    p = x.rows.take(x.primal) if x.rows else x.primal
-    t = torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * p ** (n - 1))
-    return [Out(t, x.rows)]
+def _any_complex(call: Call) -> bool:
+    return any(slot.primal.is_complex() for slot in call.slots())
 
 
-def cast(call: Call, out: Tensor) -> list[Out]:
-    x = call.args[0]
-    if not isinstance(x, Slot):
-        return [Out(None, None)]
-    args = [primal(a) for a in call.args[1:]]
-    return [Out(call.func(x.tangent, *args, **{k: primal(v) for k, v in call.kwargs.items()}), x.rows)]
+def dropout(call: Call, out: Any) -> list[Out]:
+    """native_dropout, with the mask that it drew."""
+    x, p, mask = call.args[0], call.args[1], out[1]
+    if call.arg(2, "train") is False:
+        return [Out(x.tangent, x.rows)]
+    small = mask if x.rows is None else x.rows.take(mask)
+    return [Out(x.tangent * small * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
 
 
-def constant(call: Call, out: Any) -> list[Out]:
-    return [Out(None, None) for leaf in tree_leaves(out) if has_tangent(leaf)]
+def rrelu(call: Call, out: Any) -> list[Out]:
+    """rrelu_with_noise, with the slopes that it drew."""
+    x, noise = call.args[0], call.args[1]
+    options = call.named()
+    if not isinstance(x, Slot) or isinstance(noise, Slot):
+        return unknown(call, out)
+    p, slopes = (x.primal, noise) if x.rows is None else (x.rows.take(x.primal), x.rows.take(noise))
+    t = torch.ops.aten.rrelu_with_noise_backward(
+        x.tangent, p, slopes, options["lower"], options["upper"], options["training"], False
+    )
+    return [Out(t, x.rows)] + [UNKNOWN] * (len(tensors(out)) - 1)
 
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-
-_ALL_FOR_NONE = frozenset(["sum", "nansum", "mean", "nanmean", "var", "std", "var_mean", "std_mean", "amax", "amin"])
+# name: (position, keyword, default) of the dimensions that the operator works along; None is all of them.
+ALONG: dict[str, tuple[int, str, Any]] = {
+    **dict.fromkeys(
+        """sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax
+        cummin cumsum cumprod logcumsumexp all any""".split(),
+        (1, "dim", None),
+    ),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), (2, "dim", None)),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), (1, "dim", None)),
+    **dict.fromkeys(("sort", "mode", "glu"), (1, "dim", -1)),
+    **dict.fromkeys(("topk", "kthvalue"), (2, "dim", -1)),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), (1, "dim", None)),
+    **dict.fromkeys(("tril", "triu"), (9, "dim", (-2, -1))),
+    "flip": (1, "dims", None),
+    "roll": (2, "dims", None),
+    "unfold": (1, "dimension", -1),
+    "view_as_real": (9, "dim", ()),
+    "view_as_complex": (9, "dim", (-1,)),
+}
+_LINEAR_ALONG = frozenset(
+    "sum mean flip roll cumsum tril triu unfold view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c".split()
+)
 
 
 def _dims(call: Call, ndim: int) -> list[int]:
-    position, keyword, default = names.ALONG[call.name]
-    dim = call.arg(position, keyword, call.kwargs.get("axis", default))
-    if call.name in ("softmax", "log_softmax", "softmin") and dim is None:
-        raise MixesRows("without dim=")
-    if dim is None or isinstance(dim, bool) or (call.name in _ALL_FOR_NONE and dim in ((), [])):
-        return list(range(ndim))  # a flag is var's `unbiased`, which has no dimensions beside it
-    if not isinstance(dim, (int, tuple, list)):
-        raise Untracked(call.name)
+    position, keyword, default = ALONG[call.name]
+    if call.func._overloadname == "stable":
+        position = 9  # sort.stable has it by keyword alone
+    dim = call.arg(position, keyword, default)
+    if dim is None or isinstance(dim, bool) or dim == []:
+        return list(range(ndim)) if call.name != "view_as_real" else []
     return [d % ndim for d in ((dim,) if isinstance(dim, int) else dim)] if ndim else []
 
 
 def along(call: Call, out: Any) -> list[Out]:
-    x = call.args[0] if call.args else call.kwargs.get("input")
-    if not isinstance(x, Slot) or len(call.slots()) != 1 or sum(1 for _ in call.operands()) != 1:
-        return unknown(call, out)  # diff(prepend=) …
+    x = call.args[0]
+    if not isinstance(x, Slot) or sum(1 for _ in call.operands()) != 1:
+        return unknown(call, out)
+    if call.name in ("max", "min") and call.func._overloadname in ("other",):
+        return elementwise(call, out)
     dims = _dims(call, x.ndim)
     if x.rows is not None and x.rows.axis in dims:
         raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's")
-    inner = call.only(x, x.rows)
-    outs = [leaf for leaf in tree_leaves(out) if has_tangent(leaf)]
-    if call.name == "softmax" and isinstance(call.args[0], Slot):
-        o = outs[0]
-        tangents: Sequence[Tensor] = [fast.softmax(x, dims[0], x.rows.take(o.detach()) if x.rows else o.detach())]
-    elif (
-        call.name in ("sum", "mean", "flip", "roll", "cumsum", "diff", "unfold", "tril", "triu")
-        or call.name[:7] == "view_as"
-    ):
-        tangents = [call.func(*(x.tangent if a is x else a for a in call.args), **call.kwargs)]
+    outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
+    if call.name in ("_softmax", "_safe_softmax"):
+        p = outs[0] if x.rows is None else x.rows.take(outs[0])
+        tangents = [formulas.softmax(x.tangent, dims[0], p)]
+    elif call.name in _LINEAR_ALONG:
+        tangents = [call.func(x.tangent, *call.args[1:], **call.kwargs)]
     else:
-        tangents = inner.jvp()
+        tangents = call.only(x).jvp()
         call.through_jvp = True
     result = []
     for leaf, t in zip(outs, tangents, strict=True):
         rows = x.rows
-        if rows is not None and leaf.ndim < x.ndim:  # without keepdim
+        if rows is not None and leaf.ndim < x.ndim and call.name != "view_as_complex":  # without keepdim
             rows = rows.at(rows.axis - sum(d < rows.axis for d in dims))
         result.append(Out(t, rows))
     return result
@@ -162,234 +172,164 @@ def along(call: Call, out: Any) -> list[Out]:
 
 
 def matmul(call: Call, out: Tensor) -> list[Out]:
-    a, b = call.args[0], call.arg(1, "other", call.kwargs.get("mat2", call.kwargs.get("vec")))
-    if call.name == "rmatmul":
-        a, b = b, a
+    """mm, bmm, mv."""
+    return [_product(call.func, call.args[0], call.args[1])]
+
+
+def _product(func: Any, a: Any, b: Any) -> Out:
     slots = [x for x in (a, b) if isinstance(x, Slot)]
     rows = slots[0].rows
-    axes = [_matmul_axis(x is a, x, out, b.ndim) for x in slots] if rows is not None else []
-    if len(slots) == 2 and (slots[1].rows is None) != (rows is None):
-        raise Untracked(call.name)
+    if any((x.rows is None) != (rows is None) for x in slots):
+        raise Untracked("matmul")
+    small_a, small_b = primal(a), primal(b)
     if rows is not None:
-        batched = axes[0] < out.ndim - 2 and slots[0].ndim > 2
-        # both carry the batch: only as a dimension of the batch of products
-        if len(slots) == 2 and (axes[0] != axes[1] or slots[1].rows.at(0) != rows.at(0) or not batched):  # type: ignore[union-attr]
-            raise Untracked(call.name)
-        if not batched:
-            small_a, small_b = (rows.take(x.primal) if isinstance(x, Slot) else x for x in (a, b))
-        else:
-            k = slots[0].ndim - rows.axis
-            small_a, small_b = (
-                rows.take(primal(x), x.ndim - k) if x.ndim >= k and x.shape[-k] == rows.size else primal(x)
-                for x in (a, b)
-            )
-    else:
-        small_a, small_b = primal(a), primal(b)
+        for x in slots:
+            if x.rows.axis == (x.ndim - 1 if x is a else max(x.ndim - 2, 0)):  # type: ignore[union-attr]
+                raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is summed over")  # type: ignore[union-attr]
+        batched = rows.axis == 0 and slots[0].ndim == 3
+        if len(slots) == 2 and (slots[1].rows != rows or not batched):
+            raise Untracked("matmul")
+        if batched:
+            small_a, small_b = rows.take(small_a), rows.take(small_b)
     t = None
-    if tangent(a) is not None:
-        t = torch.matmul(a.tangent, small_b)
-    if tangent(b) is not None:
-        second = torch.matmul(small_a, b.tangent)
+    if isinstance(a, Slot):
+        t = func(a.tangent, small_b)
+    if isinstance(b, Slot):
+        second = func(small_a, b.tangent)
         t = second if t is None else t + second
     assert t is not None
-    return [Out(t, rows and rows.at(axes[0]))]
-
-
-def _matmul_axis(is_left: bool, x: Slot, out: Tensor, right_ndim: int) -> int:
-    """The dimension of the product in which the batch of one factor is."""
-    assert x.rows is not None
-    from_right = x.ndim - x.rows.axis
-    if x.ndim == 1 or from_right == (1 if is_left else 2):
-        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is summed over")
-    lost = int(is_left and right_ndim == 1)  # a vector on the right leaves no column dimension
-    return out.ndim + lost - from_right
+    return Out(t, rows)
 
 
 def addmm(call: Call, out: Tensor) -> list[Out]:
-    """addmm and baddbmm: an addition and a product."""
-    c, a, b = call.args[0], call.args[1], call.args[2]
+    """addmm, baddbmm, addmv: an addition and a product."""
+    c, a, b = call.args[:3]
     alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
-        (product,) = matmul(Call(torch.matmul, "matmul", (a, b), {}), out)
-        assert product.tangent is not None
-        parts.append(Out(product.tangent * alpha, product.rows))
+        product = _product(_PRODUCTS[call.name], a, b)
+        parts.append(product if alpha == 1 else Out(product.tangent * alpha, product.rows))  # type: ignore[operator]
     if isinstance(c, Slot):
         from_right = 0 if c.rows is None else c.ndim - c.rows.axis
-        parts.append(broadcast(c.tangent * beta, out, from_right, c.rows))
+        parts.append(broadcast(c.tangent if beta == 1 else c.tangent * beta, out, from_right, c.rows))
     if any(p.rows != parts[0].rows for p in parts):
         raise Untracked(call.name)
     t = parts[0].tangent if len(parts) == 1 else parts[0].tangent + parts[1].tangent  # type: ignore[operator]
     return [Out(t, parts[0].rows)]
 
 
-def outer(call: Call, out: Tensor) -> list[Out]:
-    """Of a vector over the batch, such as the times, and a plain one."""
-    x, y = call.args[0], call.arg(1, "vec2")
-    if not isinstance(x, Slot) or isinstance(y, Slot):
-        return unknown(call, out)
-    return [Out(torch.outer(x.tangent, y), x.rows)]
-
-
-def linear(call: Call, out: Tensor) -> list[Out]:
-    x = call.arg(0, "input")
-    if not isinstance(x, Slot) or len(call.slots()) != 1:
-        return unknown(call, out)  # weights that depend on the sample
-    if x.rows is not None and x.rows.axis == x.ndim - 1:
-        raise MixesRows("the last dimension is the batch's, and it is summed over")
-    return [Out(F.linear(x.tangent, call.arg(1, "weight")), x.rows)]
-
-
-def einsum(call: Call, out: Tensor) -> list[Out]:
-    equation = call.args[0]
-    operands = call.args[1] if len(call.args) == 2 and isinstance(call.args[1], (list, tuple)) else call.args[1:]
-    if not isinstance(equation, str):
-        return unknown(call, out)
-    terms, result = _einsum_terms(equation, [x.ndim for x in operands])
-    slots = [(i, x) for i, x in enumerate(operands) if isinstance(x, Slot)]
-    rows = slots[0][1].rows
-    if any((x.rows is None) != (rows is None) for _, x in slots):
-        raise Untracked(call.name)
-    small = [primal(x) for x in operands]
-    if rows is not None:
-        letters = {terms[i][x.rows.axis] for i, x in slots}  # type: ignore[union-attr]
-        (letter, *more) = letters
-        if more or any(x.rows.at(0) != rows.at(0) for _, x in slots):  # type: ignore[union-attr]
-            raise Untracked(call.name)
-        if letter not in result:
-            raise MixesRows(f"{equation!r} sums over {letter}, which is the batch's")
-        for i, x in enumerate(small):
-            if letter in terms[i] and x.shape[terms[i].index(letter)] == rows.size:
-                small[i] = rows.take(x, terms[i].index(letter))
-    lowered = ",".join(terms) + "->" + result
-    t = None
-    for i, x in slots:
-        one = torch.einsum(lowered, *small[:i], x.tangent, *small[i + 1 :])
-        t = one if t is None else t + one
-    assert t is not None
-    return [Out(t, rows and rows.at(result.index(letter)))]
-
-
-def _einsum_terms(equation: str, ndims: Sequence[int]) -> tuple[list[str], str]:
-    """Operands' and result's letters, ellipses replaced by letters that are not in use."""
-    equation = equation.replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c not in equation]
-    depth = max([n - (len(t) - 3) for t, n in zip(terms, ndims, strict=True) if "..." in t], default=0)
-    dots = "".join(free[:depth])
-    terms = [
-        t.replace("...", dots[depth - (n - len(t) + 3) :] if n > len(t) - 3 else "")
-        for t, n in zip(terms, ndims, strict=True)
-    ]
-    if not arrow:
-        letters = "".join(t for t in left.replace("...", "") if t != ",")
-        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    return terms, right.replace("...", dots)
+_PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 
 
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
-def layer_norm(call: Call, out: Tensor) -> list[Out]:
-    x, shape = call.args[0], call.arg(1, "normalized_shape")
+def layer_norm(call: Call, out: Any) -> list[Out]:
+    """native_layer_norm."""
+    x, shape, weight, bias = call.args[:4]
     if not isinstance(x, Slot) or len(call.slots()) != 1:
         return unknown(call, out)
-    depth = 1 if isinstance(shape, int) else len(shape)
-    if x.rows is not None and x.rows.axis >= x.ndim - depth:
+    if x.rows is not None and x.rows.axis >= x.ndim - len(shape):
         raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is normalised over")
-    inner = call.only(x, x.rows)
-    p = inner.args[0].primal.detach().to(out.dtype)
-    small = Slot(p, x.tangent.to(out.dtype), None)
-    weight = call.arg(2, "weight")
-    if call.name == "layer_norm":
-        t = fast.layer_norm(small, shape, weight, None, call.arg(4, "eps", 1e-5))
-        return [Out(t, x.rows)]
-    eps = call.arg(3, "eps")
-    eps = torch.finfo(out.dtype).eps if eps is None else eps
-    if depth != 1 or small.primal.ndim < 2:
-        (t,) = inner.jvp()
-        call.through_jvp = True
-        return [Out(t, x.rows)]
-    ones = p.new_ones(p.shape[-1]) if weight is None else weight
-    return [Out(tangent_of(rms_norm(Dual(p, small.tangent), ones, eps=eps)), x.rows)]
+    take = x.rows.take if x.rows is not None else lambda a, *_: a
+    y, mean, rstd = out
+    t = formulas.layer_norm(take(x.primal), x.tangent, shape, take(mean), take(rstd), weight)
+    return [Out(t.to(y.dtype), x.rows), UNKNOWN, UNKNOWN]
 
 
-def batch_norm(call: Call, out: Tensor) -> list[Out]:
-    """In evaluation mode: an affine map of each channel."""
-    first = 1 if call.func is F.batch_norm else 3  # torch.batch_norm has the weights first
-    x, weight = call.args[0], call.arg(4 - first, "weight") if first == 3 else call.arg(3, "weight")
-    var, eps = call.arg(first + 1, "running_var"), call.arg(7, "eps", 1e-5)
-    if not isinstance(x, Slot) or (x.rows is not None and x.rows.axis == 1) or len(call.slots()) > 1:
+def fused_rms_norm(call: Call, out: Any) -> list[Out]:
+    """_fused_rms_norm."""
+    x, shape, weight, eps = call.args[:4]
+    if not isinstance(x, Slot) or len(call.slots()) != 1 or len(shape) != 1 or x.ndim < 2:
         return unknown(call, out)
-    factor = torch.rsqrt(var + eps)  # [C]
-    factor = factor if weight is None else factor * weight
-    return [Out(x.tangent * factor.view(-1, *[1] * (x.ndim - 2)), x.rows)]
+    if x.rows is not None and x.rows.axis == x.ndim - 1:
+        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is normalised over")
+    p = x.primal if x.rows is None else x.rows.take(x.primal)
+    weight = p.new_ones(p.shape[-1]) if weight is None else weight
+    eps = torch.finfo(p.dtype).eps if eps is None else eps
+    return [Out(tangent_of(rms_norm(Dual(p, x.tangent), weight, eps=eps)), x.rows), UNKNOWN]
+
+
+def batch_norm(call: Call, out: Any) -> list[Out]:
+    """native_batch_norm and its kin: of each channel, over all else."""
+    given = call.named()
+    x, weight = call.args[0], given.get("weight")
+    if not isinstance(x, Slot) or len(call.slots()) > 1:
+        return unknown(call, out)
+    rest = [UNKNOWN] * (sum(map(has_tangent, tensors(out))) - 1)
+    eps = given.get("eps", given.get("epsilon"))
+    training = given.get("training", call.name == "_batch_norm_with_update")
+    if not training and given.get("running_mean") is not None:
+        if x.rows is not None and x.rows.axis == 1:
+            return unknown(call, out)
+        factor = torch.rsqrt(given["running_var"] + eps)  # [C]
+        factor = factor if weight is None else factor * weight
+        return [Out((x.tangent * factor.view(-1, *[1] * (x.ndim - 2))).to(x.primal.dtype), x.rows), *rest]
+    if x.rows is not None and x.rows.axis != 1:
+        raise MixesRows("batch statistics in training mode; use eval() or another norm")
+    # channels that are samples, as in an instance norm
+    p = x.primal if x.rows is None else x.rows.take(x.primal)
+    channels = (p.shape[0], p.shape[1], -1)  # a channel of one image is one row of a layer norm
+    if p.shape[0] != 1:
+        raise MixesRows("batch statistics in training mode; use eval() or another norm")
+    flat, flat_dot = p.reshape(channels), x.tangent.reshape(channels)
+    _, mean, rstd = torch.native_layer_norm(flat, flat.shape[-1:], None, None, eps)
+    t = formulas.layer_norm(flat, flat_dot, flat.shape[-1:], mean, rstd, None).reshape(p.shape)
+    if weight is not None:
+        scale = weight if x.rows is None else x.rows.take(weight, 0)
+        t = t * scale.view(-1, *[1] * (p.ndim - 2))
+    return [Out(t, x.rows), *rest]
+
+
+def group_norm(call: Call, out: Any) -> list[Out]:
+    """native_group_norm."""
+    x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
+    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
+        return unknown(call, out)
+    y, mean, rstd = out
+    take = x.rows.take if x.rows is not None else lambda a, *_: a
+    p = take(x.primal)
+    flat = (p.shape[0], groups, p[0].numel() // groups)  # a group is one row of a layer norm
+    stats = [take(a, 0).reshape(*flat[:2], 1) for a in (mean, rstd)]
+    t = formulas.layer_norm(p.reshape(flat), x.tangent.reshape(flat), flat[-1:], *stats, None).reshape(p.shape)
+    t = t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2))
+    return [Out(t.to(y.dtype), x.rows), UNKNOWN, UNKNOWN]
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def convolution(call: Call, out: Tensor) -> list[Out]:
+    x, weight, bias, *rest = call.args
+    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
+        return unknown(call, out)
+    return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
 
 def pad(call: Call, out: Tensor) -> list[Out]:
-    x, amounts, mode = call.args[0], call.arg(1, "pad"), call.arg(2, "mode", "constant")
+    """constant_pad_nd, reflection_pad1d …: zeros or copies, sample by sample."""
+    x, amounts = call.args[:2]
     rows = x.rows
     if rows is not None:
         i = x.ndim - 1 - rows.axis
         if 2 * i < len(amounts) and any(amounts[2 * i : 2 * i + 2]):
             raise Untracked(call.name)
-    return [Out(F.pad(x.tangent, amounts, mode), rows)]
+    if call.name == "constant_pad_nd":
+        return [Out(call.func(x.tangent, amounts, 0), rows)]
+    return same(call, out)
 
 
-def constant_pad_nd(call: Call, out: Tensor) -> list[Out]:
-    x, amounts = call.args[0], call.arg(1, "pad")
-    return pad(Call(F.pad, "pad", (x, amounts), {}), out)
-
-
-def group_norm(call: Call, out: Tensor) -> list[Out]:
-    x, groups, weight = call.args[0], call.arg(1, "num_groups"), call.arg(2, "weight")
-    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
-        return batch_first(call, out)
-    p = (x.primal if x.rows is None else x.rows.take(x.primal)).to(out.dtype)
-    rows = (p.shape[0], groups, -1)  # a group is one row of a LayerNorm
-    small = Slot(p.reshape(rows), x.tangent.to(out.dtype).reshape(rows), None)
-    t = fast.layer_norm(small, small.shape[-1], None, None, call.arg(4, "eps", 1e-5)).reshape(p.shape)
-    return [Out(t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2)), x.rows)]
-
-
-_LINEAR_ON_IMAGES = (
-    "avg_pool",
-    "adaptive_avg",
-    "interpolate",
-    "upsample",
-    "pixel",
-    "channel_sh",
-    "fold",
-    "unfold",
-    "im2",
-)
-
-
-def batch_first(call: Call, out: Any) -> list[Out]:
+def by_sample(call: Call, out: Any) -> list[Out]:
+    """Pooling by maxima, sampling …: the batch in dimension 0 of every operand, before and after."""
     slots = call.slots()
-    x = slots[0]
-    if x.rows is None or x.rows.axis != 0 or any(s.rows is None or s.rows != x.rows for s in slots):
+    rows = slots[0].rows
+    if rows is None or rows.axis != 0 or any(x.rows != rows for x in slots) or slots[0].ndim < 3:
         return unknown(call, out)
-    if call.args[0] is not x or x.ndim < 3 or (len(slots) > 1 and call.name != "grid_sample"):
+    if any(isinstance(x, Tensor) and (x.ndim == 0 or x.shape[0] != rows.size) for x in call.operands()):
         return unknown(call, out)
-    if call.name.startswith("conv"):
-        args = list(call.args)
-        args[0] = x.tangent
-        if len(args) > 2:
-            args[2] = None
-        return [Out(call.func(*args, **{k: v for k, v in call.kwargs.items() if k != "bias"}), x.rows)]
-    if call.name.startswith(_LINEAR_ON_IMAGES) and len(slots) == 1:
-        return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
-    grid: Any = call.arg(1, "grid") if call.name == "grid_sample" else None
-    rows: Rows = x.rows
-
-    def cut(a: Any) -> Any:
-        if isinstance(a, Slot):
-            return Slot(rows.take(a.primal), a.tangent, None)
-        return rows.take(a) if a is grid else a
-
-    tangents = call.map(cut).jvp()
+    tangents = call.map(
+        lambda x: Slot(rows.take(x.primal), x.tangent, None) if isinstance(x, Slot) else rows.take(x)
+    ).jvp()
     call.through_jvp = True
     return [Out(t, rows) for t in tangents]
 
@@ -397,71 +337,75 @@ def batch_first(call: Call, out: Any) -> list[Out]:
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def scaled_dot_product_attention(call: Call, out: Tensor) -> list[Out]:
-    q, k, v = (call.arg(i, name) for i, name in enumerate(("query", "key", "value")))
-    mask, dropout_p = call.arg(3, "attn_mask"), call.arg(4, "dropout_p", 0.0)
-    is_causal, scale = call.arg(5, "is_causal", False), call.kwargs.get("scale")
+def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
+    """PyTorch's fused kernels, whichever serves the call."""
+    given = call.named()
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    if given.get("dropout_p", 0.0) > 0:
+        raise NotImplementedError(
+            "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"
+        )
+    o = out[0]
     from_right, rows = call.rows_from_right()
     if rows is not None and from_right < 3:
         raise MixesRows("a sequence dimension is the batch's")
-    noise = call.noise if dropout_p > 0 else None
-    small = call.sliced(from_right, rows)
-    q, k, v = (small.arg(i, name) for i, name in enumerate(("query", "key", "value")))
-    mask = small.arg(3, "attn_mask")
-    grouped = q.ndim == 4 and k.shape[1] != q.shape[1]
-    plain = all(x.ndim == 4 for x in (q, k, v)) and k.shape == v.shape and q.shape[0] == k.shape[0]
-    if plain and mask is None and noise is None and q.shape[-1] == k.shape[-1] and (not grouped or k.shape[1] > 1):
+    if rows is not None and rows.active < rows.batch:
+        names = [name for name in given if isinstance(given[name], (Slot, Tensor))]
+        small = Call(call.func, call.name, [given[name] for name in names], {}).sliced(from_right, rows)
+        cut = dict(zip(names, small.args, strict=True))
+        q, k, v, mask = cut["query"], cut["key"], cut["value"], cut.get("attn_mask", cut.get("attn_bias"))
+    is_causal, scale = given.get("is_causal", False), given.get("scale")
+    plain = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1]
+    if mask is None and plain and (k.shape[1] == q.shape[1] or k.shape[1] > 1):
         dq, dk, dv = (
             Dual(x.primal.transpose(1, 2), x.tangent.transpose(1, 2)) if isinstance(x, Slot) else x.transpose(1, 2)
             for x in (q, k, v)
         )
         o_dot = tangent_of(attention(dq, dk, dv, scale=scale, is_causal=is_causal)).transpose(1, 2)  # type: ignore[union-attr]
     else:
-        if isinstance(noise, Tensor) and rows is not None:
-            noise = rows.take(noise, noise.ndim - from_right)
-        o_dot = fast.attention_with_mask(q, k, v, mask, is_causal, scale, noise)
-    return [broadcast(o_dot, out, from_right, rows)]
+        o_dot = formulas.attention_with_mask(q, k, v, mask, is_causal, scale)
+    rest = [UNKNOWN] * (sum(map(has_tangent, tensors(out))) - 1)
+    return [broadcast(o_dot.to(o.dtype), o, from_right, rows), *rest]
 
 
-_RULES: dict[str, Callable[[Call, Any], list[Out]]] = {
-    "pow": power,
-    "pow_": elementwise,
-    "expand": expand,
-    "expand_as": expand,
-    "broadcast_tensors": broadcast_tensors,
-    "repeat": repeat,
-    "tile": repeat,
-    "repeat_interleave": repeat_interleave,
-    "cat": join,
-    "stack": join,
-    "getitem": getitem,
-    "setitem_": setitem,
-    "copy_": copy_,
-    "fill_": fill_,
-    "zero_": fill_,
-    "select": select,
-    "narrow": narrow,
-    "index_select": index_select,
+RULES: dict[str, Rule] = {
+    **views.RULES,
+    **dict.fromkeys(("mm", "bmm", "mv"), matmul),
+    **dict.fromkeys(_PRODUCTS, addmm),
+    "native_layer_norm": layer_norm,
+    "_fused_rms_norm": fused_rms_norm,
+    "native_group_norm": group_norm,
     **dict.fromkeys(
-        ["gather", "take_along_dim", "scatter", "scatter_", "scatter_add", "scatter_add_", "scatter_reduce"], aligned
+        """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update
+        _batch_norm_no_update cudnn_batch_norm miopen_batch_norm""".split(),
+        batch_norm,
     ),
-    "matmul": matmul,
-    "rmatmul": matmul,
-    "mm": matmul,
-    "bmm": matmul,
-    "mv": matmul,
-    "addmm": addmm,
-    "baddbmm": addmm,
-    "outer": outer,
-    "ger": outer,
-    "linear": linear,
-    "einsum": einsum,
-    "layer_norm": layer_norm,
-    "rms_norm": layer_norm,
-    "batch_norm": batch_norm,
-    "group_norm": group_norm,
-    "pad": pad,
-    "constant_pad_nd": constant_pad_nd,
-    "scaled_dot_product_attention": scaled_dot_product_attention,
-    **dict.fromkeys(names.CONSTANT, constant),
+    "native_dropout": dropout,
+    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_functional"), rrelu),
+    "convolution": convolution,
+    **dict.fromkeys(
+        "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d".split(),
+        pad,
+    ),
+    **dict.fromkeys(
+        """avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
+        native_channel_shuffle channel_shuffle im2col col2im upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
+        upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa""".split(),
+        linear,
+    ),
+    **dict.fromkeys(
+        """max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d grid_sampler_2d
+        grid_sampler_3d""".split(),
+        by_sample,
+    ),
+    **dict.fromkeys(
+        """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_fused_attention_overrideable""".split(),
+        scaled_dot_product_attention,
+    ),
 }

@@ -1,495 +1,517 @@
-"""The tensor that carries its tangent through a module that knows nothing of it."""
+"""The tensor that carries its tangent through a module that knows nothing of it, and the pass in which it does.
+
+A `DualTensor` lies below autograd: the tape is made of it as of any tensor, and what reaches `__torch_dispatch__` are
+the ATen operators that the module's functions consist of. There the primal's operator runs, and beside it the rule for
+its tangent. What autograd saves is unwrapped on the way, so the tape holds primals, and after the pass a `DualTensor`
+is its primal: backward formulas and a checkpoint's recomputation never see a tangent.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-import types
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..dual import Dual
-from ..scaled_dot_product_attention import scaled_dot_product_attention
-from . import names
-from .call import Call, Out, Slot, has_tangent
+from .. import _torch
+from ..dual import CarriesTangent, Dual
+from .call import UNKNOWN, Call, Out, Slot, has_tangent, tensors
+from .functions import OwnRule, is_inside, own_rule
+from .memory import Memory
+from .operators import NUMBER, Operator, operator
 from .report import Report
 from .rows import MixesRows, Rows, Untracked
-from .rules import rule_for
-from .where import user_line
-
-_plain = torch._C.DisableTorchFunctionSubclass
-_is_alias: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+from .views import found_again
+from .where import refused
 
 
-class _Cell:
-    """What the aliases of one piece of memory share: their tangents alias each other as their primals do.
-
-    version: of the primal's memory when the tangents were last right.
-    lent: the tangent's memory also serves a tensor that is no alias of this one, so it must not be written to.
-    """
-
-    __slots__ = ("lent", "version")
-
-    def __init__(self, version: int, lent: bool = False) -> None:
-        self.version, self.lent = version, lent
-
-
-class Batch(NamedTuple):
-    """One dual pass: its samples, how many of them (the first) carry tangents, and who counts."""
-
-    size: int
-    active: int
-    report: Report | None
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
-
-
-class DualTensor(Tensor):
-    """A primal, on the tape as ever, and the tangent of some of its rows. To its user, a tensor."""
+class DualTensor(CarriesTangent):
+    """A primal and the tangent of some of its rows. To its user, and to autograd, a tensor."""
 
     _primal: Tensor
-    _tangent: Tensor
+    _tangent: Tensor | None
     _rows: Rows | None
-    _cell: _Cell
-    _batch: Batch
+    _memory: Memory | None  # shared with the views of this tensor, once there are any
+    _run: DualPass
+    _rule: OwnRule | None  # made in a Function's forward, whose own rule gives the tangents of its outputs
 
     @staticmethod
-    def make(primal: Tensor, tangent: Tensor, rows: Rows | None, batch: Batch) -> DualTensor:
-        # the wrapper is what the user's module holds and the tape never sees: the tangent goes when the module lets go
-        x = Tensor._make_wrapper_subclass(DualTensor, primal.shape, dtype=primal.dtype, device=primal.device)
-        x._primal, x._tangent, x._rows, x._batch = primal, tangent, rows, batch
-        x._cell = _Cell(_version(primal))
+    def make(
+        primal: Tensor, tangent: Tensor | None, rows: Rows | None, run: DualPass, memory: Memory | None = None
+    ) -> DualTensor:
+        x = Tensor._make_wrapper_subclass(
+            DualTensor,
+            primal.shape,
+            strides=primal.stride(),
+            storage_offset=primal.storage_offset(),
+            dtype=primal.dtype,
+            layout=primal.layout,
+            device=primal.device,
+        )
+        x._primal, x._tangent, x._rows, x._memory, x._run = primal, tangent, rows, memory, run
+        x._rule = None if _torch.forward_mode_enabled() else own_rule(run)
+        run.living.append(weakref.ref(x))
         return x
 
-    # what modules ask most often, without a dispatch
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self._primal.shape
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self._primal.dtype
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self._primal.device
-
-    @property
-    def ndim(self) -> int:  # type: ignore[override]
-        return self._primal.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        return self._primal.requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self._primal.requires_grad = value
-
-    @property
-    def grad_fn(self) -> Any:  # type: ignore[override]
-        return self._primal.grad_fn
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __iter__(self) -> Any:
-        return iter(self.unbind(0))
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return _dispatch(func, types, args, kwargs or {})
+    __torch_function__ = _torch.disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        refusal = NotImplementedError(
-            f"dualize: {func} met a tensor with a tangent in compiled or C++ code (TorchScript, torch.func inside the "
-            f"module, an extension), where dualize cannot follow; call its Python original{user_line()}"
-        )
-        refusals.first = refusals.first or refusal
-        raise refusal
+        # not under the pass's mode: on another thread, below another mode, or after the pass
+        run = next((x._run for x in _duals((args, kwargs or {})) if x._run.active), None)
+        if run is not None:
+            return run.dispatch(func, args, kwargs or {})
+        return func(*_primals(args), **_primals(kwargs or {}))
+
+    def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        return self._run.through(run, operands)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"DualTensor({self._primal!r})"
+
+    def __bool__(self) -> bool:
+        return bool(self._primal)
+
+    is_nonzero = __bool__
+
+    def __int__(self) -> int:
+        return int(self._primal)
+
+    def __format__(self, spec: str) -> str:
+        return format(self._primal, spec)
+
+    def _number(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._run.active:
+            raise TypeError("this tensor belongs to a dual pass that is over; let the module return it")
+        raise refused("item, tolist, numpy", NUMBER)
+
+    item = tolist = numpy = __float__ = __complex__ = __array__ = __dlpack__ = _number
 
 
-class _Refusals(threading.local):
-    """What was refused below Python in this thread's dual pass: the message may be lost on its way up."""
-
-    first: NotImplementedError | None = None
-
-
-refusals = _Refusals()
-
-
-# ------------------------------------------------------------------------------------------------------------- dispatch
-
-
-def unwrapped(x: Any) -> Any:
-    """The primals of a pytree's `DualTensor`s."""
-    return tree_map(lambda a: a._primal if isinstance(a, DualTensor) else a, x)
-
-
-def _slot(x: DualTensor) -> Slot:
-    if not torch.compiler.is_compiling() and x._cell.version != _version(x._primal):
-        raise NotImplementedError(
-            "dualize: this tensor was changed in place through another view of it, and its tangent could not follow; "
-            f"clone() before writing, or write out of place{user_line()}"
-        )
-    return Slot(x._primal, x._tangent, x._rows)
-
-
-def _mapped(fn: Callable[[DualTensor], Any], x: Any) -> Any:
-    if isinstance(x, DualTensor):
-        return fn(x)
-    if type(x) in (list, tuple):
-        return type(x)(_mapped(fn, y) for y in x)
-    return x
-
-
-def _duals(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[DualTensor]:
+def _duals(x: Any) -> list[DualTensor]:
     found: list[DualTensor] = []
-    _mapped(found.append, (*args, *kwargs.values()))
+    stack = [x]
+    while stack:
+        y = stack.pop()
+        if isinstance(y, DualTensor):
+            found.append(y)
+        elif isinstance(y, (list, tuple)):
+            stack.extend(y)
+        elif isinstance(y, dict):
+            stack.extend(y.values())
     return found
 
 
-def _primal_of(x: DualTensor) -> Tensor:
-    return x._primal
+def _primals(x: Any) -> Any:
+    if isinstance(x, DualTensor):
+        return x._primal
+    if isinstance(x, dict):
+        return {k: _primals(v) for k, v in x.items()}
+    return type(x)(map(_primals, x)) if type(x) in (list, tuple) else x
 
 
-def refused(name: str, why: str) -> NotImplementedError:
-    return NotImplementedError(f"dualize: {name}: {why}{user_line()}")
+class DualPass(TorchDispatchMode):
+    """One dual pass over `batch` samples, of which the first `active` carry tangents."""
 
+    def __init__(self, batch: int, active: int, report: Report | None) -> None:
+        super().__init__()
+        self.batch, self.active_rows, self.report = batch, active, report
+        self.active = False
+        self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
+        self.functions_listed = False
+        self.living: list[weakref.ref[DualTensor]] = []
+        # memory of plain tensors that were written to with tangents
+        self.written: dict[Any, Memory] = {}
+        # by memory, the primals of this pass that the tape holds
+        self.saved: dict[Any, list[_Saved]] = {}
+        self._tape: AbstractContextManager[Any] = nullcontext()
 
-_IMAGE_UNFOLD = {F.unfold: "unfold_image"}
+    # ------------------------------------------------------------------------------------------------- begin and end
 
+    def __enter__(self) -> DualPass:
+        self._tape = self._unwrap_what_is_saved()
+        self._tape.__enter__()
+        self.active = True
+        super().__enter__()
+        return self
 
-def _dispatch(func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    name = _IMAGE_UNFOLD.get(func) or names.name_of(func)
-    if name in names.REFUSED:
-        raise refused(name, names.REFUSED[name])
-    if name in names.INSPECT or (name.startswith(("get:", "set:")) and name not in _DIFFERENTIABLE_ATTRIBUTES):
-        return _inspect(func, args, kwargs)
-    if kwargs.get("out") is not None:
-        raise refused(name, "out= is not supported; use the result it returns")
-    body = _undispatched(func) if name not in _AS_A_WHOLE else None
-    if body is not None:
-        return body(*args, **kwargs)  # PyTorch's own Python, of which each call comes back here
-    if name == "dropout" or name == "dropout_":
-        return _dropout(name, args, kwargs)
-    if not args and "input" in kwargs:
-        args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-    duals = _duals(args, kwargs)
-    if not duals:
-        with _plain():
-            return func(*args, **kwargs)
-    batch = duals[0]._batch
-    report = batch.report
-    call = Call(func, name, _mapped(_slot, args), {k: _mapped(_slot, v) for k, v in kwargs.items()})
-    if name == "batch_norm" and call.arg(5, "training", False):
-        raise refused(
-            "batch_norm",
-            "mixes batch rows (batch statistics in training mode), so no sample has its own derivative; use eval() "
-            "or another norm",
-        )
-    if func is scaled_dot_product_attention:
-        fused = _fused_attention(call, batch)
-        if fused is not None:
-            return fused
-    if _is_in_place(name, kwargs):
-        return _in_place(call, args, kwargs, batch)
-    # somebody else's tensor (a quantised weight) keeps its own say
-    with _plain() if all(t is DualTensor for t in types) else nullcontext():
-        p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
-        if name in names.RANDOM or (name == "scaled_dot_product_attention" and call.arg(4, "dropout_p", 0.0) > 0):
-            return _random(call, p_args, p_kwargs, batch)
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.active = False
+        self._tape.__exit__(*error)
+        self.written.clear()
+        self.saved.clear()
+        self.functions.clear()
+        for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
+            x = ref()
+            if x is not None:
+                x._tangent = x._rows = x._memory = None
+        self.living.clear()
+
+    def outlived(self) -> bool:
+        """Whether tensors of this pass are still in use."""
+        return any(ref() is not None for ref in self.living)
+
+    def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
+        if not torch.is_grad_enabled():
+            return nullcontext()
+        outer = _torch.saved_tensors_hooks_in_force()
+
+        def pack(x: Tensor) -> Any:
+            dual = isinstance(x, DualTensor)
+            if dual:
+                x = x._primal  # type: ignore[attr-defined]
+            elif x.grad_fn is not None:
+                x = x.detach()  # what is saved must not hold the node that saves it
+                x = x._primal if isinstance(x, DualTensor) else x
+            if outer is not None:
+                return outer[0](x)
+            saved = _Saved(x)
+            if dual:
+                self.saved.setdefault(_torch.memory_of(x), []).append(saved)
+            return saved
+
+        def unpack(saved: Any) -> Tensor:
+            if self.active:
+                raise refused("backward", "a network that differentiates inside its own forward needs torch.func.jvp")
+            return saved.tensor() if outer is None else outer[1](saved)
+
+        return saved_tensors_hooks(pack, unpack)
+
+    def enter(self, x: Dual) -> Tensor:
+        """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
+        if x.tangent is None or x.rows == 0:
+            return x.primal
+        t = x.tangent
+        if x.rows < self.active_rows:
+            t = torch.cat([t, t.new_zeros(self.active_rows - x.rows, *t.shape[1:])])
+        # one sample is all of them: nothing to keep apart
+        rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
+        return self._wrapped(x.primal, t, rows)
+
+    def slot(self, x: Tensor) -> Slot | None:
+        """A tensor's primal and tangent, if it carries one in this pass."""
+        if isinstance(x, DualTensor):
+            if x._run is not self:
+                return None
+            if x._rule is not None and not is_inside(x._rule):
+                self._outside(x, x._rule)
+            t, rows = x._tangent, x._rows
+            if x._memory is not None and x._memory.buffer is not None:
+                t, rows = x._memory.read(x._primal, rows)
+            if rows is UNKNOWN.rows:
+                raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
+            return None if t is None else Slot(x._primal, t, rows)
+        if self.written and has_tangent(x):
+            memory = self.written.get(_torch.memory_of(x))
+            if memory is not None:
+                t, rows = memory.read(x, None)
+                return None if t is None else Slot(x, t, rows)
+        return None
+
+    def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        """`run` on Duals: one of this package's operations, which computes value and tangent in one kernel."""
+        given = []
+        for x in operands:
+            slot = self.slot(x) if isinstance(x, Tensor) else None
+            if slot is None:
+                given.append(leave(x) if isinstance(x, DualTensor) else x)
+            else:
+                t, rows = slot.tangent, slot.rows
+                prefix = rows is None or (rows.axis == 0 and rows.outer == 1)
+                given.append(Dual(leave(x), t if prefix else rows.fill(t)))  # type: ignore[union-attr]
+        out = run(*given)
+        return tuple(map(self._return, out)) if type(out) is tuple else self._return(out)
+
+    def _return(self, x: Any) -> Any:
+        if not isinstance(x, Dual) or x.tangent is None:
+            return x.primal if isinstance(x, Dual) else x
+        t, n = x.tangent, x.primal.shape[0]
+        rows = None
+        if self.batch > 1 and n % self.batch == 0 and len(t) == n // self.batch * self.active_rows:
+            rows = Rows(0, 1, self.batch, n // self.batch, self.active_rows)
+        elif len(t) < n:
+            t = torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
+        return self._wrapped(x.primal, t, rows)
+
+    def _wrapped(self, x: Tensor, t: Tensor, rows: Rows | None) -> DualTensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Enter.apply(x, t, rows, self)
+        return DualTensor.make(x.detach(), t.detach(), rows, self)
+
+    def _outside(self, x: DualTensor, rule: OwnRule) -> None:
+        """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
+        t, rows = rule.tangent_of(x), None
+        if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
+            t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
+        x._tangent, x._rows, x._memory, x._rule = t, rows, None, None
+
+    # ------------------------------------------------------------------------------------------------------- dispatch
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # dual_call has told it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return self.dispatch(func, args, kwargs or {})
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
+        op = operator(func)
+        operands = _Operands(self)
+        slots, p_args = operands.take(args)
+        if kwargs:
+            names = list(kwargs)
+            slot_values, p_values = operands.take(kwargs.values())
+            slot_kwargs, p_kwargs = dict(zip(names, slot_values)), dict(zip(names, p_values))  # noqa: B905
+        else:
+            slot_kwargs = p_kwargs = {}
+        rule = None
+        if operands.any_dual and not _torch.forward_mode_enabled():
+            rule = own_rule(self)
+            if rule is not None and op.in_place:
+                raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
+        if op.in_place:
+            return self._in_place(op, Call(func, op.name, slots, slot_kwargs), args, p_args, p_kwargs, operands)
+        if operands.any_tangent and op.refusal is not None:
+            raise refused(op.name, op.refusal)
         out = func(*p_args, **p_kwargs)
-        leaves = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if not any(has_tangent(x) for x in leaves):
+        if not operands.any_dual:
             return out
-        start = time.perf_counter() if report else 0.0
-        outs = _tangents(call, out, batch)
-    result = _wrap(out, outs, duals, batch)
-    if report:
-        report.add(call, time.perf_counter() - start)
-    return result
+        if rule is not None and (op.constant or not (operands.any_tangent or op.view)):
+            return self._wrap(out, [Out(None)] * len(tensors(out)), [], keep=True)  # the rule may give it a tangent
+        if op.constant:
+            if op.view and self.written and _torch.memory_of(out) in self.written:
+                return DualTensor.make(out, None, None, self)  # detach(): the memory has a tangent, this view of it none
+            return out
+        if op.view and not isinstance(args[0], DualTensor):
+            return out  # its tangent is found by its memory
+        if not operands.any_tangent:
+            return self._wrap_view(out, [Out(None)] * len(tensors(out)), args[0]) if op.view else out
+        if not any(map(has_tangent, tensors(out))):
+            return out
+        call = Call(func, op.name, slots, slot_kwargs)
+        start = time.perf_counter() if self.report else 0.0
+        outs = self._tangents(op, call, out)
+        result = self._wrap_view(out, outs, args[0]) if op.view else self._wrap(out, outs, operands.shared)
+        if self.report:
+            self.report.add(call, time.perf_counter() - start)
+        return result
 
-
-_DIFFERENTIABLE_ATTRIBUTES = frozenset(["get:T", "get:mT", "get:H", "get:mH", "get:real", "get:imag", "get:data"])
-
-# Python functions of PyTorch that are one operation to us.
-_AS_A_WHOLE = (
-    names.BATCH_FIRST
-    | names.ELEMENTWISE
-    | frozenset(names.ALONG)
-    | names.SPLIT
-    | names.RANDOM
-    | names.CAST
-    | names.RESHAPE
-    | frozenset(["einsum", "layer_norm", "rms_norm", "dropout", "batch_norm", "broadcast_tensors", "cat", "stack"])
-    | frozenset(["expand", "scaled_dot_product_attention", "getitem", "setitem_", "repeat", "tile"])
-) - frozenset(["norm", "local_response_norm"])
-
-
-@lru_cache(maxsize=1024)
-def _undispatched(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The body of a function that PyTorch wrote in Python, without its own look for overrides; None for others."""
-    if not isinstance(func, types.FunctionType) or not func.__module__.startswith("torch"):
-        return None
-    checks = [name for name in func.__code__.co_names if name.startswith("has_torch_function")]
-    if not checks:
-        return None
-    scope = {**func.__globals__, **dict.fromkeys(checks, lambda *_: False)}
-    body = types.FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-    body.__kwdefaults__ = func.__kwdefaults__
-    return body
-
-
-def _fused_attention(call: Call, batch: Batch) -> DualTensor | None:
-    """This package's own attention, value and tangent in one kernel; None where the batch is not in front."""
-    rows = call.slots()[0].rows
-    if rows is None or rows.axis != 0 or rows.outer != 1 or any(x.rows != rows for x in call.slots()):
-        return None
-    with _plain():
-        duals = call.map(lambda x: Dual(x.primal, x.tangent) if isinstance(x, Slot) else x)
-        out: Any = scaled_dot_product_attention(*duals.args, **duals.kwargs)
-    return DualTensor.make(out.primal, out.tangent, rows, batch)
-
-
-def _inspect(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    with _plain():
-        out = func(*_mapped(_primal_of, args), **{k: _mapped(_primal_of, v) for k, v in kwargs.items()})
-    return args[0] if isinstance(args[0], DualTensor) and out is args[0]._primal else out
-
-
-def _is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace") is True
-
-
-def _tangents(call: Call, out: Any, batch: Batch) -> list[Out]:
-    """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
-    rule = rule_for(call)
-    with torch.no_grad():
+    def _tangents(self, op: Operator, call: Call, out: Any) -> list[Out]:
+        """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
+        grad_enabled = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
         try:
             try:
-                outs = rule(call, out)
-                return [_found_again(o, batch) for o in outs] if call.name in _PLACES_ROWS else outs
+                outs = _fitting(op.rule(call, out), out)
             except Untracked:
-                if batch.report:
-                    batch.report.filled(call)
+                if self.report:
+                    self.report.filled(call)
                 filled = call.dense()
-                outs = rule(filled, out)
+                outs = _fitting(op.rule(filled, out), out)
                 call.through_jvp = filled.through_jvp
-                return [_found_again(o, batch) for o in outs]
+            return found_again(call, outs, self.batch, self.active_rows)
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
             raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
         except (NotImplementedError, RuntimeError) as error:
             text = str(error)
-            if "forward AD" not in text and "jvp" not in text:
+            if text.startswith("dualize:") or ("forward AD" not in text and "jvp" not in text):
                 raise
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
+        finally:
+            torch.set_grad_enabled(grad_enabled)
 
+    def _wrap(self, out: Any, outs: list[Out], shared: list[Tensor], keep: bool = False) -> Any:
+        given = iter(outs)
 
-# After these a tangent of all rows may have become one of the first rows alone.
-_PLACES_ROWS = frozenset(["setitem_", "copy_", "cat", "stack", "index_put_", "index_put", "index_copy_"])
+        def one(p: Any) -> Any:
+            if not has_tangent(p):
+                return p
+            t, rows = next(given)
+            if rows is UNKNOWN.rows:
+                return DualTensor.make(p, None, rows, self)
+            if t is None:
+                return DualTensor.make(p, None, None, self) if keep else p
+            return DualTensor.make(p, _fresh(t if t.dtype == p.dtype else t.to(p.dtype), shared), rows, self)
 
+        return _map_out(one, out)
 
-def _found_again(o: Out, batch: Batch) -> Out:
-    """A tangent of all rows as one of the first rows, where it is zero on the others."""
-    t, rows = o
-    if t is None or rows is not None or t.ndim == 0 or t.shape[0] != batch.size or batch.size == 1:
-        return o
-    if batch.active < batch.size and (torch.compiler.is_compiling() or bool(t[batch.active :].any())):
-        return o
-    return Out(t[: batch.active], Rows(0, 1, batch.size, 1, batch.active))
+    def _wrap_view(self, out: Any, outs: list[Out], source: Any) -> Any:
+        memory = source._memory
+        if memory is None:
+            memory = source._memory = Memory(
+                source._primal, source._tangent, source._rows, self.batch, self.active_rows
+            )
+        given = iter(outs)
 
+        def one(p: Tensor) -> DualTensor:
+            t, rows = next(given)
+            return DualTensor.make(p, t, rows, self, memory)
 
-def _wrap(out: Any, outs: list[Out], duals: list[DualTensor], batch: Batch) -> Any:
-    given = iter(outs)
+        return _map_out(one, out)
 
-    def one(p: Any) -> Any:
-        if not has_tangent(p):
-            return p
-        t, rows = next(given)
-        if t is None:
-            return p
-        for x in duals:
-            if p is x._primal:
-                return x  # nothing was done (contiguous(), to() …)
-        t = t.detach() if t.requires_grad else t
-        y = DualTensor.make(p, t if t.dtype == p.dtype else t.to(p.dtype), rows, batch)
-        for x in duals:
-            if _is_alias(y._tangent, x._tangent):
-                if _is_alias(p, x._primal):
-                    y._cell = x._cell
-                else:
-                    x._cell.lent = y._cell.lent = True
-                break
-        return y
-
-    if isinstance(out, Tensor):
-        return one(out)
-    if isinstance(out, tuple) and hasattr(out, "_fields") and not isinstance(out, Dual):
-        return type(out)(*map(one, out))
-    if isinstance(out, (tuple, list)):
-        if type(out) in (tuple, list):
-            return type(out)(map(one, out))
-        return type(out)(list(map(one, out)))  # torch.return_types take one sequence
-    return tree_map(one, out)
-
-
-# ------------------------------------------------------------------------------------------------------------- in place
-
-
-_DRAWS = frozenset(["random_", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "cauchy_"])
-
-
-def _in_place(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: Batch) -> Any:
-    """Tangent first (it needs the old primal), then the primal, then both are where the caller expects them."""
-    target = args[0]
-    report = batch.report
-    start = time.perf_counter() if report else 0.0
-    if not isinstance(target, DualTensor) and call.name in _DRAWS:
-        raise refused(call.name, "the parameters of a distribution cannot carry a tangent")
-    with _plain():
-        outside = Call(call.func, call.name, call.args, {k: v for k, v in call.kwargs.items() if k != "inplace"})
-        p_args, p_kwargs = _mapped(_primal_of, args), {k: _mapped(_primal_of, v) for k, v in kwargs.items()}
-        t: Tensor | None = None
-        rows: Rows | None = None
-        if call.name in _DRAWS or call.name == "zero_":
-            t, rows = torch.zeros_like(target._tangent), target._rows
-        elif has_tangent(p_args[0]):
-            ((t, rows),) = _tangents(outside, p_args[0], batch)
-        # an operation that fails leaves the tensor as it was
+    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, operands: _Operands) -> Any:
+        """Tangent first, which needs the old primal; then the primal."""
+        target = args[0]
+        if operands.any_tangent:
+            if op.refusal is not None:
+                raise refused(op.name, op.refusal)
+            if not isinstance(target, Tensor):
+                raise refused(op.name, "writes into a list of tensors")
+        start = time.perf_counter() if self.report else 0.0
+        outs: list[Out] = []
+        if operands.any_tangent and has_tangent(target):
+            outside = Call(op.functional, op.name, call.args, call.kwargs)
+            outs = self._tangents(op, outside, p_args[0])
+            call.through_jvp = outside.through_jvp
         out = call.func(*p_args, **p_kwargs)
-        if t is not None:
-            t = t.to(p_args[0].dtype)
-            if t is target or any(_is_alias(t, x._tangent) for x in _duals(args, kwargs)):
-                t = t.clone()
-    if t is None:
-        return out if out is not p_args[0] else target
-    if isinstance(target, DualTensor):
-        _store(target, t, rows)
-    else:
-        _adopt(target, t, rows, batch, call.name)
-    if report:
-        report.add(outside, time.perf_counter() - start)
-    return target if out is not None else None
+        if not isinstance(target, Tensor):
+            return out
+        if self.saved:
+            for saved in self.saved.get(_torch.memory_of(p_args[0]), ()):
+                saved.overwritten = True
+        if outs:
+            with torch.no_grad():
+                self._store(target, p_args[0], outs[0], operands.shared)
+            if self.report:
+                self.report.add(call, time.perf_counter() - start)
+        return target
+
+    def _store(self, target: Tensor, p: Tensor, out: Out, shared: list[Tensor]) -> None:
+        """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
+        t, rows = out
+        t = None if t is None else _fresh(t if t.dtype == p.dtype else t.to(p.dtype), shared)
+        if isinstance(target, DualTensor):
+            if target._memory is None:  # nobody else sees it
+                target._tangent, target._rows = t, rows if t is not None else target._rows
+            else:
+                target._memory.write(p, target._rows, t, rows)
+            return
+        memory = self.written.get(_torch.memory_of(p))
+        if memory is None:
+            if t is None:
+                return
+            base = p._base if p._is_view() else p
+            memory = self.written[_torch.memory_of(p)] = Memory(base, None, None, self.batch, self.active_rows)
+        memory.write(p, None, t, rows)
 
 
-def _store(x: DualTensor, t: Tensor, rows: Rows | None) -> None:
-    """Make `t` the tangent of `x`, whose primal has just been written to."""
-    compiling = torch.compiler.is_compiling()
-    writable = not x._cell.lent and rows == x._rows and torch._debug_has_internal_overlap(x._tangent) != 1
-    if writable:
-        with torch.no_grad(), _plain():
-            x._tangent.copy_(t)  # its aliases see it too, as they see the primal's change
-    else:
-        x._tangent, x._rows, x._cell = t, rows, _Cell(0)
-    if not compiling:
-        x._cell.version = _version(x._primal)
+def _fitting(outs: list[Out], out: Any) -> list[Out]:
+    """`outs`, if each is of the shape that its primal and its rows ask for."""
+    primals = [p for p in tensors(out) if has_tangent(p)]
+    if len(outs) == 1 and len(primals) > 1:
+        raise Untracked("outputs")
+    for p, (t, rows) in zip(primals, outs, strict=True):
+        if t is None:
+            continue
+        if rows is None:
+            fits = t.shape == p.shape
+        else:
+            axis = rows.axis
+            fits = t.ndim == p.ndim > axis and p.shape[axis] == rows.size and t.shape[axis] == rows.kept
+            fits = fits and t.numel() * rows.batch == p.numel() * rows.active
+        if not fits:
+            raise Untracked("shape")
+    return outs
 
 
-def _adopt(x: Tensor, t: Tensor, rows: Rows | None, batch: Batch, name: str) -> None:
-    """A plain tensor that was written to with tangents becomes a `DualTensor`, under the name its user knows."""
-    if x._is_view():
-        raise refused(
-            name,
-            "a value with a tangent was written into a view of a tensor that has none; write into that tensor itself "
-            "(x[..., :n] = y), or build the result with torch.cat or torch.stack",
-        )
-    if isinstance(x, torch.nn.Parameter) or type(x) is not Tensor:
-        raise refused(name, f"a value with a tangent was written into a {type(x).__name__}")
-    dual = DualTensor.make(x, t, rows, batch)
-    try:
-        torch.utils.swap_tensors(x, dual)
-    except RuntimeError as error:
-        raise refused(
-            name, "a value with a tangent was written into a tensor that is in use elsewhere; write into a new one"
-        ) from error
-    # the two objects have changed places: `dual` is the plain tensor now
-    x._primal = dual  # type: ignore[attr-defined]
-    x._cell = _Cell(_version(dual))  # type: ignore[attr-defined]
+def _fresh(t: Tensor, shared: list[Tensor]) -> Tensor:
+    """`t` in memory that no write will reach; `shared` are the operands' tangents that one may."""
+    return t.clone() if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared) else t
 
 
-# --------------------------------------------------------------------------------------------------------------- random
+def _map_out(fn: Callable[[Any], Any], out: Any) -> Any:
+    if isinstance(out, (tuple, list)):
+        return [[fn(y) for y in x] if isinstance(x, (tuple, list)) else fn(x) for x in out]
+    return fn(out)
 
 
-def _dropout(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """F.dropout, one draw for primal and tangent; the primal's arithmetic is PyTorch's own, bit for bit."""
-    bound = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | dict(kwargs)
-    x, p = bound["input"], bound.get("p", 0.5)
-    training, inplace = bound.get("training", bound.get("train", True)), bound.get("inplace", False) or name[-1] == "_"
-    if not training or p == 0.0:
+class _Operands:
+    """Arguments, with a `Slot` for each tensor that carries a tangent, and their primals."""
+
+    __slots__ = ("any_dual", "any_tangent", "run", "shared")
+
+    def __init__(self, run: DualPass) -> None:
+        self.run, self.any_dual, self.any_tangent = run, False, False
+        self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
+
+    def take(self, xs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+        slots: list[Any] = []
+        primals: list[Any] = []
+        for x in xs:
+            slot = primal = x
+            if isinstance(x, DualTensor):
+                primal = x._primal
+                self.any_dual = True
+                slot = self._slot(x) or primal
+            elif isinstance(x, Tensor):
+                if self.run.written:
+                    slot = self._slot(x) or x
+            elif isinstance(x, (list, tuple)):
+                slot, primal = self.take(x)
+            slots.append(slot)
+            primals.append(primal)
+        return slots, primals
+
+    def _slot(self, x: Tensor) -> Slot | None:
+        slot = self.run.slot(x)
+        if slot is not None:
+            self.any_dual = self.any_tangent = True
+            if not isinstance(x, DualTensor) or (x._memory is not None and x._memory.buffer is not None):
+                self.shared.append(slot.tangent)
+        return slot
+
+
+class _Saved:
+    """A tensor that the tape holds."""
+
+    __slots__ = ("overwritten", "version", "x")
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.version = x, 0 if x.is_inference() else x._version
+        self.overwritten = False  # in the pass, below where PyTorch counts
+
+    def tensor(self) -> Tensor:
+        x = self.x
+        if self.overwritten or (not torch.compiler.is_compiling() and x._version != self.version):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"{x.dtype} tensor of shape {tuple(x.shape)}; clone() it before writing"
+            )
         return x
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p: expected a dropout probability in [0, 1], got {p}")
-    if inplace or p == 1.0 or not x.is_cuda:
-        with _plain():
-            if p == 1.0:
-                noise = x._primal.new_zeros(())
-            else:
-                noise = torch.empty_like(x._primal, requires_grad=False).bernoulli_(1.0 - p).div_(1.0 - p)
-        return x.mul_(noise) if inplace else x * noise
-    with _plain():
-        out, keep = torch.native_dropout(x._primal, p, True)
-        with torch.no_grad():
-            small = keep if x._rows is None else x._rows.take(keep)
-            t = x._tangent * small / (1.0 - p)
-    return DualTensor.make(out, t.to(out.dtype), x._rows, x._batch)
 
 
-def _rng_states(device: torch.device) -> Any:
-    return (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:  # type: ignore[override]
+        return DualTensor.make(x.detach(), t.detach(), rows, run)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        return grad, None, None, None
 
 
-def _set_rng_states(device: torch.device, states: Any) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DualTensor) -> Tensor:  # type: ignore[override]
+        return x._primal.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        return grad
 
 
-def _random(call: Call, args: Any, kwargs: Any, batch: Batch) -> Any:
-    """A function that draws: its tangent with the primal's draws, of every row so that they fall alike."""
-    device = call.slots()[0].primal.device
-    before = _rng_states(device)
-    out = call.func(*args, **kwargs)
-    after = _rng_states(device)
-    _set_rng_states(device, before)
-    try:
-        with torch.no_grad():
-            if call.name == "scaled_dot_product_attention":
-                outs = _dropped_attention(call, out, device, batch)
-            else:
-                rows = call.slots()[0].rows
-                if len(call.slots()) > 1:
-                    raise refused(call.name, "only its input may carry a tangent")
-                (t,) = call.dense().jvp()
-                outs = [Out(t if rows is None else rows.take(t), rows)]
-    finally:
-        _set_rng_states(device, after)
-    return _wrap(out, outs, [], batch)
-
-
-def _dropped_attention(call: Call, out: Tensor, device: torch.device, batch: Batch) -> list[Out]:
-    if device.type != "cpu":
-        raise refused(call.name, "dropout inside fused attention draws where dualize cannot see it; set dropout_p to 0")
-    p = call.arg(4, "dropout_p", 0.0)
-    q, k = call.args[0], call.args[1]
-    shape = (*out.shape[:-1], k.shape[-2])
-    call.noise = F.dropout(q.primal.new_ones(shape) if isinstance(q, Slot) else q.new_ones(shape), p)
-    return _tangents(call, out, batch)
+def leave(x: Tensor) -> Tensor:
+    """A DualTensor's primal, on the tape where it is."""
+    if not isinstance(x, DualTensor):
+        return x
+    return _Leave.apply(x) if x.requires_grad else x._primal

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.overrides import TorchFunctionMode
 
 from ..attention import attention
 from ..checks import check_operand
@@ -43,19 +43,6 @@ def scaled_dot_product_attention(
         NotImplementedError: there is a mask or dropout, or the backend that was asked for cannot serve the call.
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(  # a dualized module's tensors
-            scaled_dot_product_attention,
-            (query, key, value),
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
     if attn_mask is not None:
         raise NotImplementedError(
             "attn_mask: expected None: masked attention has no tangent rule here (is_causal=True has); "

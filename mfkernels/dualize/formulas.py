@@ -1,4 +1,4 @@
-"""Tangents written out for the operations that networks spend their time on; every other one goes through jvp.
+"""Tangents written out for the operators that networks spend their time on; every other one goes through jvp.
 
 `x` and `y` are tensors, numbers or slots, already cut to the rows that carry tangents.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .call import Slot, primal, tangent
 
+aten = torch.ops.aten
+
 
 def _scaled(x: Tensor | None, factor: Any) -> Tensor | None:
     return None if x is None else x * factor
@@ -27,20 +29,22 @@ def _times(x: Tensor, factor: Any) -> Tensor:
     return x if isinstance(factor, (int, float)) and factor == 1 else x * factor
 
 
-def add(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
+def add(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
     y_dot = tangent(y)
     return _sum(tangent(x), None if y_dot is None else _times(y_dot, alpha))
 
 
-def sub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
+def sub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
     x_dot, y_dot = tangent(x), tangent(y)
     if y_dot is None:
         return x_dot
     return y_dot * -alpha if x_dot is None else torch.sub(x_dot, y_dot, alpha=alpha)
 
 
-def rsub(x: Any, y: Any, *, alpha: Any = 1) -> Tensor | None:
-    return sub(y, x, alpha=alpha)
+def rsub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
+    y_dot = tangent(y)
+    x_dot = x.tangent * -alpha if isinstance(x, Slot) else None
+    return _sum(y_dot, x_dot)
 
 
 def mul(x: Any, y: Any) -> Tensor | None:
@@ -56,32 +60,33 @@ def div(x: Any, y: Any) -> Tensor | None:
     return a if y_dot is None else _sum(a, -p / (q * q) * y_dot)
 
 
-def rdiv(x: Any, y: Any) -> Tensor | None:
-    return div(y, x)
-
-
 def neg(x: Any) -> Tensor:
     return -x.tangent
 
 
-def silu(x: Any, inplace: bool = False) -> Tensor:
-    return torch.ops.aten.silu_backward(x.tangent, x.primal)
+def reciprocal(x: Any) -> Tensor:
+    y = torch.reciprocal(x.primal)
+    return x.tangent * (-y * y)
 
 
-def gelu(x: Any, *, approximate: str = "none") -> Tensor:
-    return torch.ops.aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
+def silu(x: Any) -> Tensor:
+    return aten.silu_backward(x.tangent, x.primal)
 
 
-def relu(x: Any, inplace: bool = False) -> Tensor:
-    return torch.ops.aten.threshold_backward(x.tangent, x.primal, 0)
+def gelu(x: Any, approximate: str = "none") -> Tensor:
+    return aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
+
+
+def relu(x: Any) -> Tensor:
+    return aten.threshold_backward(x.tangent, x.primal, 0)
 
 
 def sigmoid(x: Any) -> Tensor:
-    return torch.ops.aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal))
+    return aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal))
 
 
 def tanh(x: Any) -> Tensor:
-    return torch.ops.aten.tanh_backward(x.tangent, torch.tanh(x.primal))
+    return aten.tanh_backward(x.tangent, torch.tanh(x.primal))
 
 
 def exp(x: Any) -> Tensor:
@@ -104,13 +109,13 @@ def rsqrt(x: Any) -> Tensor:
     return x.tangent * (-0.5 * torch.rsqrt(x.primal) / x.primal)
 
 
-def square(x: Any) -> Tensor:
-    return x.tangent * (2 * x.primal)
+def pow(x: Any, n: Any) -> Tensor | None:
+    if not isinstance(x, Slot) or not isinstance(n, (int, float)) or isinstance(n, bool):
+        return None
+    return torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * x.primal ** (n - 1))
 
 
 def where(condition: Any, x: Any, y: Any) -> Tensor:
-    if isinstance(condition, Slot) or condition.dtype != torch.bool:
-        condition, x = x, condition  # the method's order
     zero = next(a for a in (tangent(x), tangent(y)) if a is not None).new_zeros(())
     a, b = tangent(x), tangent(y)
     return torch.where(condition, zero if a is None else a, zero if b is None else b)
@@ -124,34 +129,28 @@ def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
     return torch.where(mask, v_dot, torch.zeros_like(primal(x)) if x_dot is None else x_dot)
 
 
-def linear(x: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.nn.functional.linear(x.tangent, weight)
+def clone(x: Any, **options: Any) -> Tensor:
+    return x.tangent
 
 
-def softmax(x: Any, dim: int, p: Tensor) -> Tensor:
+def softmax(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
     # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-    return torch.ops.aten._softmax_backward_data(x.tangent.to(p.dtype), p, dim, p.dtype)
+    return aten._softmax_backward_data(x_dot.to(p.dtype), p, dim, p.dtype)
 
 
-def layer_norm(x: Any, normalized_shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
-    p, x_dot = x.primal.contiguous(), x.tangent.contiguous()
-    _, mean, rstd = torch.native_layer_norm(p, shape, None, None, eps)
+def layer_norm(x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
     # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
-    x_hat_dot = torch.ops.aten.native_layer_norm_backward(
-        x_dot, p, shape, mean, rstd, None, None, [True, False, False]
+    mask = [True, False, False]
+    x_hat_dot = aten.native_layer_norm_backward(
+        x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous(), None, None, mask
     )[0]
     return x_hat_dot if weight is None else x_hat_dot * weight
 
 
-def attention_with_mask(
-    q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float | None, noise: Tensor | None
-) -> Tensor:
+def attention_with_mask(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scale: float | None) -> Tensor:
     """Masked softmax attention's tangent with the scores of the tangent rows materialised; layout [B, H, N, d].
 
     In float32 or wider.
-
-    noise: what dropout multiplied the probabilities by.
     """
     wide = torch.promote_types(primal(q).dtype, torch.float32)  # no statistics in half precision
     Q, K, V = (primal(a).to(wide) for a in (q, k, v))
@@ -161,10 +160,7 @@ def attention_with_mask(
     if K.shape[-3:-2] != Q.shape[-3:-2] and Q.ndim > 2 and K.shape[-3] != 1:  # grouped queries
         n = Q.shape[-3] // K.shape[-3]
         K, V = K.repeat_interleave(n, -3), V.repeat_interleave(n, -3)
-        k_dot, v_dot = (
-            None if a is None else a.repeat_interleave(n, -3) if a.shape[-3] != Q.shape[-3] else a
-            for a in (k_dot, v_dot)
-        )
+        k_dot, v_dot = (None if a is None else a.repeat_interleave(n, -3) for a in (k_dot, v_dot))
     s = Q @ K.mT * scale  # [B_t, H, N_q, N_kv]
     hidden = None
     if is_causal:
@@ -188,14 +184,19 @@ def attention_with_mask(
     if s_dot is not None:
         s_dot = s_dot.expand_as(p)
         p_dot = p * (s_dot - (p * s_dot).sum(-1, keepdim=True))
-        o_dot = (p_dot if noise is None else p_dot * noise) @ V
+        o_dot = p_dot @ V
     if v_dot is not None:
-        o_dot = _sum(o_dot, (p if noise is None else p * noise) @ v_dot)
+        o_dot = _sum(o_dot, p @ v_dot)
     assert o_dot is not None
     return o_dot
 
 
 ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     fn.__name__: fn
-    for fn in (add, sub, rsub, mul, div, rdiv, neg, silu, gelu, relu, sigmoid, tanh, exp, sin, cos, sqrt, rsqrt, square)
-} | {"where": where, "masked_fill": masked_fill}
+    for fn in (
+        add, sub, rsub, mul, div, neg, reciprocal, silu, gelu, relu, sigmoid, tanh, exp, sin, cos, sqrt, rsqrt, pow,
+        where, masked_fill,
+    )
+}  # fmt: skip
+# right for complex numbers as they stand; PyTorch's rules take the conjugates of the others
+HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fill"])

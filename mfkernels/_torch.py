@@ -1,0 +1,71 @@
+"""Every private name of PyTorch that this package leans on, each with what stands in for it where it is missing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+
+
+def _find(path: str) -> Any:
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+# `__torch_function__` of a tensor subclass that leaves PyTorch's functions alone
+disabled_torch_function: Any = _find("_C._disabled_torch_function_impl")
+
+_top_hooks: Callable[[bool], Any] | None = _find("_C._autograd._top_saved_tensors_default_hooks")
+
+
+def saved_tensors_hooks_in_force() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The (pack, unpack) of the innermost `saved_tensors_hooks`, which hooks pushed after them replace."""
+    return None if _top_hooks is None else _top_hooks(True)
+
+
+_force_keys: Any = _find("_C._ForceDispatchKeyGuard")
+# the dispatch keys of a thread that is in no operator
+_at_rest = _force_keys and (_find("_C._dispatch_tls_local_include_set")(), _find("_C._dispatch_tls_local_exclude_set")())
+_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack") or (lambda: 0)
+
+
+def autograd_again() -> AbstractContextManager[Any]:
+    """Inside `__torch_dispatch__`, where autograd's keys are off: operators run from the top again.
+
+    The public `enable_reentrant_dispatch` gives the key of the mode back too, whose turn it is not; without a mode to go
+    to, an operator with that key stops with an internal error.
+    """
+    return _force_keys(*_at_rest) if _force_keys and not _modes() else enable_reentrant_dispatch()
+
+
+def functions_by_code() -> dict[Any, list[Any]]:
+    """Every autograd.Function there is, by the code of its forward."""
+    found: dict[Any, list[Any]] = {}
+    classes = list(torch.autograd.Function.__subclasses__())
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        found.setdefault(getattr(inspect.unwrap(cls.forward), "__code__", None), []).append(cls)
+    return found
+
+
+# False inside the forward of an autograd.Function
+forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled") or (lambda: True)
+forward_mode: Callable[[bool], AbstractContextManager[Any]] = _find("autograd.forward_ad._set_fwd_grad_enabled")
+
+
+def memory_of(x: Tensor) -> int:
+    """A number that tensors share if and only if they share memory."""
+    return x.untyped_storage()._cdata
+
+
+def schema_of(operator: Any) -> Any:
+    """An OpOverload's schema."""
+    return operator._schema

@@ -1,0 +1,106 @@
+"""Custom autograd.Functions: the operators in their forward are differentiated, unless they have a rule of their own.
+
+Below autograd a Function's forward is a number of operators like any others, and no `jvp` is needed. One that has a
+`jvp` staticmethod is differentiated as it says, which need not be the derivative of its forward: straight-through
+estimators are written so. What its forward makes is marked, and gets its tangent when it is used outside.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .. import _torch
+from .where import refused
+
+if TYPE_CHECKING:
+    from .tensor import DualPass, DualTensor
+
+def _bare(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+class OwnRule:
+    """One call of a Function that has a `jvp`: its outputs and their tangents, by that rule."""
+
+    def __init__(self, frame: FrameType, cls: Any, run: DualPass) -> None:
+        self.frame, self.cls = frame, cls
+
+        def dual(x: Any) -> Any:
+            slot = run.slot(x) if isinstance(x, Tensor) else None
+            if slot is None:
+                return leave(x) if isinstance(x, Tensor) else x
+            t = slot.tangent if slot.rows is None else slot.rows.fill(slot.tangent)
+            return fwAD.make_dual(slot.primal.detach().contiguous(), t.contiguous())
+
+        from .tensor import leave  # it imports this module
+
+        with _torch.autograd_again(), torch.no_grad(), _torch.forward_mode(True), fwAD.dual_level():
+            out = cls.apply(*tree_map(dual, _arguments(frame, cls)))
+            leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            self.outs = [tuple(map(_bare, fwAD.unpack_dual(x))) for x in leaves]
+
+    def tangent_of(self, x: DualTensor) -> Tensor | None:
+        """The tangent of an output, all rows of it; None where it has none."""
+        for p, t in self.outs:
+            if p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal):
+                return t
+        raise refused(
+            self.cls.__name__, "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
+        )
+
+
+def _arguments(frame: FrameType, cls: Any) -> list[Any]:
+    """What the Function was applied to: nothing has been computed yet."""
+    code, values = frame.f_code, frame.f_locals
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    args = [values[name] for name in names]
+    if code.co_flags & inspect.CO_VARARGS:
+        args += values[code.co_varnames[len(names)]]
+    return args if cls.setup_context is not torch.autograd.Function.setup_context else args[1:]
+
+
+_functions: dict[Any, list[Any]] = {}  # by the code of their forward
+
+
+def _forward_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code not in _functions:
+        frame = frame.f_back
+    return frame
+
+
+def own_rule(run: DualPass) -> OwnRule | None:
+    """The call, in whose forward the thread is, of a Function that has a `jvp` of its own."""
+    if _torch.forward_mode_enabled():  # every Function's forward turns it off
+        return None
+    frame = _forward_frame()
+    if frame is None and not run.functions_listed:
+        _functions.update(_torch.functions_by_code())
+        run.functions_listed = True
+        frame = _forward_frame()
+    if frame is None:
+        return None
+    own = [cls for cls in _functions[frame.f_code] if cls.jvp is not torch.autograd.Function.jvp]
+    if not own:
+        return None
+    if len(_functions[frame.f_code]) > 1:
+        raise refused(own[0].__name__, "it shares its forward with another autograd.Function and has a jvp of its own")
+    if id(frame) not in run.functions or run.functions[id(frame)].frame is not frame:
+        run.functions[id(frame)] = OwnRule(frame, own[0], run)
+    return run.functions[id(frame)]
+
+
+def is_inside(rule: OwnRule) -> bool:
+    """Whether the thread is still in that call."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not rule.frame:
+        frame = frame.f_back
+    return frame is not None

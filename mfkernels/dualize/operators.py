@@ -1,0 +1,76 @@
+"""What is known of each ATen operator: its rule, and whether it makes views, writes in place or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _torch
+from .call import Call, Out
+from .rules import CONSTANT, constant, foreign, rule_for
+
+
+class Operator(NamedTuple):
+    """name: without overload and trailing underscore.
+
+    functional: of an operator that writes into its first argument, the one that does not.
+    refusal: why it cannot take an operand that carries a tangent.
+    """
+
+    name: str
+    rule: Callable[[Call, Any], list[Out]]
+    constant: bool
+    view: bool
+    in_place: bool
+    functional: Any
+    refusal: str | None
+
+
+NUMBER = (
+    "a number taken out of a tensor has no derivative, so what is computed from it would lack one; keep it a tensor, "
+    "or detach() it if it is a constant by design"
+)
+_MEMORY = "it sees memory, not values"
+_RESHAPES = "it changes a tensor's shape in place; use the same function without the underscore"
+_FAST_PATH = (
+    "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
+    "the layer's own operations"
+)
+_REFUSED = {
+    "_local_scalar_dense": NUMBER,
+    **dict.fromkeys(("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "as_strided_scatter"), _MEMORY),
+    **dict.fromkeys(("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"), _RESHAPES),
+    **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
+}
+_SHOWN = {"_local_scalar_dense": "item"}
+
+
+@lru_cache(maxsize=None)
+def operator(func: Any) -> Operator:
+    """What is known of an OpOverload."""
+    arguments = _torch.schema_of(func).arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
+    packet = func.overloadpacket.__name__
+    in_place = written == [0] and not arguments[0].kwarg_only
+    name = packet.removesuffix("_") if in_place else packet
+    refusal = _REFUSED.get(packet)
+    functional = None
+    if func.namespace != "aten":
+        if written:
+            refusal = f"{func} writes into a tensor and has no forward-mode (JVP) rule"
+        return Operator(str(func), foreign, False, False, in_place, None, refusal)
+    if refusal is None and any(arguments[i].kwarg_only for i in written):
+        refusal = "out= is not supported; use the result it returns"
+    if in_place and refusal is None:
+        functional = getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
+        if functional is None:
+            refusal = "it writes in place, and dualize knows no operator that does the same out of place"
+    is_constant = name in CONSTANT
+    rule = constant if is_constant else rule_for(name, functional or func, aliased and not written)
+    return Operator(
+        _SHOWN.get(name, name), rule, is_constant and not in_place, aliased and not written, in_place, functional, refusal
+    )

@@ -1,0 +1,349 @@
+"""Rules of operators that move values and change none: shapes, slices, joins, indexing, writing.
+
+Where a view's batch cannot be followed, its tangent may be a copy: writes go through `memory.py`, not through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, Out, Slot, tangent
+from .rows import Rows, Untracked
+
+
+def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out:
+    """A tangent of the shape that the operands have, as one of the shape of `out`."""
+    if rows is None:
+        return Out(t if t.shape == out.shape else t.expand(out.shape))
+    if out.ndim < from_right or out.shape[-from_right] != rows.size:
+        raise Untracked("broadcast")
+    rows = rows.at(out.ndim - from_right)
+    shape = rows.shape(out.shape)
+    return Out(t if list(t.shape) == shape else t.expand(shape), rows)
+
+
+def same(call: Call, out: Any) -> list[Out]:
+    """The operator itself on the tangent, which leaves the batch where it is."""
+    x = call.args[0]
+    return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
+
+
+def any_view(call: Call, out: Any) -> list[Out]:
+    """A view that has no rule: views are linear, so it is the tangent's own, of all rows."""
+    x = call.args[0]
+    if x.rows is not None:
+        raise Untracked(call.name)
+    made = call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)
+    return [Out(t) for t in (made if isinstance(made, (list, tuple)) else (made,))]
+
+
+# ---------------------------------------------------------------------------------------------------------------- shape
+
+
+def reshape(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    if x.rows is None:
+        return [Out(x.tangent.reshape(out.shape))]
+    rows = x.rows.reshaped(x.shape, out.shape)
+    return [Out(x.tangent.reshape(rows.shape(out.shape)), rows)]
+
+
+def permute(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    t = call.func(x.tangent, *call.args[1:])
+    if x.rows is None:
+        return [Out(t)]
+    order = list(range(x.ndim))
+    if call.name == "permute":
+        order = [d % x.ndim for d in call.args[1]]
+    elif x.ndim > 1:  # transpose, t
+        a, b = (d % x.ndim for d in call.args[1:3]) if call.name == "transpose" else (0, 1)
+        order[a], order[b] = order[b], order[a]
+    return [Out(t, x.rows.at(order.index(x.rows.axis)))]
+
+
+def expand(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    return [broadcast(x.tangent, out, 0 if x.rows is None else x.ndim - x.rows.axis, x.rows)]
+
+
+def squeeze(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    rows = x.rows
+    if rows is None:
+        return [Out(x.tangent.reshape(out.shape))]
+    named = call.args[1] if len(call.args) > 1 else range(x.ndim)
+    dims = {d % x.ndim for d in ((named,) if isinstance(named, int) else named)}
+    gone = [d for d in dims if x.shape[d] == 1 and d != rows.axis]
+    if x.shape[rows.axis] == 1 and rows.axis in dims:
+        raise Untracked(call.name)
+    rows = rows.at(rows.axis - sum(d < rows.axis for d in gone))
+    return [Out(x.tangent.reshape(rows.shape(out.shape)), rows)]
+
+
+def unsqueeze(call: Call, out: Tensor) -> list[Out]:
+    x, dim = call.args[0], call.args[1] % out.ndim
+    return [Out(x.tangent.unsqueeze(dim), x.rows and x.rows.at(x.rows.axis + (dim <= x.rows.axis)))]
+
+
+def diagonal(call: Call, out: Tensor) -> list[Out]:
+    x, dims = call.args[0], {call.arg(2, "dim1", 0) % call.args[0].ndim, call.arg(3, "dim2", 1) % call.args[0].ndim}
+    if x.rows is None or x.rows.axis in dims:
+        return any_view(call, out)
+    t = call.func(x.tangent, *call.args[1:], **call.kwargs)
+    return [Out(t, x.rows.at(x.rows.axis - sum(d < x.rows.axis for d in dims)))]
+
+
+def repeat(call: Call, out: Tensor) -> list[Out]:
+    x = call.args[0]
+    t = x.tangent.repeat(call.args[1])
+    if x.rows is None:
+        return [Out(t)]
+    axis = x.rows.axis + out.ndim - x.ndim
+    times = out.shape[axis] // x.rows.size
+    return [Out(t, Rows(axis, x.rows.outer * times, x.rows.batch, x.rows.inner, x.rows.active))]
+
+
+# ------------------------------------------------------------------------------------------------- parts and their sums
+
+
+def _cut(x: Slot, axis: int, start: int, stop: int) -> Out:
+    """Elements start … stop of dimension `axis`."""
+    rows = x.rows
+    if rows is None or axis != rows.axis:
+        return Out(x.tangent.narrow(axis, start, stop - start), rows)
+    if (start, stop) == (0, rows.size):
+        return Out(x.tangent, rows)
+    whole = rows.batch * rows.inner
+    if start % whole == 0 and stop % whole == 0:  # some of several batches that lie one after the other
+        outer, kept = (stop - start) // whole, rows.active * rows.inner
+        return Out(x.tangent.narrow(axis, start // whole * kept, outer * kept), replace(rows, outer=outer))
+    if rows.outer != 1 or start % rows.inner or stop % rows.inner:
+        raise Untracked("slice")
+    first, batch = start // rows.inner, (stop - start) // rows.inner
+    active = min(rows.active - first, batch)
+    if active <= 0:
+        return Out(None)
+    t = x.tangent.narrow(axis, start, active * rows.inner)
+    return Out(t, None if batch == 1 else Rows(axis, 1, batch, rows.inner, active))
+
+
+def slice_(call: Call, out: Tensor) -> list[Out]:
+    x, dim, step = call.args[0], call.arg(1, "dim", 0), call.arg(4, "step", 1)
+    axis = dim % x.ndim
+    if x.rows is None or axis != x.rows.axis:
+        return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
+    start, stop, _ = slice(call.arg(2, "start"), call.arg(3, "end")).indices(x.shape[axis])
+    if step != 1:
+        raise Untracked(call.name)
+    return [_cut(x, axis, start, max(stop, start))]
+
+
+def split(call: Call, out: Sequence[Tensor]) -> list[Out]:
+    """split, split_with_sizes."""
+    x, axis = call.args[0], call.arg(2, "dim", 0) % call.args[0].ndim
+    if x.rows is None or axis != x.rows.axis:
+        return [Out(t, x.rows) for t in call.func(x.tangent, *call.args[1:], **call.kwargs)]
+    outs, start = [], 0
+    for part in out:
+        outs.append(_cut(x, axis, start, start + part.shape[axis]))
+        start += part.shape[axis]
+    return outs
+
+
+def select(call: Call, out: Tensor) -> list[Out]:
+    x, axis, index = call.args[0], call.args[1] % call.args[0].ndim, call.args[2]
+    rows = x.rows
+    if rows is not None and axis == rows.axis:
+        part = _cut(x, axis, index % rows.size, index % rows.size + 1)
+        return [Out(part.tangent if part.tangent is None else part.tangent.squeeze(axis))]
+    return [Out(x.tangent.select(axis, index), rows and rows.at(rows.axis - (axis < rows.axis)))]
+
+
+def unbind(call: Call, out: Sequence[Tensor]) -> list[Out]:
+    x, axis = call.args[0], call.arg(1, "dim", 0) % call.args[0].ndim
+    rows = x.rows
+    if rows is not None and axis == rows.axis:
+        parts = [_cut(x, axis, i, i + 1).tangent for i in range(rows.size)]
+        return [Out(t if t is None else t.squeeze(axis)) for t in parts]
+    return [Out(t, rows and rows.at(rows.axis - (axis < rows.axis))) for t in x.tangent.unbind(axis)]
+
+
+def join(call: Call, out: Tensor) -> list[Out]:
+    """cat and stack."""
+    parts = list(call.args[0])
+    dim = call.arg(1, "dim", 0) % out.ndim
+    stacked = call.name == "stack"
+    slots = [x for x in parts if isinstance(x, Slot)]
+    rows = slots[0].rows
+    if not stacked and rows is not None and dim == rows.axis:
+        return [_join_batches(call, slots, len(parts), dim)]
+    if any(x.rows != rows for x in slots):
+        raise Untracked(call.name)
+    if not stacked:
+        parts = [x for x in parts if x.ndim == out.ndim]  # cat takes an empty tensor of any shape for nothing
+
+    def part(x: Any) -> Tensor:
+        if isinstance(x, Slot):
+            return x.tangent.to(out.dtype)
+        if rows is not None and (x.ndim <= rows.axis or x.shape[rows.axis] != rows.size):
+            raise Untracked(call.name)
+        return x.new_zeros(x.shape if rows is None else rows.shape(x.shape), dtype=out.dtype)
+
+    t = (torch.stack if stacked else torch.cat)([part(x) for x in parts], dim)
+    if rows is None:
+        return [Out(t)]
+    return [Out(t, rows.at(rows.axis + 1) if stacked and dim <= rows.axis else rows)]
+
+
+def _join_batches(call: Call, slots: list[Slot], parts: int, dim: int) -> Out:
+    """Batches one after the other, as guidance has them: their number is `outer`."""
+    rows = [x.rows for x in slots if x.rows is not None]
+    like = {(r.axis, r.batch, r.inner, r.active) for r in rows}
+    if len(rows) < parts or len(like) > 1:
+        raise Untracked(call.name)
+    return Out(torch.cat([x.tangent for x in slots], dim), replace(rows[0], outer=sum(r.outer for r in rows)))
+
+
+def found_again(call: Call, outs: list[Out], batch: int, active: int) -> list[Out]:
+    """A tangent of all samples as one of the first, where samples that were taken apart are joined in their order."""
+    if call.name not in ("cat", "stack") or batch == 1 or active == batch or torch.compiler.is_compiling():
+        return outs
+    t, rows = outs[0]
+    if t is None or rows is not None or t.ndim == 0 or t.shape[0] != batch or bool(t[active:].any()):
+        return outs
+    return [Out(t[:active], Rows(0, 1, batch, 1, active))]
+
+
+# ------------------------------------------------------------------------------------------------------------- indexing
+
+
+def _moved(x: Slot, indices: Sequence[Any]) -> Rows | None:
+    """Where the batch is in x[indices], which holds a tensor or None for each of the first dimensions.
+
+    Raises:
+        Untracked: an index picks samples.
+    """
+    rows = x.rows
+    if rows is None:
+        return None
+    taken = {d for d, i in enumerate(indices) if i is not None}
+    if rows.axis in taken or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+        raise Untracked("index")
+    depth = max((i.ndim for i in indices if i is not None), default=0)
+    together = sorted(taken) == list(range(min(taken), max(taken) + 1)) if taken else True
+    first = min(taken) if together and taken else 0  # where the dimensions of the indices end up
+    before = sum(d not in taken for d in range(rows.axis))
+    return rows.at(before + (depth if before >= first or not together else 0))
+
+
+def index(call: Call, out: Tensor) -> list[Out]:
+    x, indices = call.args
+    if not isinstance(x, Slot):
+        raise NotImplementedError("an index cannot carry a tangent")
+    rows = _moved(x, indices)
+    return [Out(call.func(x.tangent, indices), rows)]
+
+
+def index_put(call: Call, out: Tensor) -> list[Out]:
+    x, indices, value, accumulate = *call.args[:3], call.arg(3, "accumulate", False)
+    slots = [s for s in (x, value) if isinstance(s, Slot)]
+    rows = slots[0].rows
+    if rows is not None:
+        if not isinstance(x, Slot):
+            raise Untracked(call.name)
+        at = _moved(x, indices)
+        if isinstance(value, Slot):
+            ndim = out.ndim - sum(i is not None for i in indices)
+            ndim += max(i.ndim for i in indices if i is not None)
+            if value.rows is None or value.rows.at(0) != rows.at(0) or value.ndim - value.rows.axis != ndim - at.axis:  # type: ignore[union-attr]
+                raise Untracked(call.name)
+    shape = out.shape if rows is None else rows.shape(out.shape)
+    x_dot = x.tangent if isinstance(x, Slot) else out.new_zeros(shape)
+    v_dot = value.tangent if isinstance(value, Slot) else out.new_zeros(())
+    return [Out(torch.ops.aten.index_put(x_dot, indices, v_dot.to(x_dot.dtype), accumulate), rows)]
+
+
+def index_select(call: Call, out: Tensor) -> list[Out]:
+    x, dim = call.args[0], call.args[1]
+    if not isinstance(x, Slot) or (x.rows is not None and dim % x.ndim == x.rows.axis):
+        raise Untracked(call.name)
+    return same(call, out)
+
+
+def aligned(call: Call, out: Tensor) -> list[Out]:
+    """gather, scatter …: operands of one rank, of which sample i takes the rows i."""
+    dim, slots = call.args[1], call.slots()
+    rows = slots[0].rows
+    if rows is None:
+        return unknown(call, out)
+    plain = [x for x in call.operands() if isinstance(x, Tensor) and x.ndim > 0]
+    if (
+        dim % slots[0].ndim == rows.axis
+        or any(x.rows != rows for x in slots)
+        or any(x.ndim != slots[0].ndim or x.shape[rows.axis] != rows.size for x in plain)
+    ):
+        raise Untracked(call.name)
+    return [Out(call.sliced(slots[0].ndim - rows.axis, rows).jvp()[0], rows)]
+
+
+def copy(call: Call, out: Tensor) -> list[Out]:
+    """copy_(x, value): what it had is gone."""
+    value = call.args[1]
+    if not isinstance(value, Slot):
+        return [Out(None)]
+    from_right = 0 if value.rows is None else value.ndim - value.rows.axis
+    return [broadcast(value.tangent.to(out.dtype), out, from_right, value.rows)]
+
+
+def fill(call: Call, out: Tensor) -> list[Out]:
+    t = tangent(call.args[1]) if len(call.args) > 1 else None
+    return [Out(None if t is None else t.to(out.dtype).expand(out.shape))]
+
+
+# -------------------------------------------------------------------------------------------------------------- the rest
+
+
+def unknown(call: Call, out: Any) -> list[Out]:
+    """Any operator: the tangent of all rows through jvp."""
+    if any(slot.rows is not None for slot in call.slots()):
+        raise Untracked(call.name)
+    return [Out(t) for t in call.jvp()]
+
+
+def linear(call: Call, out: Any) -> list[Out]:
+    """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
+    x = call.args[0]
+    if not isinstance(x, Slot) or len(call.slots()) > 1 or x.ndim < 3 or (x.rows is not None and x.rows.axis != 0):
+        return unknown(call, out)
+    return same(call, out)
+
+
+RULES = {
+    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape"), reshape),
+    **dict.fromkeys(("permute", "transpose", "t"), permute),
+    **dict.fromkeys(("clone", "_to_copy", "alias", "_conj", "_neg_view", "resolve_conj", "resolve_neg"), same),
+    **dict.fromkeys(("lift_fresh", "lift", "positive"), same),
+    **dict.fromkeys(("split", "split_with_sizes"), split),
+    **dict.fromkeys(("cat", "stack"), join),
+    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), aligned),
+    "diagonal": diagonal,
+    "expand": expand,
+    "squeeze": squeeze,
+    "unsqueeze": unsqueeze,
+    "repeat": repeat,
+    "slice": slice_,
+    "select": select,
+    "unbind": unbind,
+    "index": index,
+    "index_put": index_put,
+    "index_select": index_select,
+    "copy": copy,
+    "fill": fill,
+    "zero": fill,
+}
