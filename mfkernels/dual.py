@@ -381,9 +381,15 @@ def jvp(
 def unshared(x: Tensor) -> Tensor:
     """A copy for a function that may write into its arguments: the caller's tensors are not its own.
 
-    An expanded tensor stays as it is, since nothing can be written into it.
+    Its strides stay, on which the last bit of a result may depend. An expanded tensor stays as it is, since nothing can
+    be written into it.
     """
-    return x if 0 in x.stride() and x.numel() > 1 else x.clone()
+    if 0 in x.stride() and x.numel() > 1:
+        return x
+    y = x.clone()
+    if y.stride() != x.stride():
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return y
 
 
 def _check_jvp(

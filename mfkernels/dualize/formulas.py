@@ -17,38 +17,31 @@ from .call import Slot, primal, tangent
 aten = torch.ops.aten
 
 
-def _scaled(x: Tensor | None, factor: Any) -> Tensor | None:
-    return None if x is None else x * factor
-
-
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _times(x: Tensor, factor: Any) -> Tensor:
-    return x if isinstance(factor, (int, float)) and factor == 1 else x * factor
+def _times(x: Tensor | None, factor: Any) -> Tensor | None:
+    return x if x is None or (isinstance(factor, (int, float)) and factor == 1) else x * factor
 
 
 def add(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
-    y_dot = tangent(y)
-    return _sum(tangent(x), None if y_dot is None else _times(y_dot, alpha))
+    return _sum(tangent(x), _times(tangent(y), alpha))
 
 
 def sub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
     x_dot, y_dot = tangent(x), tangent(y)
-    if y_dot is None:
-        return x_dot
-    return y_dot * -alpha if x_dot is None else torch.sub(x_dot, y_dot, alpha=alpha)
+    if x_dot is None or y_dot is None:
+        return _sum(x_dot, _times(y_dot, -alpha))
+    return torch.sub(x_dot, y_dot, alpha=alpha)
 
 
 def rsub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
-    y_dot = tangent(y)
-    x_dot = x.tangent * -alpha if isinstance(x, Slot) else None
-    return _sum(y_dot, x_dot)
+    return _sum(tangent(y), _times(tangent(x), -alpha))
 
 
 def mul(x: Any, y: Any) -> Tensor | None:
-    a, b = _scaled(tangent(x), primal(y)), tangent(y)
+    a, b = _times(tangent(x), primal(y)), tangent(y)
     if b is None:
         return a
     return b * primal(x) if a is None else torch.addcmul(a, b, primal(x))
@@ -60,64 +53,19 @@ def div(x: Any, y: Any) -> Tensor | None:
     return a if y_dot is None else _sum(a, -p / (q * q) * y_dot)
 
 
-def neg(x: Any) -> Tensor:
-    return -x.tangent
-
-
-def reciprocal(x: Any) -> Tensor:
-    y = torch.reciprocal(x.primal)
-    return x.tangent * (-y * y)
-
-
-def silu(x: Any) -> Tensor:
-    return aten.silu_backward(x.tangent, x.primal)
+def power(x: Any, n: Any) -> Tensor | None:
+    if not isinstance(x, Slot) or not isinstance(n, (int, float)) or isinstance(n, bool):
+        return None
+    return torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * x.primal ** (n - 1))
 
 
 def gelu(x: Any, approximate: str = "none") -> Tensor:
     return aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
 
 
-def relu(x: Any) -> Tensor:
-    return aten.threshold_backward(x.tangent, x.primal, 0)
-
-
-def sigmoid(x: Any) -> Tensor:
-    return aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal))
-
-
-def tanh(x: Any) -> Tensor:
-    return aten.tanh_backward(x.tangent, torch.tanh(x.primal))
-
-
-def exp(x: Any) -> Tensor:
-    return x.tangent * torch.exp(x.primal)
-
-
-def sin(x: Any) -> Tensor:
-    return x.tangent * torch.cos(x.primal)
-
-
-def cos(x: Any) -> Tensor:
-    return x.tangent * -torch.sin(x.primal)
-
-
-def sqrt(x: Any) -> Tensor:
-    return x.tangent / (2 * torch.sqrt(x.primal))
-
-
-def rsqrt(x: Any) -> Tensor:
-    return x.tangent * (-0.5 * torch.rsqrt(x.primal) / x.primal)
-
-
-def pow(x: Any, n: Any) -> Tensor | None:
-    if not isinstance(x, Slot) or not isinstance(n, (int, float)) or isinstance(n, bool):
-        return None
-    return torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * x.primal ** (n - 1))
-
-
 def where(condition: Any, x: Any, y: Any) -> Tensor:
-    zero = next(a for a in (tangent(x), tangent(y)) if a is not None).new_zeros(())
     a, b = tangent(x), tangent(y)
+    zero = (b if a is None else a).new_zeros(())  # type: ignore[union-attr]
     return torch.where(condition, zero if a is None else a, zero if b is None else b)
 
 
@@ -129,8 +77,8 @@ def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
     return torch.where(mask, v_dot, torch.zeros_like(primal(x)) if x_dot is None else x_dot)
 
 
-def clone(x: Any, **options: Any) -> Tensor:
-    return x.tangent
+def _slope(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x: x.tangent * slope(x.primal)
 
 
 def softmax(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
@@ -192,11 +140,26 @@ def attention_with_mask(q: Any, k: Any, v: Any, mask: Any, is_causal: bool, scal
 
 
 ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
-    fn.__name__: fn
-    for fn in (
-        add, sub, rsub, mul, div, neg, reciprocal, silu, gelu, relu, sigmoid, tanh, exp, sin, cos, sqrt, rsqrt, pow,
-        where, masked_fill,
-    )
-}  # fmt: skip
+    "add": add,
+    "sub": sub,
+    "rsub": rsub,
+    "mul": mul,
+    "div": div,
+    "pow": power,
+    "gelu": gelu,
+    "where": where,
+    "masked_fill": masked_fill,
+    "neg": lambda x: -x.tangent,
+    "exp": _slope(torch.exp),
+    "sin": _slope(torch.cos),
+    "cos": _slope(lambda x: -torch.sin(x)),
+    "sqrt": _slope(lambda x: 0.5 * torch.rsqrt(x)),
+    "rsqrt": _slope(lambda x: -0.5 * torch.rsqrt(x) / x),
+    "reciprocal": _slope(lambda x: -torch.reciprocal(x * x)),
+    "silu": lambda x: aten.silu_backward(x.tangent, x.primal),
+    "relu": lambda x: aten.threshold_backward(x.tangent, x.primal, 0),
+    "sigmoid": lambda x: aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal)),
+    "tanh": lambda x: aten.tanh_backward(x.tangent, torch.tanh(x.primal)),
+}
 # right for complex numbers as they stand; PyTorch's rules take the conjugates of the others
 HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fill"])

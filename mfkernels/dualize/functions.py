@@ -23,6 +23,7 @@ from .where import refused
 if TYPE_CHECKING:
     from .tensor import DualPass, DualTensor
 
+
 def _bare(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
@@ -38,7 +39,7 @@ class OwnRule:
             if slot is None:
                 return leave(x) if isinstance(x, Tensor) else x
             t = slot.tangent if slot.rows is None else slot.rows.fill(slot.tangent)
-            return fwAD.make_dual(slot.primal.detach().contiguous(), t.contiguous())
+            return fwAD.make_dual(slot.primal.detach().clone(memory_format=torch.contiguous_format), t.contiguous())
 
         from .tensor import leave  # it imports this module
 
@@ -50,7 +51,7 @@ class OwnRule:
     def tangent_of(self, x: DualTensor) -> Tensor | None:
         """The tangent of an output, all rows of it; None where it has none."""
         for p, t in self.outs:
-            if p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal):
+            if p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal):
                 return t
         raise refused(
             self.cls.__name__, "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"

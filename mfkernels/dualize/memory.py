@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ class Memory:
     def read(self, x: Tensor, rows: Rows | None) -> tuple[Tensor | None, Rows | None]:
         """The tangent of `x` and the rows of `x` that it is of; (None, None) where it is zero."""
         assert self.buffer is not None
+        if x.is_complex() != self.buffer.is_complex():
+            self._hold_everything()
+            pairs = self.buffer.view(-1, 2) if x.is_complex() else self.buffer
+            buffer = torch.view_as_complex(pairs) if x.is_complex() else torch.view_as_real(pairs)
+            return buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None
         if self.step:
             rows = rows or self._rows_of(x)
             first, last = _extent(x)
@@ -52,8 +59,7 @@ class Memory:
                 into.zero_()
             return
         if into is None or here != tangent_rows:
-            if self.step:
-                self._hold_everything()
+            self._hold_everything()
             into, _ = self.read(x, rows)
             assert into is not None
             tangent = tangent if tangent_rows is None else tangent_rows.fill(tangent)
@@ -66,15 +72,16 @@ class Memory:
         size = p.untyped_storage().nbytes() // p.element_size()
         if known is not None and known.outer == 1 and known.batch == self.batch:
             step = p.stride(known.axis) * known.inner
-            within = sum((n - 1) * s for i, (n, s) in enumerate(zip(p.shape, p.stride(), strict=True)) if i != known.axis)
-            within += (known.inner - 1) * p.stride(known.axis)
-            first = p.storage_offset()
+            sample = [known.inner if i == known.axis else n for i, n in enumerate(p.shape)]
+            within = sum((n - 1) * s for n, s in zip(sample, p.stride(), strict=True))
+            first: Any = p.storage_offset()
             if 0 <= within < step and (self.tangent is not None or (first == 0 and step * self.batch == size)):
                 self.start, self.step, size = first, step, self.active * step
         self.buffer = torch.zeros(size, dtype=p.dtype, device=p.device)
         if self.tangent is not None:
             if self.step:
                 assert known is not None
+                offset: Any
                 shape, offset, t = known.shape(p.shape), 0, self.tangent
             else:
                 shape, offset = list(p.shape), p.storage_offset()
@@ -84,6 +91,8 @@ class Memory:
 
     def _hold_everything(self) -> None:
         assert self.buffer is not None
+        if not self.step:
+            return
         p, old = self.primal, self.buffer
         self.buffer = old.new_zeros(p.untyped_storage().nbytes() // p.element_size())
         self.buffer[self.start : self.start + old.numel()] = old
@@ -105,7 +114,7 @@ class Memory:
         return None
 
 
-def _extent(x: Tensor) -> tuple[int, int]:
+def _extent(x: Tensor) -> tuple[Any, Any]:
     """The first and the last element of its memory that `x` has."""
     first = x.storage_offset()
     return first, first + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

@@ -101,13 +101,17 @@ def _is_dual(x: Any) -> bool:
     return isinstance(x, Dual)
 
 
+def _unshared(x: Dual) -> Dual:
+    return Dual(unshared(x.primal), None if x.tangent is None else unshared(x.tangent))
+
+
 def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`module(*args, **kwargs)`, its own call, with `Dual`s carried through it."""
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
     # the module may write into what it is given
-    leaves = [Dual(*(a if a is None else unshared(a) for a in x)) if _is_dual(x) else x for x in leaves]
+    leaves = [_unshared(x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module.plain_call(*args, **kwargs)

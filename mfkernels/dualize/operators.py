@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ _REFUSED = {
 _SHOWN = {"_local_scalar_dense": "item"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def operator(func: Any) -> Operator:
     """What is known of an OpOverload."""
     arguments = _torch.schema_of(func).arguments
@@ -69,8 +69,7 @@ def operator(func: Any) -> Operator:
         functional = getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
         if functional is None:
             refusal = "it writes in place, and dualize knows no operator that does the same out of place"
-    is_constant = name in CONSTANT
-    rule = constant if is_constant else rule_for(name, functional or func, aliased and not written)
-    return Operator(
-        _SHOWN.get(name, name), rule, is_constant and not in_place, aliased and not written, in_place, functional, refusal
-    )
+    view, is_constant = aliased and not written, name in CONSTANT
+    rule = constant if is_constant else rule_for(name, functional or func, view)
+    name = _SHOWN.get(name, name)
+    return Operator(name, rule, is_constant and not in_place, view, in_place, functional, refusal)

@@ -24,15 +24,21 @@ from .views import broadcast, linear, same, unknown
 Rule = Callable[[Call, Any], list[Out]]
 
 
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
 def rule_for(name: str, func: Any, view: bool) -> Rule:
     """The rule of an ATen operator that writes nothing."""
     if name in RULES:
         return RULES[name]
+    if view and name not in ("view_as_real", "view_as_complex"):
+        return views.part
     if name in ALONG:
         return along
     if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
         return elementwise
-    return views.any_view if view else unknown
+    return unknown
 
 
 def foreign(call: Call, out: Any) -> list[Out]:
@@ -45,9 +51,9 @@ def constant(call: Call, out: Any) -> list[Out]:
 
 # Zero derivative wherever there is one: the result is a plain tensor.
 CONSTANT = frozenset(
-    """detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros new_ones
-    new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide
-    random normal uniform exponential log_normal cauchy geometric""".split()
+    _names("""detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
+    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide
+    random normal uniform exponential log_normal cauchy geometric""")
 )
 
 
@@ -55,9 +61,9 @@ CONSTANT = frozenset(
 
 # Row i of the result depends on row i of each operand; not all versions of PyTorch tag these as pointwise.
 _ELEMENTWISE = frozenset(
-    """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside leaky_relu
-    lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold where
-    xlogy nan_to_num copysign square""".split()
+    _names("""addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
+    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold
+    where xlogy nan_to_num copysign square""")
 )
 
 
@@ -110,8 +116,8 @@ def rrelu(call: Call, out: Any) -> list[Out]:
 # name: (position, keyword, default) of the dimensions that the operator works along; None is all of them.
 ALONG: dict[str, tuple[int, str, Any]] = {
     **dict.fromkeys(
-        """sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax
-        cummin cumsum cumprod logcumsumexp all any""".split(),
+        _names("""sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
+        cummax cummin cumsum cumprod logcumsumexp all any"""),
         (1, "dim", None),
     ),
     **dict.fromkeys(("norm", "linalg_vector_norm"), (2, "dim", None)),
@@ -122,12 +128,11 @@ ALONG: dict[str, tuple[int, str, Any]] = {
     **dict.fromkeys(("tril", "triu"), (9, "dim", (-2, -1))),
     "flip": (1, "dims", None),
     "roll": (2, "dims", None),
-    "unfold": (1, "dimension", -1),
     "view_as_real": (9, "dim", ()),
     "view_as_complex": (9, "dim", (-1,)),
 }
 _LINEAR_ALONG = frozenset(
-    "sum mean flip roll cumsum tril triu unfold view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c".split()
+    _names("sum mean flip roll cumsum tril triu view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c")
 )
 
 
@@ -155,7 +160,7 @@ def along(call: Call, out: Any) -> list[Out]:
         p = outs[0] if x.rows is None else x.rows.take(outs[0])
         tangents = [formulas.softmax(x.tangent, dims[0], p)]
     elif call.name in _LINEAR_ALONG:
-        tangents = [call.func(x.tangent, *call.args[1:], **call.kwargs)]
+        tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
         tangents = call.only(x).jvp()
         call.through_jvp = True
@@ -208,7 +213,7 @@ def addmm(call: Call, out: Tensor) -> list[Out]:
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
         product = _product(_PRODUCTS[call.name], a, b)
-        parts.append(product if alpha == 1 else Out(product.tangent * alpha, product.rows))  # type: ignore[operator]
+        parts.append(product if alpha == 1 else Out(product.tangent * alpha, product.rows))
     if isinstance(c, Slot):
         from_right = 0 if c.rows is None else c.ndim - c.rows.axis
         parts.append(broadcast(c.tangent if beta == 1 else c.tangent * beta, out, from_right, c.rows))
@@ -226,7 +231,7 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
-    x, shape, weight, bias = call.args[:4]
+    x, shape, weight = call.args[:3]
     if not isinstance(x, Slot) or len(call.slots()) != 1:
         return unknown(call, out)
     if x.rows is not None and x.rows.axis >= x.ndim - len(shape):
@@ -257,7 +262,7 @@ def batch_norm(call: Call, out: Any) -> list[Out]:
     if not isinstance(x, Slot) or len(call.slots()) > 1:
         return unknown(call, out)
     rest = [UNKNOWN] * (sum(map(has_tangent, tensors(out))) - 1)
-    eps = given.get("eps", given.get("epsilon"))
+    eps: float = given["eps"] if "eps" in given else given["epsilon"]
     training = given.get("training", call.name == "_batch_norm_with_update")
     if not training and given.get("running_mean") is not None:
         if x.rows is not None and x.rows.axis == 1:
@@ -290,8 +295,8 @@ def group_norm(call: Call, out: Any) -> list[Out]:
     take = x.rows.take if x.rows is not None else lambda a, *_: a
     p = take(x.primal)
     flat = (p.shape[0], groups, p[0].numel() // groups)  # a group is one row of a layer norm
-    stats = [take(a, 0).reshape(*flat[:2], 1) for a in (mean, rstd)]
-    t = formulas.layer_norm(p.reshape(flat), x.tangent.reshape(flat), flat[-1:], *stats, None).reshape(p.shape)
+    mean, rstd = (take(a, 0).reshape(*flat[:2], 1) for a in (mean, rstd))
+    t = formulas.layer_norm(p.reshape(flat), x.tangent.reshape(flat), flat[-1:], mean, rstd, None).reshape(p.shape)
     t = t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2))
     return [Out(t.to(y.dtype), x.rows), UNKNOWN, UNKNOWN]
 
@@ -300,7 +305,7 @@ def group_norm(call: Call, out: Any) -> list[Out]:
 
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
-    x, weight, bias, *rest = call.args
+    x, weight, _, *rest = call.args
     if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
         return unknown(call, out)
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
@@ -377,35 +382,35 @@ RULES: dict[str, Rule] = {
     "_fused_rms_norm": fused_rms_norm,
     "native_group_norm": group_norm,
     **dict.fromkeys(
-        """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update
-        _batch_norm_no_update cudnn_batch_norm miopen_batch_norm""".split(),
+        _names("""native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+        _batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm"""),
         batch_norm,
     ),
     "native_dropout": dropout,
     **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_functional"), rrelu),
     "convolution": convolution,
     **dict.fromkeys(
-        "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-        "replication_pad3d".split(),
+        _names("""constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+        replication_pad2d replication_pad3d"""),
         pad,
     ),
     **dict.fromkeys(
-        """avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
+        _names("""avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
         native_channel_shuffle channel_shuffle im2col col2im upsample_nearest1d upsample_nearest2d upsample_nearest3d
         _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
         upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
-        _upsample_bicubic2d_aa""".split(),
+        _upsample_bicubic2d_aa"""),
         linear,
     ),
     **dict.fromkeys(
-        """max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d grid_sampler_2d
-        grid_sampler_3d""".split(),
+        _names("""max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
+        grid_sampler_2d grid_sampler_3d"""),
         by_sample,
     ),
     **dict.fromkeys(
-        """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        _names("""_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-        _scaled_dot_product_fused_attention_overrideable""".split(),
+        _scaled_dot_product_fused_attention_overrideable"""),
         scaled_dot_product_attention,
     ),
 }

@@ -72,7 +72,7 @@ class DualTensor(CarriesTangent):
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         return self._run.through(run, operands)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DualTensor({self._primal!r})"
 
     def __bool__(self) -> bool:
@@ -161,7 +161,7 @@ class DualPass(TorchDispatchMode):
     def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
         if not torch.is_grad_enabled():
             return nullcontext()
-        outer = _torch.saved_tensors_hooks_in_force()
+        outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
 
         def pack(x: Tensor) -> Any:
             dual = isinstance(x, DualTensor)
@@ -182,7 +182,8 @@ class DualPass(TorchDispatchMode):
                 raise refused("backward", "a network that differentiates inside its own forward needs torch.func.jvp")
             return saved.tensor() if outer is None else outer[1](saved)
 
-        return saved_tensors_hooks(pack, unpack)
+        hooks = saved_tensors_hooks(pack, unpack)
+        return hooks
 
     def enter(self, x: Dual) -> Tensor:
         """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
@@ -258,7 +259,7 @@ class DualPass(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # dual_call has told it
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, args, kwargs or {})
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -288,7 +289,7 @@ class DualPass(TorchDispatchMode):
             return self._wrap(out, [Out(None)] * len(tensors(out)), [], keep=True)  # the rule may give it a tangent
         if op.constant:
             if op.view and self.written and _torch.memory_of(out) in self.written:
-                return DualTensor.make(out, None, None, self)  # detach(): the memory has a tangent, this view of it none
+                return DualTensor.make(out, None, None, self)  # the memory has a tangent, this view of it none
             return out
         if op.view and not isinstance(args[0], DualTensor):
             return out  # its tangent is found by its memory
@@ -400,7 +401,7 @@ class DualPass(TorchDispatchMode):
         if memory is None:
             if t is None:
                 return
-            base = p._base if p._is_view() else p
+            base = p if p._base is None else p._base
             memory = self.written[_torch.memory_of(p)] = Memory(base, None, None, self.batch, self.active_rows)
         memory.write(p, None, t, rows)
 
@@ -492,21 +493,21 @@ class _Saved:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
         return DualTensor.make(x.detach(), t.detach(), rows, run)
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         return grad, None, None, None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: DualTensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: DualTensor) -> Tensor:
         return x._primal.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Any) -> Any:
         return grad
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,70 +34,22 @@ def same(call: Call, out: Any) -> list[Out]:
     return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
 
 
-def any_view(call: Call, out: Any) -> list[Out]:
-    """A view that has no rule: views are linear, so it is the tangent's own, of all rows."""
-    x = call.args[0]
-    if x.rows is not None:
-        raise Untracked(call.name)
-    made = call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)
-    return [Out(t) for t in (made if isinstance(made, (list, tuple)) else (made,))]
-
-
 # ---------------------------------------------------------------------------------------------------------------- shape
 
 
 def reshape(call: Call, out: Tensor) -> list[Out]:
     x = call.args[0]
+    if isinstance(call.args[1], torch.dtype):
+        raise NotImplementedError("forward AD of the same bits as another dtype")
     if x.rows is None:
         return [Out(x.tangent.reshape(out.shape))]
     rows = x.rows.reshaped(x.shape, out.shape)
     return [Out(x.tangent.reshape(rows.shape(out.shape)), rows)]
 
 
-def permute(call: Call, out: Tensor) -> list[Out]:
-    x = call.args[0]
-    t = call.func(x.tangent, *call.args[1:])
-    if x.rows is None:
-        return [Out(t)]
-    order = list(range(x.ndim))
-    if call.name == "permute":
-        order = [d % x.ndim for d in call.args[1]]
-    elif x.ndim > 1:  # transpose, t
-        a, b = (d % x.ndim for d in call.args[1:3]) if call.name == "transpose" else (0, 1)
-        order[a], order[b] = order[b], order[a]
-    return [Out(t, x.rows.at(order.index(x.rows.axis)))]
-
-
 def expand(call: Call, out: Tensor) -> list[Out]:
     x = call.args[0]
     return [broadcast(x.tangent, out, 0 if x.rows is None else x.ndim - x.rows.axis, x.rows)]
-
-
-def squeeze(call: Call, out: Tensor) -> list[Out]:
-    x = call.args[0]
-    rows = x.rows
-    if rows is None:
-        return [Out(x.tangent.reshape(out.shape))]
-    named = call.args[1] if len(call.args) > 1 else range(x.ndim)
-    dims = {d % x.ndim for d in ((named,) if isinstance(named, int) else named)}
-    gone = [d for d in dims if x.shape[d] == 1 and d != rows.axis]
-    if x.shape[rows.axis] == 1 and rows.axis in dims:
-        raise Untracked(call.name)
-    rows = rows.at(rows.axis - sum(d < rows.axis for d in gone))
-    return [Out(x.tangent.reshape(rows.shape(out.shape)), rows)]
-
-
-def unsqueeze(call: Call, out: Tensor) -> list[Out]:
-    x, dim = call.args[0], call.args[1] % out.ndim
-    return [Out(x.tangent.unsqueeze(dim), x.rows and x.rows.at(x.rows.axis + (dim <= x.rows.axis)))]
-
-
-def diagonal(call: Call, out: Tensor) -> list[Out]:
-    x, dims = call.args[0], {call.arg(2, "dim1", 0) % call.args[0].ndim, call.arg(3, "dim2", 1) % call.args[0].ndim}
-    if x.rows is None or x.rows.axis in dims:
-        return any_view(call, out)
-    t = call.func(x.tangent, *call.args[1:], **call.kwargs)
-    return [Out(t, x.rows.at(x.rows.axis - sum(d < x.rows.axis for d in dims)))]
 
 
 def repeat(call: Call, out: Tensor) -> list[Out]:
@@ -112,66 +65,62 @@ def repeat(call: Call, out: Tensor) -> list[Out]:
 # ------------------------------------------------------------------------------------------------- parts and their sums
 
 
-def _cut(x: Slot, axis: int, start: int, stop: int) -> Out:
-    """Elements start … stop of dimension `axis`."""
+def part(call: Call, out: Any) -> list[Out]:
+    """permute, select, slice, split, diagonal …: views that keep each dimension's order, drop it or cut it.
+
+    They are linear, so the tangent's is the operator's own; where the batch went is asked of a tensor whose strides
+    name its dimensions.
+    """
+    x, rows = call.args[0], call.args[0].rows
+    if rows is not None:
+        places = _places(call, x.shape, rows.axis)
+        if any(size != rows.size for _, _, size in places):
+            return [_cut(call, x, *place) for place in places]
+    made = call.func(x.tangent, *call.args[1:], **call.kwargs)
+    made = made if isinstance(made, (list, tuple)) else [made]
+    return [Out(t, rows and rows.at(places[i][0])) for i, t in enumerate(made)]
+
+
+def _places(call: Call, shape: Sequence[int], axis: int) -> list[tuple[int, int, int]]:
+    """Where dimension `axis` is in each output, and from which element on how many of it; at -1 if it is gone."""
+    hashable = tuple(tuple(a) if isinstance(a, list) else a for a in call.args[1:])
+    try:
+        return _asked(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+    except TypeError:  # sizes that the compiler leaves open cannot be remembered
+        return _asked.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+
+
+@lru_cache(maxsize=4096)
+def _asked(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
+    strides = [3**d << 32 for d in range(len(shape))]
+    made = func(torch.empty_strided(shape, strides, device="meta"), *args, **dict(kwargs))
+    places = []
+    for o in made if isinstance(made, (list, tuple)) else [made]:
+        at = o.stride().index(strides[axis]) if strides[axis] in o.stride() else -1
+        places.append((at, o.storage_offset() // strides[axis], 1 if at < 0 else o.shape[at]))
+    return places
+
+
+def _cut(call: Call, x: Slot, at: int, start: int, size: int) -> Out:
+    """Elements start … start + size of the batch's dimension."""
     rows = x.rows
-    if rows is None or axis != rows.axis:
-        return Out(x.tangent.narrow(axis, start, stop - start), rows)
-    if (start, stop) == (0, rows.size):
-        return Out(x.tangent, rows)
+    assert rows is not None
+    axis, stop = rows.axis, start + size
+    if at < 0 and call.name not in ("select", "unbind"):
+        raise Untracked(call.name)
     whole = rows.batch * rows.inner
     if start % whole == 0 and stop % whole == 0:  # some of several batches that lie one after the other
-        outer, kept = (stop - start) // whole, rows.active * rows.inner
+        outer, kept = size // whole, rows.active * rows.inner
         return Out(x.tangent.narrow(axis, start // whole * kept, outer * kept), replace(rows, outer=outer))
     if rows.outer != 1 or start % rows.inner or stop % rows.inner:
-        raise Untracked("slice")
-    first, batch = start // rows.inner, (stop - start) // rows.inner
-    active = min(rows.active - first, batch)
+        raise Untracked(call.name)
+    batch = size // rows.inner
+    active = min(rows.active - start // rows.inner, batch)
     if active <= 0:
         return Out(None)
     t = x.tangent.narrow(axis, start, active * rows.inner)
+    t = t.squeeze(axis) if at < 0 else t
     return Out(t, None if batch == 1 else Rows(axis, 1, batch, rows.inner, active))
-
-
-def slice_(call: Call, out: Tensor) -> list[Out]:
-    x, dim, step = call.args[0], call.arg(1, "dim", 0), call.arg(4, "step", 1)
-    axis = dim % x.ndim
-    if x.rows is None or axis != x.rows.axis:
-        return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
-    start, stop, _ = slice(call.arg(2, "start"), call.arg(3, "end")).indices(x.shape[axis])
-    if step != 1:
-        raise Untracked(call.name)
-    return [_cut(x, axis, start, max(stop, start))]
-
-
-def split(call: Call, out: Sequence[Tensor]) -> list[Out]:
-    """split, split_with_sizes."""
-    x, axis = call.args[0], call.arg(2, "dim", 0) % call.args[0].ndim
-    if x.rows is None or axis != x.rows.axis:
-        return [Out(t, x.rows) for t in call.func(x.tangent, *call.args[1:], **call.kwargs)]
-    outs, start = [], 0
-    for part in out:
-        outs.append(_cut(x, axis, start, start + part.shape[axis]))
-        start += part.shape[axis]
-    return outs
-
-
-def select(call: Call, out: Tensor) -> list[Out]:
-    x, axis, index = call.args[0], call.args[1] % call.args[0].ndim, call.args[2]
-    rows = x.rows
-    if rows is not None and axis == rows.axis:
-        part = _cut(x, axis, index % rows.size, index % rows.size + 1)
-        return [Out(part.tangent if part.tangent is None else part.tangent.squeeze(axis))]
-    return [Out(x.tangent.select(axis, index), rows and rows.at(rows.axis - (axis < rows.axis)))]
-
-
-def unbind(call: Call, out: Sequence[Tensor]) -> list[Out]:
-    x, axis = call.args[0], call.arg(1, "dim", 0) % call.args[0].ndim
-    rows = x.rows
-    if rows is not None and axis == rows.axis:
-        parts = [_cut(x, axis, i, i + 1).tangent for i in range(rows.size)]
-        return [Out(t if t is None else t.squeeze(axis)) for t in parts]
-    return [Out(t, rows and rows.at(rows.axis - (axis < rows.axis))) for t in x.tangent.unbind(axis)]
 
 
 def join(call: Call, out: Tensor) -> list[Out]:
@@ -251,7 +200,7 @@ def index(call: Call, out: Tensor) -> list[Out]:
 
 
 def index_put(call: Call, out: Tensor) -> list[Out]:
-    x, indices, value, accumulate = *call.args[:3], call.arg(3, "accumulate", False)
+    (x, indices, value), accumulate = call.args[:3], call.arg(3, "accumulate", False)
     slots = [s for s in (x, value) if isinstance(s, Slot)]
     rows = slots[0].rows
     if rows is not None:
@@ -306,7 +255,7 @@ def fill(call: Call, out: Tensor) -> list[Out]:
     return [Out(None if t is None else t.to(out.dtype).expand(out.shape))]
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------------------------------------------- the rest
 
 
 def unknown(call: Call, out: Any) -> list[Out]:
@@ -325,25 +274,16 @@ def linear(call: Call, out: Any) -> list[Out]:
 
 
 RULES = {
-    **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias", "reshape"), reshape),
-    **dict.fromkeys(("permute", "transpose", "t"), permute),
-    **dict.fromkeys(("clone", "_to_copy", "alias", "_conj", "_neg_view", "resolve_conj", "resolve_neg"), same),
-    **dict.fromkeys(("lift_fresh", "lift", "positive"), same),
-    **dict.fromkeys(("split", "split_with_sizes"), split),
-    **dict.fromkeys(("cat", "stack"), join),
-    **dict.fromkeys(("gather", "scatter", "scatter_add", "scatter_reduce"), aligned),
-    "diagonal": diagonal,
+    **dict.fromkeys(["view", "_unsafe_view", "_reshape_alias"], reshape),
+    **dict.fromkeys(["clone", "_to_copy", "alias", "lift_fresh", "_conj", "_neg_view"], same),
+    **dict.fromkeys(["resolve_conj", "resolve_neg"], same),
+    **dict.fromkeys(["cat", "stack"], join),
+    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce"], aligned),
+    **dict.fromkeys(["fill", "zero"], fill),
     "expand": expand,
-    "squeeze": squeeze,
-    "unsqueeze": unsqueeze,
     "repeat": repeat,
-    "slice": slice_,
-    "select": select,
-    "unbind": unbind,
     "index": index,
     "index_put": index_put,
     "index_select": index_select,
     "copy": copy,
-    "fill": fill,
-    "zero": fill,
 }

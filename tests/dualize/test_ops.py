@@ -70,6 +70,53 @@ def in_place_parts(x):
     return torch.cat([q, k, y], -1)
 
 
+def write_behind(x):
+    y = x.sin()
+    z = y.view_as(y)
+    w = y + 0
+    z.mul_(2)
+    return y + w
+
+
+def write_the_base(x):
+    y = x * 1
+    z = y.view(B, -1)
+    a, b = y.chunk(2, 1)
+    y *= 3
+    a.add_(b)
+    b.copy_(a.sin())
+    y[:, :, ::2].zero_()
+    return y * z.view(B, N, D)
+
+
+def zeros_filled(x, by_sample):
+    out = torch.zeros(B, N, D, dtype=x.dtype)
+    seen = out.view(B, -1)
+    if by_sample:
+        for i in range(B):
+            out[i] = x[i].cos()
+    else:
+        out[:, 1:3] = x[:, :2]
+        out[:, 0].copy_(x[:, 3])
+    early = seen + 1
+    out.mul_(x)
+    return out * early.view(B, N, D) + seen.view(B, N, D) * out.detach()
+
+
+def tokens_first(x):
+    out = torch.zeros(N, B, D + 1, dtype=x.dtype)
+    out.permute(1, 0, 2)[..., :D].copy_(x)
+    return out.permute(1, 0, 2)[..., 1:] * out[0][:, None, :D]
+
+
+def samples_moved(x):
+    y = x * 1
+    y[2:5] = x[:3].exp()
+    y[0] *= 3
+    y[IDS.argsort()] = y.sin()
+    return y * x
+
+
 def scatter_in(x):
     out = torch.zeros(B, N, 3, dtype=x.dtype)
     return out.scatter_add_(2, IDS.view(B, 1, 1).expand(B, N, 1), x[..., :1])
@@ -264,6 +311,20 @@ OPS = {
     "embedding": lambda x, c, a: F.embedding(IDS, W) * a[:, None] + W[IDS] * c,
     "in place": lambda x, c, a: in_place(x, c),
     "in place parts": lambda x, c, a: in_place_parts(x),
+    "in place behind a view": lambda x, c, a: write_behind(x),
+    "in place before a view": lambda x, c, a: write_the_base(x),
+    "zeros filled by tokens": lambda x, c, a: zeros_filled(x, False),
+    "zeros filled by samples": lambda x, c, a: zeros_filled(x, True),
+    "zeros with the tokens first": lambda x, c, a: tokens_first(x),
+    "samples moved in place": lambda x, c, a: samples_moved(x),
+    "into a view of a plain tensor": lambda x, c, a: torch.zeros(B, 2 * N, D).double().chunk(2, 1)[0].copy_(x) * x,
+    "filled and plain factors": lambda x, c, a: (
+        torch.stack([x[i] @ P[i].mT for i in range(B)]) + x[IDS.argsort()].bmm(x.mT) + torch.baddbmm(x @ P.mT, P, x.mT)
+    ),
+    "expanded": lambda x, c, a: (
+        c[:, None].expand(B, N, D).i0() + torch.linalg.vector_norm(a[:, None, None].expand(B, N, D), dim=1)[:, None]
+    ),
+    "diagonal": lambda x, c, a: (x @ x.mT).diagonal(dim1=1, dim2=2) + x.diagonal(dim1=-1, dim2=-2),
     "python": lambda x, c, a: (
         x * len(x) * x.shape[1] * x.size(-1) * x.dim() if x.is_floating_point() and bool((x == x).all()) else 0
     ),

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import re
+import threading
 import weakref
 
 import numpy as np
@@ -86,9 +87,7 @@ REFUSALS = {
     "layer_norm: mixes batch rows": Wrapped(lambda x: F.layer_norm(x, x.shape)),
     "item: a number taken out": Wrapped(lambda x: x * x[0, 0].item()),
     "numpy: a number taken out": Wrapped(lambda x: x * torch.tensor(x.numpy())),
-    "has no forward-mode (JVP) rule": Wrapped(
-        lambda x: torch.cdist(x.view(-1, 2, 2), x.view(-1, 2, 2)).flatten(1)
-    ),
+    "has no forward-mode (JVP) rule": Wrapped(lambda x: torch.cdist(x.view(-1, 2, 2), x.view(-1, 2, 2)).flatten(1)),
     "torch.func.grad and its kin": Wrapped(lambda x: torch.func.grad(lambda y: y.square().sum())(x)),
     "differentiates inside its own forward": Wrapped(lambda x: energy_gradient(x)),
     "twice.default: has no forward-mode": Wrapped(lambda x: twice(x)),
@@ -117,6 +116,59 @@ def test_a_refusal_names_the_submodule_and_quotes_its_line():
     with pytest.raises(NotImplementedError, match=r"in BatchNorm1d, .*: `return self.norm\(x\)  # the user's line`"):
         dualize(Normed())(*duals((6, 4)))
     assert torch.equal(Normed().norm.running_mean, torch.zeros(4, dtype=torch.float64))
+
+
+class Round(torch.autograd.Function):
+    """A straight-through estimator: its rule is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round(), x.sign()
+
+    @staticmethod
+    def backward(ctx, dx, _):
+        return dx
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot, 0 * x_dot
+
+
+class Exp(torch.autograd.Function):
+    """Without a forward-mode rule."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0]
+
+
+exp = Exp.apply
+
+
+def test_a_function_needs_no_rule_and_its_apply_may_have_been_taken_before():
+    x, v = torch.randn(2, 6, 4).double()
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    net = Wrapped(lambda x: clip(x) * exp(x * weight))
+    out, out_dot = jvp(dualize(net), (x,), (v,), rows=3)
+    _, expected = torch.func.jvp(lambda x: x.clamp(-1, 1) * (x * weight).exp(), (x,), (v,))
+    torch.testing.assert_close(out_dot, expected[:3].detach(), rtol=1e-14, atol=1e-15)
+    grads = [torch.autograd.grad(o.square().sum(), weight)[0] for o in (out, net(x))]
+    assert torch.equal(*grads)
+
+
+def test_a_functions_own_rule_goes_before_its_operators():
+    x, v = torch.randn(2, 6, 4).double()
+    net = Wrapped(lambda x: Round.apply(3 * x.sin())[0].cos() + Round.apply(x)[0].view(6, 2, 2).flatten(1))
+    out, out_dot = jvp(dualize(net), (x,), (v,), rows=3)
+    y, y_dot = 3 * x.sin(), 3 * x.cos() * v
+    assert torch.equal(out, net(x))
+    torch.testing.assert_close(out_dot, (-y.round().sin() * y_dot + v)[:3], rtol=1e-14, atol=1e-15)
 
 
 def test_a_functions_own_rule_serves_it():
@@ -376,6 +428,113 @@ def test_a_mask_that_hides_every_key_gives_zero_as_pytorchs_attention_does(kind)
     torch.testing.assert_close(out_dot[:, :, 1], torch.zeros_like(out_dot[:, :, 1]))
     keep = [0, 2, 3]
     torch.testing.assert_close(out_dot[:, :, keep], expected[:, :, keep], rtol=1e-13, atol=1e-14)  # 4e-16 measured
+
+
+@pytest.mark.parametrize("dualized", [False, True])
+@pytest.mark.parametrize("net", [nn.Sequential(nn.SiLU(inplace=True)), Wrapped(lambda z: z.mul_(2)[:, :1].sin_() + z)])
+def test_what_a_module_writes_into_its_input_is_not_the_callers(net, dualized):
+    z, v = torch.randn(2, 5, 3).double()
+    before = z.clone(), v.clone()
+    value, expected = torch.func.jvp(net, (z.clone(),), (v.clone(),))
+    out, out_dot = jvp(dualize(net) if dualized else net, (z,), (v,), rows=3)
+    assert torch.equal(z, before[0])
+    assert torch.equal(v, before[1])
+    assert torch.equal(out, value)
+    torch.testing.assert_close(out_dot, expected[:3], rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("dualized", [False, True])
+def test_expanded_inputs(dualized):
+    z, v = (a.expand(5, 3, 4) for a in torch.randn(2, 3, 4).double())
+    net = Wrapped(lambda z: z.cosh() + torch.special.i0(z) + torch.hypot(z, 2 * z))
+    out, out_dot = jvp(dualize(net) if dualized else net, (z,), (v,), rows=3)
+    _, expected = torch.func.jvp(net, (z.contiguous(),), (v.contiguous(),))
+    assert torch.equal(out, net(z))
+    torch.testing.assert_close(out_dot, expected[:3], rtol=1e-14, atol=1e-15)
+
+
+def test_a_write_over_what_the_tape_holds_is_told_as_pytorch_tells_it():
+    def forward(x, after):
+        y = (x * weight).exp()  # saved
+        if not after:
+            y.view(-1).mul_(2)
+        return y
+
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    (x,) = duals((6, 4))
+    for after in (False, True):
+        u = dualize(Wrapped(lambda x, after=after: forward(x, after)))(x).primal
+        if after:
+            u.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            u.sum().backward()
+
+
+def test_hooks_on_what_is_saved_see_primals():
+    net, primals = network("SiT-style")
+    seen = []
+    with (
+        torch.autograd.graph.save_on_cpu(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(type(x)) or x.clone(), lambda x: x),
+    ):
+        out, _ = jvp(dualize(net), primals, tuple(torch.randn_like(p) for p in primals))
+    out.sum().backward()
+    assert set(seen) <= {torch.Tensor, nn.Parameter}
+    assert len(seen) > 20
+
+
+def test_another_thread_sees_no_difference():
+    """Nothing of PyTorch is replaced while a pass runs."""
+    go, done = threading.Event(), threading.Event()
+
+    def look():
+        go.wait(10)
+        x = torch.randn(3, 4, requires_grad=True)
+        seen["apply"] = vars(torch.autograd.Function).get("apply")
+        seen["checkpoint"] = dict(vars(torch.utils.checkpoint))
+        seen["grad"] = torch.autograd.grad(checkpoint(exp, x, use_reentrant=False).sum(), x)[0] - x.exp()
+        done.set()
+
+    def forward(x):
+        go.set()
+        assert done.wait(10)
+        return x.sin()
+
+    seen = {}
+    before = vars(torch.autograd.Function).get("apply"), dict(vars(torch.utils.checkpoint))
+    thread = threading.Thread(target=look)
+    thread.start()
+    dualize(Wrapped(forward))(*duals((6, 4)))
+    thread.join()
+    assert (seen["apply"], seen["checkpoint"]) == before
+    assert not seen["grad"].any()
+
+
+def test_a_second_derivative_is_refused():
+    inner = dualize(Wrapped(torch.sin))
+    net = Wrapped(lambda x: jvp(inner, (x,), (torch.ones(6, 4).double(),))[1])
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dualize(net)(*duals((6, 4)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_this_packages_fused_operations_serve_a_dualized_module():
+    def forward(x, w):
+        q, k, v = x.unflatten(-1, (3, 2, 16)).unbind(2)
+        o = mfkernels.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
+        return mfkernels.rms_norm(o.transpose(1, 2).flatten(2), w)
+
+    x, v = torch.randn(2, 4, 5, 96)
+    w = torch.rand(32, requires_grad=True)
+    net = Wrapped(lambda x: forward(x, w))
+    with mfkernels.use_backend("triton"):
+        out, out_dot = jvp(dualize(net), (x,), (v,), rows=2)
+        value = net(x)
+    assert torch.equal(out, value)
+    _, expected = torch.func.jvp(lambda x: forward(x, w.double()), (x.double(),), (v.double(),))
+    assert relative_error(out_dot, expected[:2]) < 1e-6  # 3e-7 measured
+    grads = [torch.autograd.grad(o.square().sum(), w)[0] for o in (out, value)]
+    assert torch.equal(*grads)
 
 
 def test_what_is_written_into_a_buffer_stays_there_without_its_tangent():
