@@ -62,8 +62,8 @@ CONSTANT = frozenset(
 # Row i of the result depends on row i of each operand; not all versions of PyTorch tag these as pointwise.
 _ELEMENTWISE = frozenset(
     _names("""addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
-    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold
-    where xlogy nan_to_num copysign square""")
+    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
+    threshold where xlogy nan_to_num copysign square""")
 )
 
 

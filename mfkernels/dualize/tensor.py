@@ -368,6 +368,9 @@ class DualPass(TorchDispatchMode):
                 raise refused(op.name, op.refusal)
             if not isinstance(target, Tensor):
                 raise refused(op.name, "writes into a list of tensors")
+        if isinstance(target, DualTensor) and 0 in target.stride() and self._alone(target):
+            # an expanded argument of the pass, which was not copied for it: see dual.unshared
+            target._primal = p_args[0] = p_args[0].contiguous()
         start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
         if operands.any_tangent and has_tangent(target):
@@ -386,6 +389,14 @@ class DualPass(TorchDispatchMode):
             if self.report:
                 self.report.add(call, time.perf_counter() - start)
         return target
+
+    def _alone(self, x: DualTensor) -> bool:
+        """Whether no view of `x` is in use."""
+        others = (ref() for ref in self.living)
+        if x._memory is not None and any(y is not x and y is not None and y._memory is x._memory for y in others):
+            return False
+        x._memory = None
+        return True
 
     def _store(self, target: Tensor, p: Tensor, out: Out, shared: list[Tensor]) -> None:
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""

@@ -203,6 +203,8 @@ def index_put(call: Call, out: Tensor) -> list[Out]:
     (x, indices, value), accumulate = call.args[:3], call.arg(3, "accumulate", False)
     slots = [s for s in (x, value) if isinstance(s, Slot)]
     rows = slots[0].rows
+    if any((s.rows is None) != (rows is None) for s in slots):
+        raise Untracked(call.name)
     if rows is not None:
         if not isinstance(x, Slot):
             raise Untracked(call.name)
