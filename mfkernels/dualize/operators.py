@@ -34,7 +34,9 @@ NUMBER = (
     "or detach() it if it is a constant by design"
 )
 _MEMORY = "it sees memory, not values"
-_RESHAPES = "it changes a tensor's shape in place; use the same function without the underscore"
+_RESHAPES = (
+    "it changes a tensor's shape in place, as torch.quantile and torch.vmap do inside; use functions that do not"
+)
 _FAST_PATH = (
     "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
     "the layer's own operations"

@@ -86,12 +86,18 @@ class DualTensor(CarriesTangent):
     def __format__(self, spec: str) -> str:
         return format(self._primal, spec)
 
-    def _number(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._run.active:
-            raise TypeError("this tensor belongs to a dual pass that is over; let the module return it")
-        raise refused("item, tolist, numpy", NUMBER)
 
-    item = tolist = numpy = __float__ = __complex__ = __array__ = __dlpack__ = _number
+def _taking_numbers(name: str) -> Callable[..., Any]:
+    def method(self: DualTensor, *args: Any, **kwargs: Any) -> Any:
+        if self._run.active and self._run.slot(self) is not None:
+            raise refused(name, NUMBER)
+        return getattr(self._primal, name)(*args, **kwargs)
+
+    return method
+
+
+for _name in ("item", "tolist", "numpy", "__float__", "__complex__", "__array__", "__dlpack__"):
+    setattr(DualTensor, _name, _taking_numbers(_name))
 
 
 def _duals(x: Any) -> list[DualTensor]:
@@ -200,6 +206,8 @@ class DualPass(TorchDispatchMode):
         """A tensor's primal and tangent, if it carries one in this pass."""
         if isinstance(x, DualTensor):
             if x._run is not self:
+                if x._run.active:
+                    raise refused("a tensor of another dual pass", "this pass lies within that one; one is enough")
                 return None
             if x._rule is not None and not is_inside(x._rule):
                 self._outside(x, x._rule)
