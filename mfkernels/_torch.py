@@ -1,11 +1,18 @@
-"""Every private name of PyTorch that this package leans on, each with what stands in for it where it is missing."""
+"""Every private name of PyTorch that this project uses, and why. No other file may use one (tests/test_torch.py).
+
+A private name may be gone in the next release. Each is looked up once, at import, which never fails: a name that this
+PyTorch lacks becomes a `Missing`. It is false, so that code can take another way, and calling it raises an error that
+says what cannot be done.
+"""
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,17 +20,92 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import enable_reentrant_dispatch
 
 
-def _find(path: str) -> Any:
-    found: Any = torch
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+class Missing:
+    """Stands for a name that this PyTorch lacks."""
+
+    def __init__(self, name: str, feature: str) -> None:
+        self.name, self.feature = name, feature
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{self.feature}: torch {torch.__version__} does not have {self.name.replace(':', '.')}, a private name of "
+            "PyTorch that this needs; expected a version that README.md names"
+        )
 
 
-# `__torch_function__` of a tensor subclass that leaves PyTorch's functions alone
-disabled_torch_function: Any = _find("_C._disabled_torch_function_impl")
+def lookup(name: str, feature: str) -> Any:
+    """The object called `name` ("module:attribute"), or a `Missing` that names `feature`."""
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return Missing(name, feature)
 
-_top_hooks: Callable[[bool], Any] | None = _find("_C._autograd._top_saved_tensors_default_hooks")
+
+# Structures of tensors (tuples, dicts, …): PyTorch has no public functions for them up to 2.15, and these agree with
+# what torch.func, torch.compile and torch.utils.checkpoint take apart.
+_STRUCTURES = "nested arguments and outputs"
+tree_any = lookup("torch.utils._pytree:tree_any", _STRUCTURES)
+tree_flatten = lookup("torch.utils._pytree:tree_flatten", _STRUCTURES)
+tree_map = lookup("torch.utils._pytree:tree_map", _STRUCTURES)
+tree_leaves = lookup("torch.utils._pytree:tree_leaves", _STRUCTURES)
+tree_map_only = lookup("torch.utils._pytree:tree_map_only", _STRUCTURES)
+tree_unflatten = lookup("torch.utils._pytree:tree_unflatten", _STRUCTURES)
+
+# The Jacobian of softmax in one pass and without another tensor of scores: the public backward needs a graph.
+softmax_backward = lookup("torch:ops.aten._softmax_backward_data", "the tangent of attention on plain PyTorch")
+
+# The backward of fused attention from an output and log-sum-exp that are our own: the public one needs its own forward.
+_KERNELS = "the backward of attention by PyTorch's kernels"
+attention_backward_cpu = lookup("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", _KERNELS)
+attention_backward_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention_backward", _KERNELS)
+attention_backward_flash = lookup("torch:ops.aten._scaled_dot_product_flash_attention_backward", _KERNELS)
+attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _KERNELS)
+
+
+def before_compile(module: Any) -> Any:
+    """The module that `torch.compile` wrapped in `module`; None if it did not, or if it keeps it elsewhere."""
+    return getattr(module, "_orig_mod", None)
+
+
+# ---------------------------------------------------------------------------------------------------------- for dualize
+
+_DUALIZE = "mfkernels.dualize"
+
+# A mode below autograd: `torch.overrides` has public modes, which see functions, above it.
+TorchDispatchMode = lookup("torch.utils._python_dispatch:TorchDispatchMode", _DUALIZE) or object
+
+# The only way to make a tensor that has no memory of its own.
+make_wrapper_subclass = lookup("torch:Tensor._make_wrapper_subclass", _DUALIZE)
+
+# `__torch_function__` of a tensor subclass that leaves PyTorch's functions alone.
+disabled_torch_function = lookup("torch:_C._disabled_torch_function_impl", _DUALIZE)
+
+# Forward mode is off inside the forward of an autograd.Function, and so tells that a thread is in one.
+forward_mode_enabled = lookup("torch:_C._is_fwd_grad_enabled", _DUALIZE)
+forward_mode = lookup("torch.autograd.forward_ad:_set_fwd_grad_enabled", _DUALIZE)
+
+# One graph of a whole dual pass. torch 2.11 has it too, but takes no module as an argument.
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+_COMPILE = "dualize: torch.compile of a dualized module"
+
+
+def compiler_loaded() -> bool:
+    """Whether anything can have been compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def nonstrict_trace(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as one call of a graph, of which the compiler sees the operators that it executes."""
+    if _VERSION < (2, 12):
+        return Missing("torch._dynamo.nonstrict_trace of a module", _COMPILE)
+    return lookup("torch._dynamo:nonstrict_trace", _COMPILE)(fn)  # loads Dynamo, which takes a second
+
+
+# The hooks on saved tensors that are set around a pass, which ours must call.
+_top_hooks = lookup("torch:_C._autograd._top_saved_tensors_default_hooks", _DUALIZE)
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -33,7 +115,7 @@ def saved_tensors_hooks_in_force(inner: Callable[[], saved_tensors_hooks]) -> Ho
     `inner` gives those that will be pushed: a PyTorch that does not say whether there are others is made to call them,
     by saving a tensor with `inner` set aside.
     """
-    if _top_hooks is not None:
+    if _top_hooks:
         return _top_hooks(True)
     anchor = torch.empty(0, requires_grad=True)
 
@@ -55,10 +137,11 @@ class _Saver(torch.autograd.Function):
         return anchor.clone()
 
 
-_force_keys: Any = _find("_C._ForceDispatchKeyGuard")
-# the dispatch keys of a thread that is in no operator
-_at_rest = _force_keys and [_find(f"_C._dispatch_tls_local_{kind}_set")() for kind in ("include", "exclude")]
-_modes: Callable[[], int] = _find("_C._len_torch_dispatch_stack") or (lambda: 0)
+# What is on and off below autograd, where `__torch_dispatch__` runs.
+_force_keys = lookup("torch:_C._ForceDispatchKeyGuard", _DUALIZE)
+_at_rest = [lookup(f"torch:_C._dispatch_tls_local_{kind}_set", _DUALIZE) for kind in ("include", "exclude")]
+_at_rest = [keys() for keys in _at_rest] if all(_at_rest) else []
+_modes = lookup("torch:_C._len_torch_dispatch_stack", _DUALIZE)
 
 
 def autograd_again() -> AbstractContextManager[Any]:
@@ -67,7 +150,7 @@ def autograd_again() -> AbstractContextManager[Any]:
     The public `enable_reentrant_dispatch` gives the key of the mode back too, whose turn it is not; without a mode to
     go to, an operator with that key stops with an internal error.
     """
-    return _force_keys(*_at_rest) if _force_keys and not _modes() else enable_reentrant_dispatch()
+    return enable_reentrant_dispatch() if _modes() else _force_keys(*_at_rest)
 
 
 def functions_by_code() -> dict[Any, list[Any]]:
@@ -81,16 +164,26 @@ def functions_by_code() -> dict[Any, list[Any]]:
     return found
 
 
-# False inside the forward of an autograd.Function
-forward_mode_enabled: Callable[[], bool] = _find("_C._is_fwd_grad_enabled") or (lambda: True)
-forward_mode: Callable[[bool], AbstractContextManager[Any]] = _find("autograd.forward_ad._set_fwd_grad_enabled")
-
-
 def memory_of(x: Tensor) -> int:
     """A number that tensors share if and only if they share memory."""
     return x.untyped_storage()._cdata
 
 
+def writes_to(x: Tensor) -> int:
+    """How often the memory of `x` was written to in place; 0 in inference mode, which does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def viewed(x: Tensor) -> Tensor:
+    """The tensor that `x` is a view of; itself if it is none."""
+    return x if x._base is None else x._base
+
+
 def schema_of(operator: Any) -> Any:
     """An OpOverload's schema."""
     return operator._schema
+
+
+def overload_of(operator: Any) -> str:
+    """ "Tensor" of aten.add.Tensor."""
+    return operator._overloadname

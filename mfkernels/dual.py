@@ -10,7 +10,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_flatten, tree_map_only, tree_unflatten
+
+from ._torch import before_compile, tree_any, tree_flatten, tree_map_only, tree_unflatten
 
 T = TypeVar("T")
 
@@ -281,7 +282,7 @@ def _unwrapped(fn: Any) -> Any:
     """The module inside wrappers that only forward their call (DDP, accelerate, torch.compile)."""
     seen = fn
     while isinstance(seen, nn.Module):
-        inner = getattr(seen, "_orig_mod", None)
+        inner = before_compile(seen)
         if inner is None and isinstance(seen, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = seen.module
         if inner is None:
@@ -463,13 +464,16 @@ def _split(out: Any, rows: int) -> tuple[Any, Any]:
     return out, None
 
 
+_OPERATORS = (type(torch.ops.aten.neg), type(torch.ops.aten.neg.default))  # with and without a choice of overload
+
+
 class _RefuseSilentZeros(TorchFunctionMode):
     """Custom operators have no forward-mode rule and return a zero tangent without a word: name them instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            name = str(func if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name)
+        if isinstance(func, _OPERATORS):
+            name = str(func)
             has_rule = name.startswith(("aten", "prim")) or not tree_any(_carries_tangent, (args, kwargs))
             if not has_rule:
                 raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")

@@ -3,10 +3,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 import mfkernels
 from mfkernels import Dual, dual_aware, is_dual_aware, jvp, linear_map, split_map
+from mfkernels._torch import tree_map
 from mfkernels.testing import relative_error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .parallel import own_piece
 
@@ -34,7 +35,7 @@ class EMA:
         """Take in the weights after optimiser step `step` (counted from 0)."""
         averages = [own_piece(average) for average in self.weights.values()]
         current = [own_piece(p.detach()).float() for _, p in _parameters(model)]
-        torch._foreach_lerp_(averages, current, 1.0 - ema_decay_at(step, self.decay))
+        get_ema_multi_avg_fn(ema_decay_at(step, self.decay))(averages, current, step)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

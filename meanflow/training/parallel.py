@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
 
 from mfkernels import TensorOrDual, checkpoint_module, linear_map
+from mfkernels._torch import tree_map_only
 
 from ..errors import UsageError
 from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput

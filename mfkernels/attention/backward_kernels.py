@@ -10,6 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfkernels._torch import (
+    attention_backward_cpu,
+    attention_backward_cudnn,
+    attention_backward_flash,
+    attention_cudnn,
+)
 from mfkernels.attention.kernels import (
     LOG2_E,
     as_rows,
@@ -431,7 +437,7 @@ def aten_backend(q: Tensor, k: Tensor, *, causal: bool) -> str | None:
 def _cudnn_lse_rank(device: torch.device) -> int:
     """3 or 4: versions of torch differ in whether cuDNN's log-sum-exp ends in a dimension of one."""
     x = torch.zeros((1, 1, 64, 64), device=device, dtype=torch.float16)
-    out = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, False, False, scale=1.0)
+    out = attention_cudnn(x, x, x, None, True, 0.0, False, False, scale=1.0)
     return out[1].ndim
 
 
@@ -462,7 +468,7 @@ def attention_backward_aten(
         lse = (
             lse.transpose(1, 2).contiguous().transpose(1, 2)
         )  # [B, H, N_q] in [B, N_q, H] memory, as its forward gives
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradients = attention_backward_cpu(
             do_,
             q_,
             k_,
@@ -476,7 +482,7 @@ def attention_backward_aten(
     else:
         no_dropout = torch.zeros((), device=q.device, dtype=torch.int64)
         if backend == "cudnn":
-            gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            gradients = attention_backward_cudnn(
                 do_,
                 q_,
                 k_,
@@ -495,7 +501,7 @@ def attention_backward_aten(
                 scale=scale,
             )
         elif backend == "flash":
-            gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            gradients = attention_backward_flash(
                 do_,
                 q_,
                 k_,

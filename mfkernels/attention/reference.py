@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch import softmax_backward
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> Tensor:
     o = F.scaled_dot_product_attention(
@@ -57,6 +59,6 @@ def attention_tangent(
         if k_dot is not None:
             s_dot = s_dot.baddbmm_(Q, heads(k_dot).mT, alpha=scale)
         # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-        p_dot = torch.ops.aten._softmax_backward_data(s_dot, p, -1, wide)
+        p_dot = softmax_backward(s_dot, p, -1, wide)
         o_dot = o_dot.baddbmm_(p_dot, V)
     return o_dot.view(B_t, H, N_q, d).transpose(1, 2).to(dtype)  # [B_t, N_q, H, d]

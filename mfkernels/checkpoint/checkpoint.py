@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as checkpoint_and_recompute_all
 from torch.utils.checkpoint import noop_context_fn
 
+from .._torch import tree_flatten, tree_unflatten
 from ..dual import Dual
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,7 +54,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any, preserve_rng_state: bool = Tr
 class _PrimalOnSecondCall:
     """`fn` on Duals at the first call, which is the forward, and on their primals from then on."""
 
-    def __init__(self, fn: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> None:
+    def __init__(self, fn: Callable[..., Any], leaves: list[Any], spec: Any) -> None:
         self.fn, self.spec = fn, spec
         # position: tangent. Only until the first call: the tape keeps this object
         self.tangents: dict[int, Tensor | None] | None = {

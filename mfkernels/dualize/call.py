@@ -99,7 +99,7 @@ class Call:
 
     def named(self) -> dict[str, Any]:
         """Every argument by its name in the operator's schema, defaults included."""
-        arguments = self.func._schema.arguments
+        arguments = _torch.schema_of(self.func).arguments
         values = {a.name: a.default_value for a in arguments}
         values.update(zip((a.name for a in arguments), self.args, strict=False))
         return values | dict(self.kwargs)

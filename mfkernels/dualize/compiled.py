@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .. import _torch
 from ..dual import Dual
 
 # what crosses the call is made of lists, dicts and tensors alone: no named tuples, no None
@@ -84,26 +84,16 @@ def _run(module: Any, loose: Any, args: Any, kwargs: Any) -> Any:
             _set(module, x, *place)
 
 
-def _torch_version() -> tuple[int, ...]:
-    return tuple(map(int, torch.__version__.split(".")[:2]))
-
-
 _traced: Any = None
 
 
 def prepare() -> None:
     """Before the first compilation, which cannot do it itself; not at import, for Dynamo takes a second to load."""
     global _traced
-    import torch._dynamo
-
-    if _traced is None and _torch_version() >= (2, 12):  # 2.11 has it too, but takes no module as an argument
-        _traced = torch._dynamo.nonstrict_trace(_run)
+    if _traced is None:
+        _traced = _torch.nonstrict_trace(_run)
 
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _traced is None:
-        raise NotImplementedError(
-            f"dualize: torch.compile of a dualized module needs torch 2.12 or newer, got {torch.__version__}"
-        )
     loose = [_get(module, path, name, key) for path, name, key in module.loose_tensors]
     return _decoded(_traced(module, loose, _encoded(args), _encoded(kwargs)))

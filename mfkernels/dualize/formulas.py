@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from .call import Slot, primal, tangent
 
 aten = torch.ops.aten
@@ -83,7 +84,7 @@ def _slope(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 def softmax(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
     # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-    return aten._softmax_backward_data(x_dot.to(p.dtype), p, dim, p.dtype)
+    return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
 
 
 def layer_norm(x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:

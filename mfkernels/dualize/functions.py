@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _torch
+from .._torch import tree_leaves, tree_map
 from .where import refused
 
 if TYPE_CHECKING:

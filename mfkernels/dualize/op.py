@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .. import _torch
+from .._torch import tree_flatten, tree_unflatten
 from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware, unshared
 from .call import has_tangent
 from .compiled import call_compiled, loose_tensors, prepare
@@ -137,7 +137,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 def _compiled_parts_eager() -> AbstractContextManager[Any]:
     """Parts of a module that were compiled know no DualTensor; where nothing was, there is nothing to do."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if _torch.compiler_loaded() else nullcontext()
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:
@@ -145,9 +145,9 @@ def _release_buffers(module: nn.Module, run: DualPass) -> None:
     if not run.outlived():
         return
     for part in module.modules():
-        for name, buffer in part._buffers.items():
+        for name, buffer in list(part.named_buffers(recurse=False)):
             if isinstance(buffer, DualTensor):
-                part._buffers[name] = leave(buffer)
+                setattr(part, name, leave(buffer))
 
 
 def _check(duals: list[Dual]) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def operator(func: Any) -> Operator:
     if refusal is None and any(arguments[i].kwarg_only for i in written):
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
-        functional = getattr(getattr(torch.ops.aten, name, None), func._overloadname, None)
+        functional = getattr(getattr(torch.ops.aten, name, None), _torch.overload_of(func), None)
         if functional is None:
             refusal = "it writes in place, and dualize knows no operator that does the same out of place"
     view, is_constant = aliased and not written, name in CONSTANT

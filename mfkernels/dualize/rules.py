@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..attention import attention
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
@@ -138,7 +139,7 @@ _LINEAR_ALONG = frozenset(
 
 def _dims(call: Call, ndim: int) -> list[int]:
     position, keyword, default = ALONG[call.name]
-    if call.func._overloadname == "stable":
+    if _torch.overload_of(call.func) == "stable":
         position = 9  # sort.stable has it by keyword alone
     dim = call.arg(position, keyword, default)
     if dim is None or isinstance(dim, bool) or dim == []:
@@ -150,7 +151,7 @@ def along(call: Call, out: Any) -> list[Out]:
     x = call.args[0]
     if not isinstance(x, Slot) or sum(1 for _ in call.operands()) != 1:
         return unknown(call, out)
-    if call.name in ("max", "min") and call.func._overloadname in ("other",):
+    if call.name in ("max", "min") and _torch.overload_of(call.func) == "other":
         return elementwise(call, out)
     dims = _dims(call, x.ndim)
     if x.rows is not None and x.rows.axis in dims:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _torch
 from ..dual import CarriesTangent, Dual
@@ -45,7 +44,7 @@ class DualTensor(CarriesTangent):
     def make(
         primal: Tensor, tangent: Tensor | None, rows: Rows | None, run: DualPass, memory: Memory | None = None
     ) -> DualTensor:
-        x = Tensor._make_wrapper_subclass(
+        x = _torch.make_wrapper_subclass(
             DualTensor,
             primal.shape,
             strides=primal.stride(),
@@ -122,7 +121,7 @@ def _primals(x: Any) -> Any:
     return type(x)(map(_primals, x)) if type(x) in (list, tuple) else x
 
 
-class DualPass(TorchDispatchMode):
+class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     """One dual pass over `batch` samples, of which the first `active` carry tangents."""
 
     def __init__(self, batch: int, active: int, report: Report | None) -> None:
@@ -420,8 +419,9 @@ class DualPass(TorchDispatchMode):
         if memory is None:
             if t is None:
                 return
-            base = p if p._base is None else p._base
-            memory = self.written[_torch.memory_of(p)] = Memory(base, None, None, self.batch, self.active_rows)
+            memory = self.written[_torch.memory_of(p)] = Memory(
+                _torch.viewed(p), None, None, self.batch, self.active_rows
+            )
         memory.write(p, None, t, rows)
 
 
@@ -497,12 +497,12 @@ class _Saved:
     __slots__ = ("overwritten", "version", "x")
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.version = x, 0 if x.is_inference() else x._version
+        self.x, self.version = x, _torch.writes_to(x)
         self.overwritten = False  # in the pass, below where PyTorch counts
 
     def tensor(self) -> Tensor:
         x = self.x
-        if self.overwritten or (not torch.compiler.is_compiling() and x._version != self.version):
+        if self.overwritten or (not torch.compiler.is_compiling() and _torch.writes_to(x) != self.version):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"{x.dtype} tensor of shape {tuple(x.shape)}; clone() it before writing"

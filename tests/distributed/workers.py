@@ -161,7 +161,7 @@ def trained(name, rank, world, *, strategy, precision="no", compiled=False, chec
     net = network(name, dtype)
     if checkpointed:
         checkpoint_blocks(net, "all")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     with patch("torch.compile", lambda fn, **options: COMPILE(fn, backend=counter, **options)):
         loss_of = training_loss(net, OBJECTIVES[name], config, accelerator)

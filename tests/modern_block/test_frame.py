@@ -39,10 +39,10 @@ COS, SIN = ANGLES.cos().to(DEVICE), ANGLES.sin().to(DEVICE)
 @pytest.fixture(autouse=True)
 def _triton(poison_empty):
     torch.manual_seed(1)
-    torch._dynamo.reset()  # many ops through one compiled function: past eight, fullgraph gives up
+    torch.compiler.reset()  # many ops through one compiled function: past eight, fullgraph gives up
     with use_backend("triton"):
         yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def wide_norm(x, weight):

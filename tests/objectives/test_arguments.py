@@ -169,7 +169,7 @@ def test_what_an_objective_is_made_of(make, error, match):
 @each
 def test_the_checks_leave_one_graph_and_read_nothing(objective, net):
     assert isinstance(objective, Objective)
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def loss(x, y, draws):
         return objective.loss_of(net, x, y, draws).loss

@@ -58,7 +58,7 @@ def test_rows_at_even_distances(rows):
 def test_the_objective_compiles_whole_and_once(objective):
     """Guidance forward, dual pass and loss in one graph; the next steps, with other draws, do not compile again."""
     net = network(objective)
-    torch._dynamo.reset()  # what other tests compiled from the same lines
+    torch.compiler.reset()  # what other tests compiled from the same lines
     counter = CompileCounterWithBackend("aot_eager")
     parameters = [p for p in net.parameters() if p.requires_grad]
     compiled = torch.compile(lambda x, y, draws: objective.loss_of(net, x, y, draws), fullgraph=True, backend=counter)
@@ -78,7 +78,7 @@ def test_the_objective_compiles_whole_and_once(objective):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_the_objective_compiles_whole_with_autocast_around_it(objective):
     net = network(objective).float()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(objective.loss_of, fullgraph=True, backend="aot_eager")
     x, y, draws = torch.randn(*SHAPE), torch.randint(3, (8,)), objective.draw(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):

@@ -63,7 +63,7 @@ def test_torch_func_jvp_and_forward_ad(case, compiled):
         return torch.func.jvp(lambda *x: scaled_dot_product_attention(*x, **options), primals, tangents)
 
     if compiled:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         jvp = torch.compile(jvp, backend="aot_eager", fullgraph=True)
     for got, ref in zip(jvp(tuple(primals), tuple(tangents)), expected, strict=True):
         torch.testing.assert_close(got, ref, rtol=1e-13, atol=1e-13)  # 2e-15 measured
@@ -96,7 +96,7 @@ def test_patch_serves_a_model_that_cannot_be_edited_in_its_block_alone(compiled)
 
     with sdpa_kernel(SDPBackend.MATH):
         expected = jvp()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     run = torch.compile(jvp, backend="aot_eager", fullgraph=True) if compiled else jvp
     with mfkernels.patch_sdpa():
         torch.testing.assert_close(run(), expected, rtol=1e-13, atol=1e-13)

@@ -41,7 +41,7 @@ def assert_forward_mode(
         by_position(oracle, wide), tuple(wide[n] for n in duals), tuple(t.double() for t in tangents)
     )
     ref_grads = torch.autograd.grad(ref.square().sum(), list(wide.values()))
-    torch._dynamo.reset()  # it counts recompilations of `run` over all the tests that come here
+    torch.compiler.reset()  # it counts recompilations of `run` over all the tests that come here
     for transform in (torch.func.jvp, forward_ad):
 
         def run(*primals, transform=transform):

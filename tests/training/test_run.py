@@ -156,7 +156,7 @@ def test_checkpointed_blocks_change_nothing(count):
 
 @pytest.mark.parametrize("count", [0, "all"])
 def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, count):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **options: compile(fn, backend=counter, **options))
