@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mfkernels.launch import Launch
+from mfkernels.launch import OPTIONS, Launch
 
 # Bytes one block may have, by architecture (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -52,7 +52,7 @@ def inspect_launch(launch: Launch, arch: str) -> KernelReport:
     """Compile a launch for "sm_90" or another target; its tensors may be on the meta device."""
     if not isinstance(launch.kernel, JITFunction):
         raise RuntimeError("a kernel cannot be compiled in a process that was started with TRITON_INTERPRET=1")
-    options = {key: launch.config[key] for key in ("num_warps", "num_stages")}
+    options = {key: launch.config[key] for key in ("num_warps", "num_stages")} | OPTIONS
     constants = {key: value for key, value in launch.config.items() if key not in options}
     source = _source(launch.kernel, {**launch.arguments, **constants})
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
