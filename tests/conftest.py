@@ -1,6 +1,8 @@
 """Hostile defaults: warnings are errors (pyproject.toml), every test starts from one seed; memory can be poisoned."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,15 @@ if not torch.cuda.is_available():
 
 torch.backends.cudnn.allow_tf32 = False  # the oracles' convolutions, on a GPU
 torch.set_num_threads(1)  # several tests at a time; two threads that fight for cores are ten times slower than one
+
+PINNED = re.search(r"^torch==(\S+)", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)[1]
+
+
+def pytest_configure(config):
+    """What a newer PyTorch deprecates is no failure there: with the pinned one, where warnings are errors, it is."""
+    if torch.__version__.partition("+")[0] != PINNED:
+        for category in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning", "UserWarning"):
+            config.addinivalue_line("filterwarnings", f"default::{category}")
 
 
 def _poisoned(make):
