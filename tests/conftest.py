@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from minimum import COMPILES, NO_COMPILE
 
 if not torch.cuda.is_available():
     # before Triton is imported: without a GPU its kernels run in the interpreter
@@ -38,6 +39,12 @@ def _poisoned(make):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compile_is_newer(monkeypatch):
+    if not COMPILES:
+        monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.skip(NO_COMPILE))
 
 
 @pytest.fixture

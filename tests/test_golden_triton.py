@@ -14,7 +14,7 @@ from mfkernels import use_backend
 from mfkernels.backend import recorded_choices
 from mfkernels.testing import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what has no kernel: library products, and two elementwise operations on one vector a sample

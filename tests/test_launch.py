@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels import launch, tune
 from mfkernels.tune_problems import tile

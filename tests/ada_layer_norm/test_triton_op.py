@@ -8,7 +8,7 @@ from mfkernels import Dual, ada_layer_norm, use_backend
 from mfkernels.ada_layer_norm import op
 from mfkernels.testing import assert_dual, relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 # measured in the interpreter: 1.3e-7, 2.3e-4, 3.7e-3 (it cuts bfloat16 off where a GPU rounds)
 BOUNDS = [(torch.float32, 2.6e-7), (torch.float16, 4.6e-4), (torch.bfloat16, 7.4e-3)]

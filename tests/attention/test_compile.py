@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.inspect import SHARED_LIMIT, TENSOR_MEMORY_LIMIT
 

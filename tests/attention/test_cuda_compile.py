@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", minversion="3.4")
     why_not = cuda.unavailable()
     if why_not is not None:
         pytest.skip(why_not)

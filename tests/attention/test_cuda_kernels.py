@@ -8,7 +8,8 @@ import cuda_emulator
 import pytest
 import torch
 
-pytest.importorskip("triton")  # test_kernels, whose cases and oracle these are, is about Triton's kernels
+# test_kernels, whose cases and oracle these are, is about Triton's kernels
+pytest.importorskip("triton", minversion="3.4")
 
 from test_kernels import (
     CASES,

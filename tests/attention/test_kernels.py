@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.attention.backward_kernels import aten_backend, attention_backward, attention_backward_aten
 from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim

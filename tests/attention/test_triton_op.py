@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # measured in the interpreter: 5.3e-7, 3.3e-4; bfloat16 (a GPU only) not yet measured
 BOUNDS = [(torch.float32, 1.05e-6), (torch.float16, 6.5e-4)] + ([(torch.bfloat16, 1.2e-2)] if DEVICE == "cuda" else [])
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from minimum import needs_sharding
 from safetensors.torch import load_file
 
 from meanflow.errors import UsageError
@@ -106,6 +107,7 @@ def curve(name: str, column: str) -> list[float]:
     return [row[column] for row in read_log(Path("runs") / name / "log.jsonl")]
 
 
+@needs_sharding
 def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from_one_stop_to_the_next():
     run_training(dataclasses.replace(TINY, name="one"))
     config = dataclasses.replace(TINY, name="many", sample_every=3)
@@ -139,6 +141,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     assert f"step_00000001 is intact: remove {checkpoint} to" in cure
 
 
+@needs_sharding
 def test_what_a_network_draws_itself_differs_between_processes_and_not_after_a_resume():
     Path("noisy.py").write_text(
         """
@@ -181,7 +184,7 @@ def net(input_size, in_channels, num_classes):
     assert [drawn(rank)[-1] for rank in range(2)] == straight
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
 def test_a_process_that_dies_takes_the_others_down(strategy):
     config = dataclasses.replace(TINY, name="dies", steps=100_000, checkpoint_every=20, strategy=strategy)
     with processes(config, 2) as (first, second):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from minimum import needs_compile, needs_sharding
 from processes import assert_nothing_said, what_processes_say
 
 WORKERS = Path(__file__).with_name("workers.py")
@@ -28,7 +29,7 @@ def told(request, tmp_path_factory):
     return what_processes_say(WORKERS, request.param, tmp_path_factory.mktemp("processes"), seconds=480)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(f, marks=needs_sharding) if "fsdp" in f else f for f in FORMS])
 @pytest.mark.parametrize("net", ["DiT", "iMF-DiT"])
 def test_losses_and_gradients_are_the_single_processs(told, net, form):
     assert_nothing_said(told, f"{net}: {form}")
@@ -36,5 +37,6 @@ def test_losses_and_gradients_are_the_single_processs(told, net, form):
 
 @pytest.mark.parametrize("told", [2], indirect=True, ids=["2 processes"])  # four would take a minute to compile
 @pytest.mark.parametrize("case", COMPILED)
+@needs_compile
 def test_compiled_steps_are_the_single_processs_and_compile_once(told, case):
     assert_nothing_said(told, case)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from minimum import COMPILES, SHARDS
 from processes import run_cases
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -218,7 +219,8 @@ COMPILED = {  # seconds each
 
 
 def cases(world):
-    return CASES | COMPILED if world == 2 else CASES
+    served = {name: case for name, case in CASES.items() if SHARDS or "fsdp" not in name}
+    return served | COMPILED if world == 2 and COMPILES else served
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from mfkernels import meanflow_loss, use_backend
 from mfkernels.meanflow_loss import op
 from mfkernels.testing import relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from mfkernels import Dual, Mlp, mlp, use_backend
 from mfkernels.mlp import op
 from mfkernels.testing import assert_dual, relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 # measured in the interpreter: 1.1e-6, 5.1e-4, 4.8e-3 (it cuts bfloat16 off where a GPU rounds)
 BOUNDS = [(torch.float32, 2.2e-6), (torch.float16, 1e-3), (torch.bfloat16, 9.6e-3)]

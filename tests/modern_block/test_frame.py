@@ -28,7 +28,7 @@ from mfkernels.rotary import op as rotary_op
 from mfkernels.swiglu import op as swiglu_op
 from mfkernels.testing import assert_dual, relative_error
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 B, N, H, d = 3, 5, 2, 24
 D = H * d

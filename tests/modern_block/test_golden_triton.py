@@ -7,7 +7,7 @@ from test_golden_imf import data, net, test_objective_and_gradients, test_sample
 from mfkernels import use_backend
 from mfkernels.backend import recorded_choices
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 __all__ = ["data", "net", "test_objective_and_gradients", "test_samples"]  # collected here as well
 

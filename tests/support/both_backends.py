@@ -23,7 +23,7 @@ def cases(**bounds):
     def case(request, poison_empty):
         name, dtype, bound = request.param
         if name == "triton":
-            pytest.importorskip("triton")
+            pytest.importorskip("triton", minversion="3.4")
         with use_backend(name):
             yield dtype, bound
 
@@ -36,7 +36,7 @@ def both():
     @pytest.fixture(params=DTYPES)
     def backend(request, poison_empty):
         if request.param == "triton":
-            pytest.importorskip("triton")
+            pytest.importorskip("triton", minversion="3.4")
         with use_backend(request.param), torch.device(DEVICE):
             yield request.param
 

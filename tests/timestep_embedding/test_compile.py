@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ahead_of_time import assert_compile_well
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 
 def test_shipped_configurations(tmp_path):

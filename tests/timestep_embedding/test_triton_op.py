@@ -8,7 +8,7 @@ from mfkernels import Dual, timestep_embedding, use_backend
 from mfkernels.testing import assert_dual, relative_error
 from mfkernels.timestep_embedding import op
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 
 @pytest.fixture(autouse=True)
