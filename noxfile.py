@@ -1,0 +1,72 @@
+"""The tests with other versions of PyTorch, each in an environment of its own: `nox -s newest`; `nox -l` lists them.
+
+Each session runs the import, the tests and a short training run. `nox -s oldest -- tests/dualize` runs those tests
+alone, `nox -s newest -- --smoke` runs .ci/smoke.py alone: that is skipped, and says so, where the newest release cannot
+be installed within five minutes.
+"""
+
+import nox
+from nox.command import CommandFailed
+
+nox.options.sessions = ["oldest", "device", "pinned", "newest"]
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The oldest PyTorch that README.md names."""
+    check(session, "torch==2.6.*", "torchvision==0.21.*")
+
+
+@nox.session
+def device(session: nox.Session) -> None:
+    """That of the GPU machine, and the oldest with torch.compile."""
+    check(session, "torch==2.11.*", "torchvision==0.26.*")
+
+
+@nox.session
+def pinned(session: nox.Session) -> None:
+    """That of constraints.txt, which .ci/run has tested."""
+    check(session, "-c", "constraints.txt", "torch", "torchvision")
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The newest that pip finds."""
+    check(session, "--upgrade", "torch", "torchvision")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Thousands of random modules with the pinned PyTorch, dualized and compared."""
+    install(session, "-c", "constraints.txt", "torch", "torchvision", "-e", ".[test]")
+    session.chdir("tests/support")
+    session.run("python", "-m", "random_modules", *(session.posargs or ["5000"]), env={"PYTHONPATH": "."})
+
+
+def check(session: nox.Session, *torch: str) -> None:
+    if "--smoke" in session.posargs:
+        smoke(session, *torch)
+        return
+    install(session, *torch, "-e", ".[test]")
+    session.run("python", "-c", "import torch, mfkernels, meanflow; print('torch', torch.__version__)")
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "-p", "no:benchmark", *session.posargs)
+    session.chdir(session.create_tmp())
+    session.run("meanflow", "train", "digits", "--steps", "20")
+
+
+def smoke(session: nox.Session, *torch: str) -> None:
+    try:
+        install(session, *torch, "-e", ".", seconds=300)
+    except CommandFailed:
+        session.skip(f"{' '.join(torch)} could not be installed within five minutes, so it was not tested")
+    session.run("python", ".ci/smoke.py")
+
+
+def install(session: nox.Session, *what: str, seconds: int | None = None) -> None:
+    pip = ("python", "-m", "pip", "install", "-q", *what)
+    environment = {"MFKERNELS_CUDA": "0"}  # the CUDA kernels are built and tested by .ci/wheels
+    if seconds is None:
+        session.run(*pip, env=environment)
+    else:
+        # pip by itself waits for an index that does not answer for longer than anybody waits for CI
+        session.run("timeout", str(seconds), *pip, "--retries", "1", "--timeout", "20", env=environment, external=True)
