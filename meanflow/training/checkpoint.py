@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -319,8 +318,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; hyper-parameters stay as the optimiser has them."""
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    state: dict[str, dict[str, Tensor]] = {}
+    groups: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    # a parameter that never had a gradient has no moments; torch 2.6 asks for its name all the same
+    state: dict[str, dict[str, Tensor]] = {name: {} for group in groups for name in group["params"]}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(_SEPARATOR)
         state.setdefault(name, {})[moment] = value
@@ -328,5 +328,4 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         model,
         optimizer,
         {"state": state, "param_groups": groups},  # type: ignore[dict-item]
-        options=StateDictOptions(strict=False),  # a parameter that never had a gradient has no moments
     )

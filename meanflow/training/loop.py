@@ -103,7 +103,10 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:  # a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
-    if config.compile and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    torch_version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if is_sharded(config, accelerator) and accelerator.device.type == "cpu" and torch_version < (2, 7):
+        raise UsageError(f"strategy: fsdp on a CPU: expected torch 2.7 or newer, found {torch.__version__}")
+    if config.compile and torch_version < (2, 11):
         # older ones (2.6, 2.8 and 2.9 were tried) do not follow a Dual's properties
         raise UsageError(f"compile: expected torch 2.11 or newer, found {torch.__version__}")
     if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from minimum import needs_compile
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -30,6 +31,7 @@ from meanflow.training import (
     build_objective,
     list_checkpoints,
     load_network,
+    loop,
     make_accelerator,
     parallel,
     run_training,
@@ -154,6 +156,7 @@ def test_checkpointed_blocks_change_nothing(count):
         dataclasses.replace(config, checkpoint_blocks=-1)
 
 
+@needs_compile
 @pytest.mark.parametrize("count", [0, "all"])
 def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, count):
     torch.compiler.reset()
@@ -181,6 +184,14 @@ def test_compiling_needs_a_newer_torch(monkeypatch):
         run_training(dataclasses.replace(TINY, compile=True))
 
 
+def test_sharding_a_cpu_needs_a_newer_torch(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    monkeypatch.setattr(loop, "is_sharded", lambda config, accelerator: True)
+    with pytest.raises(UsageError, match=r"strategy: fsdp on a CPU: expected torch 2\.7 or newer, found 2\.6\.0"):
+        make_accelerator(dataclasses.replace(TINY, strategy="fsdp"), tmp_path)
+
+
+@needs_compile
 def test_cuda_graphs_need_a_gpu():
     with pytest.raises(UsageError, match="compile_mode: reduce-overhead records CUDA graphs"):
         run_training(dataclasses.replace(TINY, compile=True, compile_mode="reduce-overhead"))
