@@ -10,7 +10,8 @@ from mfkernels import _torch
 
 ROOT = Path(__file__).parents[1]
 PRIVATE = re.compile(
-    r"torch[.\w]*\._[a-z]\w*|from torch[.\w]* import .*\b_[a-z]|aten\._[a-z]\w*|__code__|\._(schema|overloadname|version|base|cdata)\b",
+    r"torch[.\w]*\._[a-z]\w*|from torch[.\w]* import .*\b_[a-z]|aten\._[a-z]\w*|__code__"
+    r"|\._(schema|overloadname|version|base|cdata)\b",
     re.I,
 )
 
