@@ -318,7 +318,8 @@ def jvp(
 
     Args:
         fn: callable of `len(primals)` positional tensors.
-        primals: tensors (B, …), all with the same B; floating point where a tangent is given.
+        primals: tensors (B, …), all with the same B; floating point where a tangent is given. They and the tangents
+            stay as they are: an `fn` that is not this package's may write into its arguments, and gets copies.
         tangents: one per primal, (B, …) or (first rows, …), same trailing shape, dtype and device; `None` is zero.
         rows: number of leading samples R in [0, B] that carry a tangent; default: as many as `tangents` have.
         **kwargs: passed to `fn`. In the fallback, tensors whose first size is B are cut to the first R rows.

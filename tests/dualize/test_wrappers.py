@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from minimum import needs_sharding
 from processes import assert_nothing_said, what_processes_say
 
 WORKERS = Path(__file__).with_name("workers.py")
@@ -22,6 +23,6 @@ def told(tmp_path_factory):
     return what_processes_say(WORKERS, 2, tmp_path_factory.mktemp("processes"), seconds=180)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=needs_sharding) if c.startswith("fsdp") else c for c in CASES])
 def test_gradients_are_the_single_processs(told, case):
     assert_nothing_said(told, case)
