@@ -112,15 +112,15 @@ class Call:
 
     def rows_from_right(self) -> tuple[int, Rows | None]:
         """The rows common to all slots, aligned as broadcasting aligns, and their dimension counted from the right."""
-        found: tuple[int, Rows | None] | None = None
-        for slot in self.slots():
-            rows = slot.rows
-            here = (0, None) if rows is None else (slot.ndim - rows.axis, rows.at(0))
-            if found is not None and here != found:
+        first, *others = self.slots()
+        rows = first.rows
+        from_right = 0 if rows is None else first.ndim - rows.axis
+        for slot in others:
+            if (slot.rows is None) != (rows is None):
                 raise Untracked(self.name)
-            found = here
-        assert found is not None
-        return found
+            if slot.rows is not None and (slot.ndim - slot.rows.axis != from_right or not slot.rows.matches(rows)):
+                raise Untracked(self.name)
+        return from_right, rows
 
     def sliced(self, from_right: int, rows: Rows | None) -> Call:
         """The call on the rows that carry tangents alone, operands aligned as broadcasting aligns them."""
@@ -128,12 +128,14 @@ class Call:
             return self
 
         def one(x: Any) -> Any:
+            if not isinstance(x, (Slot, Tensor)):
+                return x
             p = primal(x)
             if p.ndim >= from_right and p.shape[-from_right] == rows.size:
                 p = rows.take(p, p.ndim - from_right)
             return Slot(p, x.tangent, None) if isinstance(x, Slot) else p
 
-        return self.map(one)
+        return Call(self.func, self.name, [one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
 
     def only(self, slot: Slot) -> Call:
         """The call with `slot`, its one operand with rows, cut to those that carry tangents."""

@@ -40,6 +40,10 @@ class Rows:
     def kept(self) -> int:
         return self.outer * self.active * self.inner
 
+    def matches(self, other: Rows | None) -> bool:
+        """Whether both are the same samples, in whichever dimension."""
+        return other is self or (other is not None and self.at(0) == other.at(0))
+
     def at(self, axis: int) -> Rows:
         return self if axis == self.axis else replace(self, axis=axis)
 
