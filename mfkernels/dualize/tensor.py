@@ -375,8 +375,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 raise refused(op.name, op.refusal)
             if not isinstance(target, Tensor):
                 raise refused(op.name, "writes into a list of tensors")
-        if isinstance(target, DualTensor) and 0 in target.stride() and self._alone(target):
-            # an expanded argument of the pass, which was not copied for it: see dual.unshared
+        if isinstance(target, DualTensor) and 0 in p_args[0].stride() and p_args[0].numel() > 1:
+            if not self._alone(target):
+                raise refused(op.name, "writes into an expanded tensor, of which several elements are one; clone() it")
+            # it may be an argument, which was not copied for the pass: see dual.unshared
             target._primal = p_args[0] = p_args[0].contiguous()
         start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
