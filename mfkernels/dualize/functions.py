@@ -35,27 +35,36 @@ class OwnRule:
         self.frame, self.cls = frame, cls
 
         def dual(x: Any) -> Any:
-            slot = run.slot(x) if isinstance(x, Tensor) else None
+            """A copy, for the Function may write into it."""
+            if not isinstance(x, Tensor):
+                return x
+            slot = run.slot(x)
             if slot is None:
-                return leave(x) if isinstance(x, Tensor) else x
+                return x.detach().clone()
             t = slot.tangent if slot.rows is None else slot.rows.fill(slot.tangent)
-            return fwAD.make_dual(slot.primal.detach().clone(memory_format=torch.contiguous_format), t.contiguous())
-
-        from .tensor import leave  # it imports this module
+            return fwAD.make_dual(slot.primal.clone(memory_format=torch.contiguous_format), t.clone())
 
         with _torch.autograd_again(), torch.no_grad(), _torch.forward_mode(True), fwAD.dual_level():
             out = cls.apply(*tree_map(dual, _arguments(frame, cls)))
             leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
             self.outs = [tuple(map(_bare, fwAD.unpack_dual(x))) for x in leaves]
 
+    def has(self, x: DualTensor) -> bool:
+        """Whether `x` is an output."""
+        return any(_equal(p, x) for p, _ in self.outs)
+
     def tangent_of(self, x: DualTensor) -> Tensor | None:
         """The tangent of an output, all rows of it; None where it has none."""
         for p, t in self.outs:
-            if p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal):
+            if _equal(p, x):
                 return t
         raise refused(
             self.cls.__name__, "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
         )
+
+
+def _equal(p: Tensor | None, x: DualTensor) -> bool:
+    return p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal)
 
 
 def _arguments(frame: FrameType, cls: Any) -> list[Any]:

@@ -130,6 +130,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self.active = False
         self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
         self.functions_listed = False
+        self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
         # memory of plain tensors that were written to with tangents
         self.written: dict[Any, Memory] = {}
@@ -153,6 +154,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self.written.clear()
         self.saved.clear()
         self.functions.clear()
+        self.written_by_rule.clear()
         for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
             x = ref()
             if x is not None:
@@ -203,6 +205,12 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
+        if self.written_by_rule:
+            over = [(y, rule) for y, rule in self.written_by_rule if not is_inside(rule)]
+            self.written_by_rule = [(y, rule) for y, rule in self.written_by_rule if is_inside(rule)]
+            for y, rule in over:
+                if rule.has(y):
+                    self._outside(y, rule)
         if isinstance(x, DualTensor):
             if x._run is not self:
                 if x._run.active:
@@ -258,7 +266,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         t, rows = rule.tangent_of(x), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
-        x._tangent, x._rows, x._memory, x._rule = t, rows, None, None
+        x._rule = None
+        self._store(x, x._primal, Out(t, rows), [])
 
     # ------------------------------------------------------------------------------------------------------- dispatch
 
@@ -284,7 +293,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if operands.any_dual and not _torch.forward_mode_enabled():
             rule = own_rule(self)
             if rule is not None and op.in_place:
-                raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
+                if not isinstance(args[0], DualTensor):
+                    raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
+                self.written_by_rule.append((args[0], rule))
         if op.in_place:
             return self._in_place(op, Call(func, op.name, slots, slot_kwargs), args, p_args, p_kwargs, operands)
         if operands.any_tangent and op.refusal is not None:

@@ -171,6 +171,39 @@ def test_a_functions_own_rule_goes_before_its_operators():
     torch.testing.assert_close(out_dot, (-y.round().sin() * y_dot + v)[:3], rtol=1e-14, atol=1e-15)
 
 
+class Tripled(torch.autograd.Function):
+    """In place, with a rule that is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(3)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return 3 * dx
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot.mul_(5)
+
+
+def test_a_function_that_writes_in_place_by_its_own_rule():
+    def forward(x):
+        y = x * 1
+        z = y.view(6, 2, 2)
+        Tripled.apply(y)
+        return y.sin() * z.flatten(1) if last else Tripled.apply(y)
+
+    x, v = torch.randn(2, 6, 4).double()
+    for last in (True, False):
+        out, out_dot = jvp(dualize(Wrapped(forward)), (x,), (v,), rows=3)
+        y, y_dot = 3 * x, 5 * v
+        expected = y_dot * (y.sin() + y * y.cos()) if last else 5 * y_dot
+        assert torch.equal(out, y.sin() * y if last else 3 * y)
+        torch.testing.assert_close(out_dot, expected[:3], rtol=1e-14, atol=1e-15)
+
+
 def test_a_functions_own_rule_serves_it():
     assert_same_jvp(
         Wrapped(lambda x: Scale.apply(x.sin()).cos()), (torch.randn(5, 3).double(),), (torch.ones(5, 3).double(),)
