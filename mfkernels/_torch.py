@@ -166,7 +166,7 @@ def functions_by_code() -> dict[Any, list[Any]]:
 
 def memory_of(x: Tensor) -> int:
     """A number that tensors share if and only if they share memory."""
-    return x.untyped_storage()._cdata
+    return x.untyped_storage()._cdata if x.layout is torch.strided else -id(x)
 
 
 def writes_to(x: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -454,10 +456,18 @@ def check_tangent(name: str, primal: Tensor, tangent: Tensor) -> None:
 def _split(out: Any, rows: int) -> tuple[Any, Any]:
     """Separate a (nested) output of Duals and tensors into primals and tangents."""
     if isinstance(out, Dual):
-        return out.primal, padded_tangent(out, rows) if out.tangent is not None else torch.zeros_like(out.primal[:rows])
+        if out.tangent is None:
+            return out.primal, torch.zeros_like(out.primal[:rows])
+        return out.primal, padded_tangent(out, max(rows, out.rows))
     if isinstance(out, Mapping):
         pairs = {k: _split(v, rows) for k, v in out.items()}
         return {k: p for k, (p, _) in pairs.items()}, {k: t for k, (_, t) in pairs.items()}
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        primal, tangent = copy.copy(out), copy.copy(out)
+        for field in dataclasses.fields(out):
+            for part, value in zip((primal, tangent), _split(getattr(out, field.name), rows), strict=True):
+                object.__setattr__(part, field.name, value)
+        return primal, tangent
     if isinstance(out, (tuple, list)):
         parts = [_split(v, rows) for v in out]
         make = out._make if hasattr(out, "_make") else type(out)  # a NamedTuple takes its fields one by one

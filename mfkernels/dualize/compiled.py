@@ -41,6 +41,24 @@ def _decoded(x: Any) -> Any:
     return x
 
 
+def holds_dual(x: Any) -> bool:
+    if isinstance(x, Dual):
+        return True
+    return (
+        any(map(holds_dual, x.values() if isinstance(x, dict) else x)) if isinstance(x, (list, tuple, dict)) else False
+    )
+
+
+def settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """(submodule, attribute) of the numbers, flags and words that a forward may read, `training` among them."""
+    return tuple(
+        (path, name)
+        for path, part in module.named_modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+    )
+
+
 def loose_tensors(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
     """(submodule, attribute, key in it or None) of the tensors that are neither parameters nor buffers.
 
@@ -71,17 +89,26 @@ def _set(module: nn.Module, x: Any, path: str, name: str, key: Any) -> None:
         part.__dict__[name][key] = x
 
 
-def _run(module: Any, loose: Any, args: Any, kwargs: Any) -> Any:
+def _run(module: Any, watched: Any, loose: Any, args: Any, kwargs: Any) -> Any:
     from .op import dual_call  # it imports this module
 
-    before = [_get(module, *place) for place in module.loose_tensors]
-    for place, x in zip(module.loose_tensors, loose, strict=True):
+    places = [*module.loose_tensors, *((path, name, None) for path, name in module.settings)]
+    before = [_get(module, *place) for place in places]
+    buffers = dict(module.named_buffers())
+    for place, x in zip(places, (*loose, *watched), strict=True):
         _set(module, x, *place)
     try:
-        return _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
+        out = _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
     finally:
-        for place, x in zip(module.loose_tensors, before, strict=True):
+        for place, x in zip(places, before, strict=True):
             _set(module, x, *place)
+    assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
+    if assigned:
+        raise NotImplementedError(
+            f"dualize: the forward assigns the buffer {assigned[0]}, which a compiled graph would not do again; write "
+            "into it in place (copy_)"
+        )
+    return out
 
 
 _traced: Any = None
@@ -96,4 +123,6 @@ def prepare() -> None:
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     loose = [_get(module, path, name, key) for path, name, key in module.loose_tensors]
-    return _decoded(_traced(module, loose, _encoded(args), _encoded(kwargs)))
+    # what is read here makes Dynamo compile anew when it changes, or is an input of the graph: numbers like 0.5
+    watched = [_get(module, path, name, None) for path, name in module.settings]
+    return _decoded(_traced(module, watched, loose, _encoded(args), _encoded(kwargs)))

@@ -51,7 +51,7 @@ def mul(x: Any, y: Any) -> Tensor | None:
 def div(x: Any, y: Any) -> Tensor | None:
     p, q, x_dot, y_dot = primal(x), primal(y), tangent(x), tangent(y)
     a = None if x_dot is None else x_dot / q
-    return a if y_dot is None else _sum(a, -p / (q * q) * y_dot)
+    return a if y_dot is None else _sum(a, -(p / q) / q * y_dot)
 
 
 def power(x: Any, n: Any) -> Tensor | None:
@@ -156,7 +156,7 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "cos": _slope(lambda x: -torch.sin(x)),
     "sqrt": _slope(lambda x: 0.5 * torch.rsqrt(x)),
     "rsqrt": _slope(lambda x: -0.5 * torch.rsqrt(x) / x),
-    "reciprocal": _slope(lambda x: -torch.reciprocal(x * x)),
+    "reciprocal": _slope(lambda x: -torch.reciprocal(x).square()),
     "silu": lambda x: aten.silu_backward(x.tangent, x.primal),
     "relu": lambda x: aten.threshold_backward(x.tangent, x.primal, 0),
     "sigmoid": lambda x: aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal)),

@@ -55,16 +55,18 @@ class OwnRule:
 
     def tangent_of(self, x: DualTensor) -> Tensor | None:
         """The tangent of an output, all rows of it; None where it has none."""
-        for p, t in self.outs:
-            if _equal(p, x):
-                return t
-        raise refused(
-            self.cls.__name__, "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
-        )
+        found = [t for p, t in self.outs if _equal(p, x)]
+        if not found:
+            why = "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
+            raise refused(self.cls.__name__, why)
+        first, *others = found
+        if any(t is not first and (t is None or first is None or not torch.equal(t, first)) for t in others):
+            raise refused(self.cls.__name__, "its jvp gives outputs of the same values different tangents")
+        return first
 
 
 def _equal(p: Tensor | None, x: DualTensor) -> bool:
-    return p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.equal(p, x._primal)
+    return p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.allclose(p, x._primal, 0, 0, True)
 
 
 def _arguments(frame: FrameType, cls: Any) -> list[Any]:
@@ -101,6 +103,8 @@ def own_rule(run: DualPass) -> OwnRule | None:
     own = [cls for cls in _functions[frame.f_code] if cls.jvp is not torch.autograd.Function.jvp]
     if not own:
         return None
+    if torch.compiler.is_compiling():
+        raise refused(own[0].__name__, "it has a jvp of its own, which torch.compile cannot follow; run it eagerly")
     if len(_functions[frame.f_code]) > 1:
         raise refused(own[0].__name__, "it shares its forward with another autograd.Function and has a jvp of its own")
     if id(frame) not in run.functions or run.functions[id(frame)].frame is not frame:

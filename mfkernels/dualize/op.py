@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from .. import _torch
 from .._torch import tree_flatten, tree_unflatten
 from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware, unshared
 from .call import has_tangent
-from .compiled import call_compiled, loose_tensors, prepare
+from .compiled import call_compiled, holds_dual, loose_tensors, prepare, settings
 from .report import Report
 from .tensor import DualPass, DualTensor, leave
 from .where import refused
@@ -55,7 +56,12 @@ def dualize(model: M, *, report: bool = False) -> M:
         return model
     dual = _rebuild(type(model))
     # the same tables of parameters, buffers, submodules and hooks, not copies of them
-    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, loose_tensors=loose_tensors(model))
+    own = {
+        "dual_report": Report() if report else None,
+        "settings": settings(model),
+        "loose_tensors": loose_tensors(model),
+    }
+    dual.__dict__.update(model.__dict__, **own)
     return dual
 
 
@@ -81,10 +87,11 @@ class _Dualized(nn.Module):
     __dualized__ = True
     dual_report: Report | None
     loose_tensors: tuple[tuple[str, str, Any], ...]  # what compiled.py has to hand over
+    settings: tuple[tuple[str, str], ...]  # and what it has to watch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return call_compiled(self, args, kwargs)
+            return call_compiled(self, args, kwargs) if holds_dual((args, kwargs)) else self.plain_call(*args, **kwargs)
         return dual_call(self, args, kwargs)
 
     def plain_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,25 +126,46 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     report = module.dual_report
     start = time.perf_counter()
     run = DualPass(batch, active, report)
-    with _compiled_parts_eager(), run:
+    # TorchScript's optimised graphs detach their inputs; that switch is a thread's own
+    with _interpreted, torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
-            out = module.plain_call(*args, **kwargs)
+            out = _map_output(lambda o: _leave(o, run), module.plain_call(*args, **kwargs))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
                 raise
             why = "torch.func.grad and its kin inside the module would differentiate its values alone"
             raise refused("torch.func", f"{why} ({str(error).splitlines()[0]})", error) from error
-        out = _map_output(lambda o: _leave(o, run), out)
-        _release_buffers(module, run)
+        finally:
+            _release_buffers(module, run)
     if report is not None:
         report.seconds += time.perf_counter() - start
     return out
 
 
-def _compiled_parts_eager() -> AbstractContextManager[Any]:
-    """Parts of a module that were compiled know no DualTensor; where nothing was, there is nothing to do."""
-    return torch.compiler.set_stance("force_eager") if _torch.compiler_loaded() else nullcontext()
+class _Interpreted:
+    """While any pass runs, what was compiled runs as Python: the compiler's graphs keep no tangents.
+
+    All threads share that switch, so the first pass sets it and the last one sets it back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.passes, self.switch = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.passes += 1
+            if self.passes == 1 and _torch.compiler_loaded():
+                self.switch.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def __exit__(self, *error: Any) -> None:
+        with self.lock:
+            self.passes -= 1
+            if self.passes == 0:
+                self.switch.close()
+
+
+_interpreted = _Interpreted()
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:

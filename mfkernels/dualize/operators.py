@@ -33,9 +33,10 @@ NUMBER = (
     "a number taken out of a tensor has no derivative, so what is computed from it would lack one; keep it a tensor, "
     "or detach() it if it is a constant by design"
 )
-_MEMORY = "it sees memory, not values"
-_RESHAPES = (
-    "it changes a tensor's shape in place, as torch.quantile and torch.vmap do inside; use functions that do not"
+MEMORY = "it sees a tensor's memory, where its tangent is not; reshape, index or slice it instead"
+RESHAPES = (
+    "it changes a tensor's shape in place, as torch.quantile, torch.vmap and nn.GRU(batch_first=True) do inside; use "
+    "functions and layouts that do not"
 )
 _FAST_PATH = (
     "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
@@ -43,10 +44,13 @@ _FAST_PATH = (
 )
 _REFUSED = {
     "_local_scalar_dense": NUMBER,
-    **dict.fromkeys(("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "as_strided_scatter"), _MEMORY),
-    **dict.fromkeys(("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"), _RESHAPES),
+    **dict.fromkeys(("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "as_strided_scatter"), MEMORY),
+    **dict.fromkeys(("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"), RESHAPES),
+    "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
+# What is a view to PyTorch and a copy here: below autograd nobody resolves what is marked as conjugate or negative.
+APART = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
 
 
@@ -69,9 +73,9 @@ def operator(func: Any) -> Operator:
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
         functional = getattr(getattr(torch.ops.aten, name, None), _torch.overload_of(func), None)
-        if functional is None:
+        if functional is None and name not in CONSTANT:
             refusal = "it writes in place, and dualize knows no operator that does the same out of place"
-    view, is_constant = aliased and not written, name in CONSTANT
+    view, is_constant = aliased and not written and name not in APART, name in CONSTANT
     rule = constant if is_constant else rule_for(name, functional or func, view)
     name = _SHOWN.get(name, name)
     return Operator(name, rule, is_constant and not in_place, view, in_place, functional, refusal)

@@ -54,7 +54,8 @@ def constant(call: Call, out: Any) -> list[Out]:
 CONSTANT = frozenset(
     _names("""detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
     new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide
-    random normal uniform exponential log_normal cauchy geometric""")
+    eq ne lt le gt ge
+    logical_and logical_or logical_not logical_xor random normal uniform exponential log_normal cauchy geometric""")
 )
 
 

@@ -8,6 +8,7 @@ is its primal: backward formulas and a checkpoint's recomputation never see a ta
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from ..dual import CarriesTangent, Dual
 from .call import UNKNOWN, Call, Out, Slot, has_tangent, tensors
 from .functions import OwnRule, is_inside, own_rule
 from .memory import Memory
-from .operators import NUMBER, Operator, operator
+from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
 from .rows import MixesRows, Rows, Untracked
 from .views import found_again
@@ -39,6 +40,7 @@ class DualTensor(CarriesTangent):
     _memory: Memory | None  # shared with the views of this tensor, once there are any
     _run: DualPass
     _rule: OwnRule | None  # made in a Function's forward, whose own rule gives the tangents of its outputs
+    _apart = False  # a copy, where PyTorch has a view: conj()
 
     @staticmethod
     def make(
@@ -66,6 +68,8 @@ class DualTensor(CarriesTangent):
         run = next((x._run for x in _duals((args, kwargs or {})) if x._run.active), None)
         if run is not None:
             return run.dispatch(func, args, kwargs or {})
+        if operator(func).refusal in (MEMORY, RESHAPES):
+            raise refused(operator(func).name, operator(func).refusal)  # type: ignore[arg-type]
         return func(*_primals(args), **_primals(kwargs or {}))
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
@@ -78,6 +82,29 @@ class DualTensor(CarriesTangent):
         return bool(self._primal)
 
     is_nonzero = __bool__
+
+    def detach_(self) -> DualTensor:  # PyTorch does this above where operators arrive
+        self._tangent = self._rows = self._memory = self._rule = None
+        return super().detach_()  # type: ignore[return-value]
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise refused("x.data = y", "the tensor would be another; x.copy_(y) writes its values")
+
+    def share_memory_(self) -> Any:
+        raise refused("share_memory_", MEMORY)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.clone() if self._run.active else copy.deepcopy(self._primal, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._run.active:
+            raise refused("pickle", "a tensor with a tangent cannot be stored; detach() it")
+        return self._primal.__reduce_ex__(protocol)
 
     def __int__(self) -> int:
         return int(self._primal)
@@ -158,7 +185,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
             x = ref()
             if x is not None:
-                x._tangent = x._rows = x._memory = None
+                x._tangent = x._rows = x._memory = x._rule = None
         self.living.clear()
 
     def outlived(self) -> bool:
@@ -259,7 +286,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _wrapped(self, x: Tensor, t: Tensor, rows: Rows | None) -> DualTensor:
         if x.requires_grad and torch.is_grad_enabled():
             return _Enter.apply(x, t, rows, self)
-        return DualTensor.make(x.detach(), t.detach(), rows, self)
+        return _entered(x, t, rows, self)
 
     def _outside(self, x: DualTensor, rule: OwnRule) -> None:
         """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
@@ -281,6 +308,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
         op = operator(func)
+        if torch.is_inference_mode_enabled() and (self.written or _duals((args, kwargs))):
+            parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
+            if parts is not NotImplemented:
+                return parts
         operands = _Operands(self)
         slots, p_args = operands.take(args)
         if kwargs:
@@ -298,7 +329,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 self.written_by_rule.append((args[0], rule))
         if op.in_place:
             return self._in_place(op, Call(func, op.name, slots, slot_kwargs), args, p_args, p_kwargs, operands)
-        if operands.any_tangent and op.refusal is not None:
+        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
             raise refused(op.name, op.refusal)
         out = func(*p_args, **p_kwargs)
         if not operands.any_dual:
@@ -318,7 +349,13 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         call = Call(func, op.name, slots, slot_kwargs)
         start = time.perf_counter() if self.report else 0.0
         outs = self._tangents(op, call, out)
-        result = self._wrap_view(out, outs, args[0]) if op.view else self._wrap(out, outs, operands.shared)
+        if op.name in APART:
+            t, rows = outs[0]
+            outs = [Out(t.resolve_conj().resolve_neg(), rows)]  # type: ignore[union-attr]
+            result = self._wrap(out.resolve_conj().resolve_neg(), outs, [])
+            result._apart = True
+        else:
+            result = self._wrap_view(out, outs, args[0]) if op.view else self._wrap(out, outs, operands.shared)
         if self.report:
             self.report.add(call, time.perf_counter() - start)
         return result
@@ -364,7 +401,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
         return _map_out(one, out)
 
+    def _adopt(self, x: DualTensor) -> None:
+        """A tensor that the module has kept from an earlier pass is one of this pass."""
+        if x._run is not self:
+            x._run, x._tangent, x._rows, x._memory, x._rule = self, None, None, None, None
+            self.living.append(weakref.ref(x))
+
     def _wrap_view(self, out: Any, outs: list[Out], source: Any) -> Any:
+        self._adopt(source)
         memory = source._memory
         if memory is None:
             memory = source._memory = Memory(
@@ -374,23 +418,28 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
         def one(p: Tensor) -> DualTensor:
             t, rows = next(given)
-            return DualTensor.make(p, t, rows, self, memory)
+            x = DualTensor.make(p, t, rows, self, memory)
+            x._apart = source._apart
+            return x
 
         return _map_out(one, out)
 
     def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, operands: _Operands) -> Any:
         """Tangent first, which needs the old primal; then the primal."""
         target = args[0]
-        if operands.any_tangent:
-            if op.refusal is not None:
-                raise refused(op.name, op.refusal)
-            if not isinstance(target, Tensor):
-                raise refused(op.name, "writes into a list of tensors")
-        if isinstance(target, DualTensor) and 0 in p_args[0].stride() and p_args[0].numel() > 1:
-            if not self._alone(target):
-                raise refused(op.name, "writes into an expanded tensor, of which several elements are one; clone() it")
-            # it may be an argument, which was not copied for the pass: see dual.unshared
-            target._primal = p_args[0] = p_args[0].contiguous()
+        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
+            raise refused(op.name, op.refusal)
+        if isinstance(target, DualTensor):
+            self._adopt(target)
+            if target._apart:
+                raise refused(op.name, "writes into conj(), which is a copy here; write into the tensor itself")
+            if 0 in p_args[0].stride() and p_args[0].numel() > 1:
+                if not self._alone(target):
+                    raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
+                # it may be an argument, which was not copied for the pass: see dual.unshared
+                target._primal = p_args[0] = p_args[0].contiguous()
+        elif operands.any_tangent and not isinstance(target, Tensor):
+            raise refused(op.name, "writes into a list of tensors")
         start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
         if operands.any_tangent and has_tangent(target):
@@ -523,10 +572,16 @@ class _Saved:
         return x
 
 
+def _entered(x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> DualTensor:
+    # below autograd nobody conjugates what has been marked so
+    x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
+    return DualTensor.make(x, t, rows, run)
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
-        return DualTensor.make(x.detach(), t.detach(), rows, run)
+        return _entered(x, t, rows, run)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

@@ -90,9 +90,13 @@ def _places(call: Call, shape: Sequence[int], axis: int) -> list[tuple[int, int,
         return _asked.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
 
 
+# large and prime: no sum, multiple or step of some is another
+_PRIMES = [1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171]
+
+
 @lru_cache(maxsize=4096)
 def _asked(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
-    strides = [3**d << 32 for d in range(len(shape))]
+    strides = _PRIMES[: len(shape)]
     made = func(torch.empty_strided(shape, strides, device="meta"), *args, **dict(kwargs))
     places = []
     for o in made if isinstance(made, (list, tuple)) else [made]:
@@ -229,6 +233,8 @@ def index_select(call: Call, out: Tensor) -> list[Out]:
 
 def aligned(call: Call, out: Tensor) -> list[Out]:
     """gather, scatter …: operands of one rank, of which sample i takes the rows i."""
+    if call.name == "scatter_reduce" and call.arg(4, "reduce") == "prod":
+        raise NotImplementedError("forward AD of scatter_reduce's products is wrong in PyTorch")
     dim, slots = call.args[1], call.slots()
     rows = slots[0].rows
     if rows is None:
@@ -270,7 +276,8 @@ def unknown(call: Call, out: Any) -> list[Out]:
 def linear(call: Call, out: Any) -> list[Out]:
     """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
     x = call.args[0]
-    if not isinstance(x, Slot) or len(call.slots()) > 1 or x.ndim < 3 or (x.rows is not None and x.rows.axis != 0):
+    images = 4 if "shuffle" in call.name else 3  # dimension 0 of fewer is the channels'
+    if not isinstance(x, Slot) or len(call.slots()) > 1 or x.ndim < images or (x.rows is not None and x.rows.axis != 0):
         return unknown(call, out)
     return same(call, out)
 

@@ -10,6 +10,10 @@ from dualized import Wrapped, assert_same_jvp
 B, N, D = 6, 4, 8
 
 
+torch.manual_seed(0)
+GRU = torch.nn.GRU(D, D).double().requires_grad_(False)
+
+
 def inputs():
     x, c, a = torch.randn(B, N, D), torch.randn(B, D), torch.rand(B) + 0.5
     return tuple(v.double() for v in (x, c, a))
@@ -332,6 +336,16 @@ OPS = {
     "fft": lambda x, c, a: (
         torch.fft.ifft(torch.fft.fft(x, dim=-1) * V, dim=-1).real + torch.fft.irfft2(torch.fft.rfft2(x))
     ),
+    "conjugates": lambda x, c, a: (
+        (torch.fft.fft(x).conj() * torch.fft.fft(P)).real
+        + torch.fft.irfft(torch.fft.rfft(x).conj(), n=D)
+        + torch.fft.fft(x).conj().imag
+        + torch.cat([torch.fft.fft(x), torch.fft.fft(x).conj()]).chunk(2)[1].exp().real
+        + torch.linalg.vecdot(torch.fft.fft(x), torch.fft.fft(P)).real[..., None]
+    ),
+    "every third token": lambda x, c, a: x.repeat(1, 3, 1).transpose(0, 1)[::3].softmax(0).transpose(0, 1),
+    "flags in place": lambda x, c, a: (x * 1).gt_(0) * x + (x * 1).sign_() * x,
+    "recurrent": lambda x, c, a: GRU(x.transpose(0, 1))[0].transpose(0, 1),
     "packed": lambda x, c, a: {"out": (x * 2,)}["out"][0],
     "meshes": lambda x, c, a: (
         torch.broadcast_tensors(c[:, None], P)[0] + torch.atleast_3d(x) + torch.ravel(x).view(B, N, D)

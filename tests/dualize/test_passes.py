@@ -1,10 +1,13 @@
 """What a dual pass promises beside its numbers: refusals by name and line, randomness, hooks, memory, wrappers."""
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import pickle
 import re
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -19,6 +22,10 @@ from torch.utils.checkpoint import checkpoint
 import mfkernels
 from mfkernels import Dual, dualize, jvp
 from mfkernels.testing import relative_error
+
+compiles = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12), reason="needs torch 2.12, see dualize/README.md"
+)
 
 
 def duals(*shapes, rows=2):
@@ -568,6 +575,189 @@ def test_this_packages_fused_operations_serve_a_dualized_module():
     assert relative_error(out_dot, expected[:2]) < 1e-6  # 3e-7 measured
     grads = [torch.autograd.grad(o.square().sum(), w)[0] for o in (out, value)]
     assert torch.equal(*grads)
+
+
+def test_torchscript_keeps_the_tangent_when_it_has_optimised():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        script = torch.jit.script(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double())
+    x, v = torch.randn(2, 6, 4).double()
+    _, expected = torch.func.jvp(script, (x,), (v,))
+    dual = dualize(Wrapped(lambda x: script(x) + x))
+    for _ in range(4):
+        torch.testing.assert_close(jvp(dual, (x,), (v,), rows=3)[1], expected[:3] + v[:3], rtol=1e-13, atol=1e-14)
+
+
+def test_a_tensor_kept_from_an_earlier_pass_is_one_of_the_next():
+    class Running(nn.Module):
+        kept = None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = x * 1
+            else:
+                self.kept.mul_(0.5).add_(x)
+                self.kept[:, :1] = 3 * x[:, :1]
+            return 2 * self.kept
+
+    x, v = torch.randn(2, 6, 4).double()
+    net = dualize(Running())
+    for scale in (2, 2):
+        _, out_dot = jvp(net, (x,), (v,), rows=3)
+        first = scale if net.kept is None else out_dot[:, :1] / v[:3, :1]
+        torch.testing.assert_close(out_dot[:, 1:], scale * v[:3, 1:])
+    torch.testing.assert_close(first, torch.full_like(first, 6))
+    assert type(copy.deepcopy(net).kept) is torch.Tensor
+    assert torch.equal(torch.sin(net.kept), net.kept.sin())
+
+
+def test_outputs_of_one_value_and_two_tangents_are_refused():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1, x * 1
+
+        @staticmethod
+        def jvp(ctx, x_dot):
+            return x_dot, 2 * x_dot
+
+    with pytest.raises(NotImplementedError, match="Twice: its jvp gives outputs of the same values different tangents"):
+        dualize(Wrapped(lambda x: Twice.apply(x)[1] + x))(*duals((6, 4)))
+
+
+def test_detaching_in_place_and_setting_data():
+    x, v = torch.randn(2, 6, 4).double()
+    _, out_dot = jvp(dualize(Wrapped(lambda x: (x * 1).detach_() * x)), (x,), (v,))
+    torch.testing.assert_close(out_dot, x * v)
+
+    def replace(x):
+        y = x * 2
+        y.data = 3 * x
+        return y
+
+    with pytest.raises(NotImplementedError, match="x.data = y"):
+        dualize(Wrapped(replace))(Dual(x, v))
+
+
+def test_quotients_in_half_precision_do_not_overflow():
+    x, v = torch.full((4, 2), 300.0).half(), torch.ones(4, 2).half()
+    net = Wrapped(lambda x: 300 * torch.ones(4, 2).half() / x + 1 / x)
+    _, out_dot = jvp(dualize(net), (x,), (v,))
+    assert relative_error(out_dot, torch.full((4, 2), -301 / 300**2)) < 2e-3  # 7e-4 measured
+
+
+def test_inference_mode():
+    net, primals = network("nn.TransformerEncoderLayer")
+    net.eval()
+    tangents = tuple(torch.randn_like(p) for p in primals)
+    expected = jvp(dualize(net), primals, tangents, rows=2)
+    with torch.inference_mode(), mha_operations():
+        out, out_dot = jvp(dualize(net), primals, tangents, rows=2)
+        with pytest.raises(NotImplementedError, match="batch statistics"):
+            dualize(Normed().train())(*duals((6, 4)))
+    torch.testing.assert_close(out, expected[0], rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(out_dot, expected[1], rtol=1e-13, atol=1e-14)
+
+
+@contextlib.contextmanager
+def mha_operations():
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("dualized", [False, True])
+def test_more_rows_than_samples(dualized):
+    x, v = torch.randn(2, 6, 4).double()
+    net = Wrapped(lambda x: x.sin().repeat_interleave(2, 0))
+    _, out_dot = jvp(dualize(net) if dualized else net, (x,), (v,), rows=3)
+    torch.testing.assert_close(out_dot, (x.cos() * v)[:3].repeat_interleave(2, 0))
+
+
+def test_dataclasses_are_taken_apart():
+    @dataclasses.dataclass
+    class Output:
+        sample: torch.Tensor
+        extra: int
+
+    x, v = torch.randn(2, 6, 4).double()
+    out, out_dot = jvp(dualize(Wrapped(lambda x: Output(x.sin(), 3))), (x,), (v,), rows=3)
+    assert torch.equal(out.sample, x.sin())
+    assert out.extra == 3
+    torch.testing.assert_close(out_dot.sample, (x.cos() * v)[:3])
+
+
+def test_what_all_threads_share_is_set_back_by_the_last_pass():
+    compiled, runs = torch.compile(torch.sin, backend=lambda graph, _: runs.append(1) or graph), []
+    torch._dynamo.reset()
+    entered, leave, left = (threading.Event() for _ in range(3))
+
+    def other():
+        def forward(x):
+            entered.set()
+            assert leave.wait(20)
+            return x.sin()
+
+        dualize(Wrapped(forward))(*duals((6, 4)))
+        left.set()
+
+    thread = threading.Thread(target=other)
+
+    def forward(x):
+        thread.start()
+        assert entered.wait(20)
+        return x.sin()
+
+    dualize(Wrapped(forward))(*duals((6, 4)))
+    leave.set()
+    assert left.wait(20)
+    thread.join()
+    compiled(torch.ones(3))
+    assert runs
+    assert torch._C._get_graph_executor_optimize()
+
+
+def test_an_exception_leaves_no_tangent_in_a_buffer():
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(6, 4, dtype=torch.float64))
+
+        def forward(self, x):
+            self.seen = x * 2
+            raise KeyError("their own")
+
+    net = dualize(Failing())
+    (x,) = duals((6, 4))
+    with pytest.raises(KeyError):
+        net(x)
+    assert type(net.seen) is torch.Tensor
+    assert torch.equal(net.seen, 2 * x.primal)
+
+
+@compiles
+def test_a_compiled_pass_follows_flags_and_numbers():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop, self.scale, self.kind = nn.Linear(4, 4).double(), nn.Dropout(0.5), 2, "sin"
+
+        def forward(self, x):
+            return self.drop(self.linear(getattr(x, self.kind)())) * self.scale
+
+    net = Scaled()
+    dual = dualize(net)
+    torch._dynamo.reset()
+    step = torch.compile(lambda x, v: jvp(dual, (x,), (v,), rows=2), backend="aot_eager", fullgraph=True)
+    x, v = torch.randn(2, 6, 4).double()
+    assert (step(x, v)[0] == 0).sum() > 2
+    dual.eval()
+    for scale, kind in ((2, "sin"), (3, "sin"), (4, "cos"), (4.5, "cos")):
+        dual.scale, dual.kind = scale, kind
+        for got, expected in zip(step(x, v), jvp(dual, (x,), (v,), rows=2), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
 
 
 def test_what_is_written_into_a_buffer_stays_there_without_its_tangent():
