@@ -355,7 +355,9 @@ def jvp(
     with torch.no_grad():
         first = tree_map_only(Tensor, lambda a: a[:R] if a.ndim > 0 and a.shape[0] == B else a, kwargs)
         active = [i for i, t in enumerate(cut) if t is not None]
-        leads = [p.detach()[:R].clone(memory_format=torch.contiguous_format) for p in primals]
+        leads = [unshared(p.detach()[:R]) for p in primals]
+        # PyTorch stores a tangent with its primal's strides, and an expanded one cannot be written
+        leads = [p.contiguous() if 0 in p.stride() else p for p in leads]
 
         structure: list[Any] = []  # of fn's output: its leaves that are not tensors, and how to put them together
 
