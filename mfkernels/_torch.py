@@ -105,7 +105,7 @@ def nonstrict_trace(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The hooks on saved tensors that are set around a pass, which ours must call.
-_top_hooks = lookup("torch:_C._autograd._top_saved_tensors_default_hooks", _DUALIZE)
+_top_hooks = lookup("torch:_C._autograd._top_saved_tensors_default_hooks", _DUALIZE) or None
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 

@@ -204,17 +204,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             elif x.grad_fn is not None:
                 x = x.detach()  # what is saved must not hold the node that saves it
                 x = x._primal if isinstance(x, DualTensor) else x
-            if outer is not None:
-                return outer[0](x)
-            saved = _Saved(x)
+            saved = _Saved(x, outer)
             if dual:
                 self.saved.setdefault(_torch.memory_of(x), []).append(saved)
             return saved
 
-        def unpack(saved: Any) -> Tensor:
+        def unpack(saved: _Saved) -> Tensor:
             if self.active:
                 raise refused("backward", "a network that differentiates inside its own forward needs torch.func.jvp")
-            return saved.tensor() if outer is None else outer[1](saved)
+            return saved.tensor()
 
         hooks = saved_tensors_hooks(pack, unpack)
         return hooks
@@ -433,8 +431,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             self._adopt(target)
             if target._apart:
                 raise refused(op.name, "writes into conj(), which is a copy here; write into the tensor itself")
-            if 0 in p_args[0].stride() and p_args[0].numel() > 1:
-                if not self._alone(target):
+            base = p_args[0] if target._memory is None else target._memory.primal
+            if any(0 in p.stride() and p.numel() > 1 for p in (base, p_args[0])):
+                if base is not p_args[0] or not self._alone(target):
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
                 # it may be an argument, which was not copied for the pass: see dual.unshared
                 target._primal = p_args[0] = p_args[0].contiguous()
@@ -556,20 +555,22 @@ class _Operands:
 class _Saved:
     """A tensor that the tape holds."""
 
-    __slots__ = ("overwritten", "version", "x")
+    __slots__ = ("hooks", "kept", "overwritten", "version")
 
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.version = x, _torch.writes_to(x)
+    def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
+        self.hooks = hooks  # those around the pass, which keep it their way
+        self.kept: Any = x if hooks is None else hooks[0](x)
+        self.version = _torch.writes_to(x) if hooks is None else 0
         self.overwritten = False  # in the pass, below where PyTorch counts
 
     def tensor(self) -> Tensor:
-        x = self.x
-        if self.overwritten or (not torch.compiler.is_compiling() and _torch.writes_to(x) != self.version):
+        counted = self.hooks is None and not torch.compiler.is_compiling()
+        if self.overwritten or (counted and _torch.writes_to(self.kept) != self.version):
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                f"{x.dtype} tensor of shape {tuple(x.shape)}; clone() it before writing"
+                "one of the variables needed for gradient computation has been modified by an inplace operation; "
+                "clone() it before writing"
             )
-        return x
+        return self.kept if self.hooks is None else self.hooks[1](self.kept)
 
 
 def _entered(x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> DualTensor:

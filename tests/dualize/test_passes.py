@@ -559,6 +559,8 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
 def test_this_packages_fused_operations_serve_a_dualized_module():
+    pytest.importorskip("triton", minversion="3.4")
+
     def forward(x, w):
         q, k, v = x.unflatten(-1, (3, 2, 16)).unbind(2)
         o = mfkernels.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
