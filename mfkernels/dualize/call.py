@@ -28,6 +28,11 @@ class Slot:
     def ndim(self) -> int:
         return self.primal.ndim
 
+    def small(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
+        """The rows of `x`, by default the primal, that carry tangents."""
+        x = self.primal if x is None else x
+        return x if self.rows is None else self.rows.take(x, axis)
+
 
 class Out(NamedTuple):
     """The tangent of one output; None is zero."""
@@ -36,7 +41,7 @@ class Out(NamedTuple):
     rows: Rows | None = None
 
 
-UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output whose tangent is not computed, such as attention's statistics
+UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output that its rule says nothing of, such as attention's statistics
 
 
 def has_tangent(x: Any) -> bool:
@@ -62,11 +67,13 @@ def tensors(out: Any) -> list[Any]:
 class Call:
     """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
 
-    __slots__ = ("args", "func", "kwargs", "name", "through_jvp")
+    __slots__ = ("args", "func", "jvps", "kwargs", "name")
 
-    def __init__(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], jvps: list[str] | None = None
+    ) -> None:
         self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
-        self.through_jvp = False  # set where the tangent has no rule of its own
+        self.jvps = [] if jvps is None else jvps  # filled where a tangent has no rule of its own; copies share it
 
     def operands(self) -> Iterator[Any]:
         """Slots and plain tensors, in order; those in lists included."""
@@ -79,6 +86,13 @@ class Call:
     def slots(self) -> list[Slot]:
         return [x for x in self.operands() if isinstance(x, Slot)]
 
+    def sole(self) -> bool:
+        """Whether the first argument carries a tangent, and no other."""
+        return isinstance(self.args[0], Slot) and len(self.slots()) == 1
+
+    def with_args(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
+        return Call(self.func, self.name, args, kwargs, self.jvps)
+
     def map(self, fn: Callable[[Any], Any]) -> Call:
         """The same call with `fn` applied to slots and tensors."""
 
@@ -89,7 +103,7 @@ class Call:
                 return [fn(y) if isinstance(y, (Slot, Tensor)) else y for y in x]
             return x
 
-        return Call(self.func, self.name, [one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
+        return self.with_args([one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""
@@ -135,18 +149,15 @@ class Call:
                 p = rows.take(p, p.ndim - from_right)
             return Slot(p, x.tangent, None) if isinstance(x, Slot) else p
 
-        return Call(self.func, self.name, [one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
+        return self.with_args([one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
 
     def only(self, slot: Slot) -> Call:
         """The call with `slot`, its one operand with rows, cut to those that carry tangents."""
-        rows = slot.rows
-        if rows is None:
-            return self
-        return self.map(lambda x: Slot(rows.take(x.primal), x.tangent, None) if x is slot else x)
+        return self.map(lambda x: Slot(x.small(), x.tangent, None) if x is slot else x)
 
     def jvp(self) -> list[Tensor]:
         """Tangents of the outputs that can have one, in order, by PyTorch's forward-mode rule of the operator."""
-        self.through_jvp = True
+        self.jvps.append(self.name)
         if torch.Tag.nondeterministic_seeded in self.func.tags:
             raise NotImplementedError(f"{self.func}: draws at random, and forward AD would draw anew")
         slots = self.slots()

@@ -42,11 +42,8 @@ def _decoded(x: Any) -> Any:
 
 
 def holds_dual(x: Any) -> bool:
-    if isinstance(x, Dual):
-        return True
-    return (
-        any(map(holds_dual, x.values() if isinstance(x, dict) else x)) if isinstance(x, (list, tuple, dict)) else False
-    )
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return isinstance(x, Dual) or any(map(holds_dual, parts))
 
 
 def settings(module: nn.Module) -> tuple[tuple[str, str], ...]:

@@ -4,8 +4,8 @@ import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -127,7 +127,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     start = time.perf_counter()
     run = DualPass(batch, active, report)
     # TorchScript's optimised graphs detach their inputs; that switch is a thread's own
-    with _interpreted, torch.jit.optimized_execution(False), run:
+    with _interpreted(), torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
             out = _map_output(lambda o: _leave(o, run), module.plain_call(*args, **kwargs))
@@ -143,29 +143,27 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return out
 
 
-class _Interpreted:
+_lock, _passes, _switch = threading.Lock(), 0, ExitStack()
+
+
+@contextmanager
+def _interpreted() -> Iterator[None]:
     """While any pass runs, what was compiled runs as Python: the compiler's graphs keep no tangents.
 
     All threads share that switch, so the first pass sets it and the last one sets it back.
     """
-
-    def __init__(self) -> None:
-        self.lock, self.passes, self.switch = threading.Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.passes += 1
-            if self.passes == 1 and _torch.compiler_loaded():
-                self.switch.enter_context(torch.compiler.set_stance("force_eager"))
-
-    def __exit__(self, *error: Any) -> None:
-        with self.lock:
-            self.passes -= 1
-            if self.passes == 0:
-                self.switch.close()
-
-
-_interpreted = _Interpreted()
+    global _passes
+    with _lock:
+        _passes += 1
+        if _passes == 1 and _torch.compiler_loaded():
+            _switch.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _lock:
+            _passes -= 1
+            if _passes == 0:
+                _switch.close()
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:

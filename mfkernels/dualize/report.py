@@ -38,7 +38,7 @@ class Report:
     seconds: float = 0.0
 
     def add(self, call: Call, seconds: float) -> None:
-        line = (self.jvp if call.through_jvp else self.rules).setdefault(call.name, Line())
+        line = (self.jvp if call.jvps else self.rules).setdefault(call.name, Line())
         line.calls += 1
         line.seconds += seconds
 

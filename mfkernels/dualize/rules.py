@@ -7,7 +7,7 @@ in the result, and `MixesRows` where samples would depend on each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..attention import attention
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import formulas, views
-from .call import UNKNOWN, Call, Out, Slot, has_tangent, primal, tensors
+from .call import Call, Out, Slot, has_tangent, primal, tensors
 from .rows import MixesRows, Untracked
 from .views import broadcast, linear, same, unknown
 
@@ -53,9 +53,9 @@ def constant(call: Call, out: Any) -> list[Out]:
 # Zero derivative wherever there is one: the result is a plain tensor.
 CONSTANT = frozenset(
     _names("""detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
-    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide
-    eq ne lt le gt ge
-    logical_and logical_or logical_not logical_xor random normal uniform exponential log_normal cauchy geometric""")
+    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix
+    floor_divide eq ne lt le gt ge logical_and logical_or logical_not logical_xor random normal
+    uniform exponential log_normal cauchy geometric""")
 )
 
 
@@ -83,7 +83,6 @@ def elementwise(call: Call, out: Any) -> list[Out]:
         return [broadcast(t, out, from_right, rows)]
     outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
     tangents = inner.jvp()
-    call.through_jvp = True
     return [broadcast(t, o, from_right, rows) for t, o in zip(tangents, outs, strict=True)]
 
 
@@ -96,43 +95,34 @@ def dropout(call: Call, out: Any) -> list[Out]:
     x, p, mask = call.args[0], call.args[1], out[1]
     if call.arg(2, "train") is False:
         return [Out(x.tangent, x.rows)]
-    small = mask if x.rows is None else x.rows.take(mask)
-    return [Out(x.tangent * small * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
+    return [Out(x.tangent * x.small(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
 
 
 def rrelu(call: Call, out: Any) -> list[Out]:
     """rrelu_with_noise, with the slopes that it drew."""
-    x, noise = call.args[0], call.args[1]
-    options = call.named()
-    if not isinstance(x, Slot) or isinstance(noise, Slot):
+    if not call.sole():
         return unknown(call, out)
-    p, slopes = (x.primal, noise) if x.rows is None else (x.rows.take(x.primal), x.rows.take(noise))
-    t = torch.ops.aten.rrelu_with_noise_backward(
-        x.tangent, p, slopes, options["lower"], options["upper"], options["training"], False
-    )
-    return [Out(t, x.rows)] + [UNKNOWN] * (len(tensors(out)) - 1)
+    (x, noise), given = call.args[:2], call.named()
+    limits = given["lower"], given["upper"], given["training"], False
+    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.small(), x.small(noise), *limits), x.rows)]
 
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-# name: (position, keyword, default) of the dimensions that the operator works along; None is all of them.
-ALONG: dict[str, tuple[int, str, Any]] = {
-    **dict.fromkeys(
-        _names("""sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
-        cummax cummin cumsum cumprod logcumsumexp all any"""),
-        (1, "dim", None),
-    ),
-    **dict.fromkeys(("norm", "linalg_vector_norm"), (2, "dim", None)),
-    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), (1, "dim", None)),
-    **dict.fromkeys(("sort", "mode", "glu"), (1, "dim", -1)),
-    **dict.fromkeys(("topk", "kthvalue"), (2, "dim", -1)),
-    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), (1, "dim", None)),
-    **dict.fromkeys(("tril", "triu"), (9, "dim", (-2, -1))),
-    "flip": (1, "dims", None),
-    "roll": (2, "dims", None),
-    "view_as_real": (9, "dim", ()),
-    "view_as_complex": (9, "dim", (-1,)),
+# (position, keyword, default) of the dimensions that operators work along; None is all of them.
+_ALONG: dict[tuple[int, str, Any], str] = {
+    (1, "dim", None): """sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max
+        min cummax cummin cumsum cumprod logcumsumexp _softmax _log_softmax _safe_softmax _fft_r2c _fft_c2r _fft_c2c""",
+    (1, "dim", -1): "sort mode glu",
+    (2, "dim", None): "norm linalg_vector_norm",
+    (2, "dim", -1): "topk kthvalue",
+    (9, "dim", (-2, -1)): "tril triu",
+    (9, "dim", (-1,)): "view_as_complex",
+    (9, "dim", ()): "view_as_real",
+    (1, "dims", None): "flip",
+    (2, "dims", None): "roll",
 }
+ALONG = {name: where for where, text in _ALONG.items() for name in _names(text)}
 _LINEAR_ALONG = frozenset(
     _names("sum mean flip roll cumsum tril triu view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c")
 )
@@ -148,6 +138,11 @@ def _dims(call: Call, ndim: int) -> list[int]:
     return [d % ndim for d in ((dim,) if isinstance(dim, int) else dim)] if ndim else []
 
 
+def _keep_apart(x: Slot, dims: Collection[int]) -> None:
+    if x.rows is not None and x.rows.axis in dims:
+        raise MixesRows(f"it works along dimension {x.rows.axis} of {tuple(x.shape)}, which is the batch's")
+
+
 def along(call: Call, out: Any) -> list[Out]:
     x = call.args[0]
     if not isinstance(x, Slot) or sum(1 for _ in call.operands()) != 1:
@@ -155,17 +150,14 @@ def along(call: Call, out: Any) -> list[Out]:
     if call.name in ("max", "min") and _torch.overload_of(call.func) == "other":
         return elementwise(call, out)
     dims = _dims(call, x.ndim)
-    if x.rows is not None and x.rows.axis in dims:
-        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's")
+    _keep_apart(x, dims)
     outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
     if call.name in ("_softmax", "_safe_softmax"):
-        p = outs[0] if x.rows is None else x.rows.take(outs[0])
-        tangents = [formulas.softmax(x.tangent, dims[0], p)]
+        tangents = [formulas.softmax(x.tangent, dims[0], x.small(outs[0]))]
     elif call.name in _LINEAR_ALONG:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
         tangents = call.only(x).jvp()
-        call.through_jvp = True
     result = []
     for leaf, t in zip(outs, tangents, strict=True):
         rows = x.rows
@@ -191,8 +183,7 @@ def _product(func: Any, a: Any, b: Any) -> Out:
     small_a, small_b = primal(a), primal(b)
     if rows is not None:
         for x in slots:
-            if x.rows.axis == (x.ndim - 1 if x is a else max(x.ndim - 2, 0)):  # type: ignore[union-attr]
-                raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is summed over")  # type: ignore[union-attr]
+            _keep_apart(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
         batched = rows.axis == 0 and slots[0].ndim == 3
         if len(slots) == 2 and (slots[1].rows != rows or not batched):
             raise Untracked("matmul")
@@ -233,74 +224,57 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
-    x, shape, weight = call.args[:3]
-    if not isinstance(x, Slot) or len(call.slots()) != 1:
+    if not call.sole():
         return unknown(call, out)
-    if x.rows is not None and x.rows.axis >= x.ndim - len(shape):
-        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is normalised over")
-    take = x.rows.take if x.rows is not None else lambda a, *_: a
-    y, mean, rstd = out
-    t = formulas.layer_norm(take(x.primal), x.tangent, shape, take(mean), take(rstd), weight)
-    return [Out(t.to(y.dtype), x.rows), UNKNOWN, UNKNOWN]
+    (x, shape, weight), (y, mean, rstd) = call.args[:3], out
+    _keep_apart(x, range(x.ndim - len(shape), x.ndim))
+    t = formulas.layer_norm(x.small(), x.tangent, shape, x.small(mean), x.small(rstd), weight)
+    return [Out(t.to(y.dtype), x.rows)]
 
 
 def fused_rms_norm(call: Call, out: Any) -> list[Out]:
     """_fused_rms_norm."""
     x, shape, weight, eps = call.args[:4]
-    if not isinstance(x, Slot) or len(call.slots()) != 1 or len(shape) != 1 or x.ndim < 2:
+    if not call.sole() or len(shape) != 1 or x.ndim < 2:
         return unknown(call, out)
-    if x.rows is not None and x.rows.axis == x.ndim - 1:
-        raise MixesRows(f"dimension {x.rows.axis} of {tuple(x.shape)} is the batch's, and it is normalised over")
-    p = x.primal if x.rows is None else x.rows.take(x.primal)
+    _keep_apart(x, [x.ndim - 1])
+    p = x.small()
     weight = p.new_ones(p.shape[-1]) if weight is None else weight
     eps = torch.finfo(p.dtype).eps if eps is None else eps
-    return [Out(tangent_of(rms_norm(Dual(p, x.tangent), weight, eps=eps)), x.rows), UNKNOWN]
+    return [Out(tangent_of(rms_norm(Dual(p, x.tangent), weight, eps=eps)), x.rows)]
 
 
 def batch_norm(call: Call, out: Any) -> list[Out]:
     """native_batch_norm and its kin: of each channel, over all else."""
-    given = call.named()
-    x, weight = call.args[0], given.get("weight")
-    if not isinstance(x, Slot) or len(call.slots()) > 1:
+    if not call.sole():
         return unknown(call, out)
-    rest = [UNKNOWN] * (sum(map(has_tangent, tensors(out))) - 1)
-    eps: float = given["eps"] if "eps" in given else given["epsilon"]
-    training = given.get("training", call.name == "_batch_norm_with_update")
-    if not training and given.get("running_mean") is not None:
+    x, given = call.args[0], call.named()
+    weight, eps = given.get("weight"), given["eps"] if "eps" in given else given["epsilon"]
+    channel = [-1, *[1] * (x.ndim - 2)]
+    if given.get("running_mean") is not None and not given.get("training", call.name == "_batch_norm_with_update"):
         if x.rows is not None and x.rows.axis == 1:
             return unknown(call, out)
-        factor = torch.rsqrt(given["running_var"] + eps)  # [C]
-        factor = factor if weight is None else factor * weight
-        return [Out((x.tangent * factor.view(-1, *[1] * (x.ndim - 2))).to(x.primal.dtype), x.rows), *rest]
-    if x.rows is not None and x.rows.axis != 1:
+        factor = torch.rsqrt(given["running_var"] + eps) * (1 if weight is None else weight)  # [C]
+        return [Out((x.tangent * factor.view(channel)).to(x.primal.dtype), x.rows)]
+    if x.shape[0] != 1 or (x.rows is not None and x.rows.axis != 1):
         raise MixesRows("batch statistics in training mode; use eval() or another norm")
-    # channels that are samples, as in an instance norm
-    p = x.primal if x.rows is None else x.rows.take(x.primal)
-    channels = (p.shape[0], p.shape[1], -1)  # a channel of one image is one row of a layer norm
-    if p.shape[0] != 1:
-        raise MixesRows("batch statistics in training mode; use eval() or another norm")
-    flat, flat_dot = p.reshape(channels), x.tangent.reshape(channels)
-    _, mean, rstd = torch.native_layer_norm(flat, flat.shape[-1:], None, None, eps)
-    t = formulas.layer_norm(flat, flat_dot, flat.shape[-1:], mean, rstd, None).reshape(p.shape)
-    if weight is not None:
-        scale = weight if x.rows is None else x.rows.take(weight, 0)
-        t = t * scale.view(-1, *[1] * (p.ndim - 2))
-    return [Out(t, x.rows), *rest]
+    # channels that are samples, as in an instance norm: a channel is one row of a layer norm
+    p, dot = (a.reshape(*a.shape[:2], -1) for a in (x.small(), x.tangent))
+    _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
+    t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
+    return [Out(t if weight is None else t * x.small(weight, 0).view(channel), x.rows)]
 
 
 def group_norm(call: Call, out: Any) -> list[Out]:
-    """native_group_norm."""
+    """native_group_norm: a group is one row of a layer norm."""
     x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
-    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
+    if not call.sole() or (x.rows is not None and x.rows.axis != 0):
         return unknown(call, out)
-    y, mean, rstd = out
-    take = x.rows.take if x.rows is not None else lambda a, *_: a
-    p = take(x.primal)
-    flat = (p.shape[0], groups, p[0].numel() // groups)  # a group is one row of a layer norm
-    mean, rstd = (take(a, 0).reshape(*flat[:2], 1) for a in (mean, rstd))
-    t = formulas.layer_norm(p.reshape(flat), x.tangent.reshape(flat), flat[-1:], mean, rstd, None).reshape(p.shape)
-    t = t if weight is None else t * weight.view(-1, *[1] * (p.ndim - 2))
-    return [Out(t.to(y.dtype), x.rows), UNKNOWN, UNKNOWN]
+    p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
+    mean, rstd = (x.small(a, 0).reshape(len(p), groups, 1) for a in out[1:])
+    t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
+    t = t if weight is None else t * weight.view(-1, *[1] * (x.ndim - 2))
+    return [Out(t.to(out[0].dtype), x.rows)]
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -308,7 +282,7 @@ def group_norm(call: Call, out: Any) -> list[Out]:
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
     x, weight, _, *rest = call.args
-    if not isinstance(x, Slot) or len(call.slots()) > 1 or (x.rows is not None and x.rows.axis != 0):
+    if not call.sole() or (x.rows is not None and x.rows.axis != 0):
         return unknown(call, out)
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
@@ -337,7 +311,6 @@ def by_sample(call: Call, out: Any) -> list[Out]:
     tangents = call.map(
         lambda x: Slot(rows.take(x.primal), x.tangent, None) if isinstance(x, Slot) else rows.take(x)
     ).jvp()
-    call.through_jvp = True
     return [Out(t, rows) for t in tangents]
 
 
@@ -359,7 +332,7 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
         raise MixesRows("a sequence dimension is the batch's")
     if rows is not None and rows.active < rows.batch:
         names = [name for name in given if isinstance(given[name], (Slot, Tensor))]
-        small = Call(call.func, call.name, [given[name] for name in names], {}).sliced(from_right, rows)
+        small = call.with_args([given[name] for name in names], {}).sliced(from_right, rows)
         cut = dict(zip(names, small.args, strict=True))
         q, k, v, mask = cut["query"], cut["key"], cut["value"], cut.get("attn_mask", cut.get("attn_bias"))
     is_causal, scale = given.get("is_causal", False), given.get("scale")
@@ -372,47 +345,31 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
         o_dot = tangent_of(attention(dq, dk, dv, scale=scale, is_causal=is_causal)).transpose(1, 2)  # type: ignore[union-attr]
     else:
         o_dot = formulas.attention_with_mask(q, k, v, mask, is_causal, scale)
-    rest = [UNKNOWN] * (sum(map(has_tangent, tensors(out))) - 1)
-    return [broadcast(o_dot.to(o.dtype), o, from_right, rows), *rest]
+    return [broadcast(o_dot.to(o.dtype), o, from_right, rows)]
 
 
-RULES: dict[str, Rule] = {
-    **views.RULES,
-    **dict.fromkeys(("mm", "bmm", "mv"), matmul),
-    **dict.fromkeys(_PRODUCTS, addmm),
-    "native_layer_norm": layer_norm,
-    "_fused_rms_norm": fused_rms_norm,
-    "native_group_norm": group_norm,
-    **dict.fromkeys(
-        _names("""native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-        _batch_norm_with_update _batch_norm_no_update cudnn_batch_norm miopen_batch_norm"""),
-        batch_norm,
-    ),
-    "native_dropout": dropout,
-    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_functional"), rrelu),
-    "convolution": convolution,
-    **dict.fromkeys(
-        _names("""constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
-        replication_pad2d replication_pad3d"""),
-        pad,
-    ),
-    **dict.fromkeys(
-        _names("""avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
+_TABLE: dict[Rule, str] = {
+    **views.TABLE,
+    matmul: "mm bmm mv",
+    addmm: " ".join(_PRODUCTS),
+    layer_norm: "native_layer_norm",
+    fused_rms_norm: "_fused_rms_norm",
+    group_norm: "native_group_norm",
+    batch_norm: """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm
+        _batch_norm_with_update _batch_norm_no_update miopen_batch_norm""",
+    dropout: "native_dropout",
+    rrelu: "rrelu_with_noise rrelu_with_noise_functional",
+    convolution: "convolution",
+    pad: """constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+        replication_pad3d""",
+    linear: """avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d pixel_shuffle pixel_unshuffle
         native_channel_shuffle channel_shuffle im2col col2im upsample_nearest1d upsample_nearest2d upsample_nearest3d
         _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
-        upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
-        _upsample_bicubic2d_aa"""),
-        linear,
-    ),
-    **dict.fromkeys(
-        _names("""max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
-        grid_sampler_2d grid_sampler_3d"""),
-        by_sample,
-    ),
-    **dict.fromkeys(
-        _names("""_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
+        upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa""",
+    by_sample: """max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d
+        grid_sampler_2d grid_sampler_3d""",
+    scaled_dot_product_attention: """_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
-        _scaled_dot_product_fused_attention_overrideable"""),
-        scaled_dot_product_attention,
-    ),
+        _scaled_dot_product_fused_attention_overrideable""",
 }
+RULES = {name: rule for rule, text in _TABLE.items() for name in _names(text)}

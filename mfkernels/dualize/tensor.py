@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -65,23 +65,18 @@ class DualTensor(CarriesTangent):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # not under the pass's mode: on another thread, below another mode, or after the pass
-        run = next((x._run for x in _duals((args, kwargs or {})) if x._run.active), None)
+        run = next((x._run for x in _duals((*args, *(kwargs or {}).values())) if x._run.active), None)
         if run is not None:
             return run.dispatch(func, args, kwargs or {})
         if operator(func).refusal in (MEMORY, RESHAPES):
             raise refused(operator(func).name, operator(func).refusal)  # type: ignore[arg-type]
-        return func(*_primals(args), **_primals(kwargs or {}))
+        return func(*_primals(args), **{k: _primals(x) for k, x in (kwargs or {}).items()})
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         return self._run.through(run, operands)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DualTensor({self._primal!r})"
-
-    def __bool__(self) -> bool:
-        return bool(self._primal)
-
-    is_nonzero = __bool__
 
     def detach_(self) -> DualTensor:  # PyTorch does this above where operators arrive
         self._tangent = self._rows = self._memory = self._rule = None
@@ -106,45 +101,33 @@ class DualTensor(CarriesTangent):
             raise refused("pickle", "a tensor with a tangent cannot be stored; detach() it")
         return self._primal.__reduce_ex__(protocol)
 
-    def __int__(self) -> int:
-        return int(self._primal)
 
-    def __format__(self, spec: str) -> str:
-        return format(self._primal, spec)
-
-
-def _taking_numbers(name: str) -> Callable[..., Any]:
+def _of_primal(name: str, refusal: str | None = None) -> Callable[..., Any]:
     def method(self: DualTensor, *args: Any, **kwargs: Any) -> Any:
-        if self._run.active and self._run.slot(self) is not None:
-            raise refused(name, NUMBER)
+        if refusal is not None and self._run.active and self._run.slot(self) is not None:
+            raise refused(name, refusal)
         return getattr(self._primal, name)(*args, **kwargs)
 
     return method
 
 
+for _name in ("__bool__", "is_nonzero", "__int__", "__format__"):
+    setattr(DualTensor, _name, _of_primal(_name))
 for _name in ("item", "tolist", "numpy", "__float__", "__complex__", "__array__", "__dlpack__"):
-    setattr(DualTensor, _name, _taking_numbers(_name))
+    setattr(DualTensor, _name, _of_primal(_name, NUMBER))
 
 
-def _duals(x: Any) -> list[DualTensor]:
-    found: list[DualTensor] = []
-    stack = [x]
-    while stack:
-        y = stack.pop()
-        if isinstance(y, DualTensor):
-            found.append(y)
-        elif isinstance(y, (list, tuple)):
-            stack.extend(y)
-        elif isinstance(y, dict):
-            stack.extend(y.values())
-    return found
+def _duals(x: Any) -> Iterator[DualTensor]:
+    if isinstance(x, DualTensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from _duals(y)
 
 
 def _primals(x: Any) -> Any:
     if isinstance(x, DualTensor):
         return x._primal
-    if isinstance(x, dict):
-        return {k: _primals(v) for k, v in x.items()}
     return type(x)(map(_primals, x)) if type(x) in (list, tuple) else x
 
 
@@ -306,18 +289,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
         op = operator(func)
-        if torch.is_inference_mode_enabled() and (self.written or _duals((args, kwargs))):
+        if torch.is_inference_mode_enabled() and (self.written or any(True for _ in _duals((*args, *kwargs.values())))):
             parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
             if parts is not NotImplemented:
                 return parts
         operands = _Operands(self)
         slots, p_args = operands.take(args)
-        if kwargs:
-            names = list(kwargs)
-            slot_values, p_values = operands.take(kwargs.values())
-            slot_kwargs, p_kwargs = dict(zip(names, slot_values)), dict(zip(names, p_values))  # noqa: B905
-        else:
-            slot_kwargs = p_kwargs = {}
+        slot_kwargs, p_kwargs = (dict(zip(kwargs, xs, strict=True)) for xs in operands.take(kwargs.values()))
+        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
+            raise refused(op.name, op.refusal)
         rule = None
         if operands.any_dual and not _torch.forward_mode_enabled():
             rule = own_rule(self)
@@ -327,8 +307,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 self.written_by_rule.append((args[0], rule))
         if op.in_place:
             return self._in_place(op, Call(func, op.name, slots, slot_kwargs), args, p_args, p_kwargs, operands)
-        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
-            raise refused(op.name, op.refusal)
         out = func(*p_args, **p_kwargs)
         if not operands.any_dual:
             return out
@@ -368,9 +346,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             except Untracked:
                 if self.report:
                     self.report.filled(call)
-                filled = call.dense()
-                outs = _fitting(op.rule(filled, out), out)
-                call.through_jvp = filled.through_jvp
+                outs = _fitting(op.rule(call.dense(), out), out)
             return found_again(call, outs, self.batch, self.active_rows)
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
@@ -407,16 +383,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _wrap_view(self, out: Any, outs: list[Out], source: Any) -> Any:
         self._adopt(source)
-        memory = source._memory
-        if memory is None:
-            memory = source._memory = Memory(
-                source._primal, source._tangent, source._rows, self.batch, self.active_rows
-            )
+        if source._memory is None:
+            own = source._primal, source._tangent, source._rows
+            source._memory = Memory(*own, self.batch, self.active_rows)
         given = iter(outs)
 
         def one(p: Tensor) -> DualTensor:
             t, rows = next(given)
-            x = DualTensor.make(p, t, rows, self, memory)
+            x = DualTensor.make(p, t, rows, self, source._memory)
             x._apart = source._apart
             return x
 
@@ -425,8 +399,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, operands: _Operands) -> Any:
         """Tangent first, which needs the old primal; then the primal."""
         target = args[0]
-        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
-            raise refused(op.name, op.refusal)
         if isinstance(target, DualTensor):
             self._adopt(target)
             if target._apart:
@@ -442,9 +414,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
         if operands.any_tangent and has_tangent(target):
-            outside = Call(op.functional, op.name, call.args, call.kwargs)
+            outside = Call(op.functional, op.name, call.args, call.kwargs, call.jvps)
             outs = self._tangents(op, outside, p_args[0])
-            call.through_jvp = outside.through_jvp
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
@@ -480,17 +451,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if memory is None:
             if t is None:
                 return
-            memory = self.written[_torch.memory_of(p)] = Memory(
-                _torch.viewed(p), None, None, self.batch, self.active_rows
-            )
+            base = _torch.viewed(p)
+            memory = self.written[_torch.memory_of(p)] = Memory(base, None, None, self.batch, self.active_rows)
         memory.write(p, None, t, rows)
 
 
 def _fitting(outs: list[Out], out: Any) -> list[Out]:
     """`outs`, if each is of the shape that its primal and its rows ask for."""
     primals = [p for p in tensors(out) if has_tangent(p)]
-    if len(outs) == 1 and len(primals) > 1:
-        raise Untracked("outputs")
+    outs += [UNKNOWN] * (len(primals) - len(outs))
     for p, (t, rows) in zip(primals, outs, strict=True):
         if t is None:
             continue

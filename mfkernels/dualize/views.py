@@ -277,22 +277,21 @@ def linear(call: Call, out: Any) -> list[Out]:
     """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
     x = call.args[0]
     images = 4 if "shuffle" in call.name else 3  # dimension 0 of fewer is the channels'
-    if not isinstance(x, Slot) or len(call.slots()) > 1 or x.ndim < images or (x.rows is not None and x.rows.axis != 0):
+    if not call.sole() or x.ndim < images or (x.rows is not None and x.rows.axis != 0):
         return unknown(call, out)
     return same(call, out)
 
 
-RULES = {
-    **dict.fromkeys(["view", "_unsafe_view", "_reshape_alias"], reshape),
-    **dict.fromkeys(["clone", "_to_copy", "alias", "lift_fresh", "_conj", "_neg_view"], same),
-    **dict.fromkeys(["resolve_conj", "resolve_neg"], same),
-    **dict.fromkeys(["cat", "stack"], join),
-    **dict.fromkeys(["gather", "scatter", "scatter_add", "scatter_reduce"], aligned),
-    **dict.fromkeys(["fill", "zero"], fill),
-    "expand": expand,
-    "repeat": repeat,
-    "index": index,
-    "index_put": index_put,
-    "index_select": index_select,
-    "copy": copy,
+TABLE = {
+    reshape: "view _unsafe_view _reshape_alias",
+    same: "clone _to_copy alias lift_fresh _conj _neg_view resolve_conj resolve_neg",
+    join: "cat stack",
+    aligned: "gather scatter scatter_add scatter_reduce",
+    fill: "fill zero",
+    expand: "expand",
+    repeat: "repeat",
+    index: "index",
+    index_put: "index_put",
+    index_select: "index_select",
+    copy: "copy",
 }
