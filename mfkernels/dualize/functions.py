@@ -82,22 +82,34 @@ def _arguments(frame: FrameType, cls: Any) -> list[Any]:
 _functions: dict[Any, list[Any]] = {}  # by the code of their forward
 
 
-def _forward_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code not in _functions:
-        frame = frame.f_back
+def _running(run: DualPass) -> FrameType | None:
+    """The innermost forward of a Function that the thread is in."""
+    if _torch.forward_mode_enabled():  # every Function's forward turns it off
+        return None
+    for listed in (run.functions_listed, True):
+        if not listed:
+            _functions.update(_torch.functions_by_code())
+            run.functions_listed = True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in _functions:
+            frame = frame.f_back
+        if frame is not None or listed:
+            break
     return frame
+
+
+def keeps_what_it_detaches(run: DualPass) -> bool:
+    """Whether detach() is called by a Function, where the tape is off and its backward counts.
+
+    A reentrant checkpoint is a Function too, but what its forward runs is the module's.
+    """
+    frame = _running(run)
+    return frame is not None and not any(cls.__module__.startswith("torch.") for cls in _functions[frame.f_code])
 
 
 def own_rule(run: DualPass) -> OwnRule | None:
     """The call, in whose forward the thread is, of a Function that has a `jvp` of its own."""
-    if _torch.forward_mode_enabled():  # every Function's forward turns it off
-        return None
-    frame = _forward_frame()
-    if frame is None and not run.functions_listed:
-        _functions.update(_torch.functions_by_code())
-        run.functions_listed = True
-        frame = _forward_frame()
+    frame = _running(run)
     if frame is None:
         return None
     own = [cls for cls in _functions[frame.f_code] if cls.jvp is not torch.autograd.Function.jvp]

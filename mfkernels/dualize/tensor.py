@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import _torch
 from ..dual import CarriesTangent, Dual
 from .call import UNKNOWN, Call, Out, Slot, has_tangent, tensors
-from .functions import OwnRule, is_inside, own_rule
+from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
 from .memory import Memory
 from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
@@ -89,6 +89,9 @@ class DualTensor(CarriesTangent):
     @data.setter
     def data(self, value: Any) -> None:
         raise refused("x.data = y", "the tensor would be another; x.copy_(y) writes its values")
+
+    def data_ptr(self) -> Any:
+        raise refused("data_ptr", MEMORY)
 
     def share_memory_(self) -> Any:
         raise refused("share_memory_", MEMORY)
@@ -301,6 +304,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         rule = None
         if operands.any_dual and not _torch.forward_mode_enabled():
             rule = own_rule(self)
+            if op.name == "detach" and not op.in_place and keeps_what_it_detaches(self):
+                op = operator(torch.ops.aten.alias.default)
             if rule is not None and op.in_place:
                 if not isinstance(args[0], DualTensor):
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")

@@ -169,6 +169,45 @@ def test_a_function_needs_no_rule_and_its_apply_may_have_been_taken_before():
     assert torch.equal(*grads)
 
 
+class Detached(torch.autograd.Function):
+    """Its forward detaches, as many do: the tape is off there anyway."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.detach().exp() + x.data.sin()
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return dy * (x.exp() + x.cos())
+
+
+class OnNumpy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(np.sin(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+def test_a_forward_that_detaches_keeps_its_tangent_and_one_that_leaves_pytorch_is_refused():
+    x, v = torch.randn(2, 6, 4).double()
+    _, out_dot = jvp(dualize(Wrapped(lambda x: Detached.apply(x) * x.detach())), (x,), (v,), rows=3)
+    torch.testing.assert_close(out_dot, ((x.exp() + x.cos()) * x * v)[:3], rtol=1e-14, atol=1e-15)
+    net = Wrapped(lambda x: checkpoint(lambda x: x.sin() * x.detach(), x, use_reentrant=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing there requires grad
+        _, out_dot = jvp(dualize(net), (x,), (v,), rows=3)
+    torch.testing.assert_close(out_dot, (x.cos() * x * v)[:3], rtol=1e-14, atol=1e-15)
+    for leaves in (OnNumpy.apply, lambda x: torch.ones(3) * x.data_ptr()):
+        with pytest.raises(NotImplementedError, match=r"dualize: (numpy|data_ptr): "):
+            dualize(Wrapped(leaves))(Dual(x, v))
+
+
 def test_a_functions_own_rule_goes_before_its_operators():
     x, v = torch.randn(2, 6, 4).double()
     net = Wrapped(lambda x: Round.apply(3 * x.sin())[0].cos() + Round.apply(x)[0].view(6, 2, 2).flatten(1))
