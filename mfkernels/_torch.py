@@ -75,7 +75,15 @@ def before_compile(module: Any) -> Any:
 _DUALIZE = "mfkernels.dualize"
 
 # A mode below autograd: `torch.overrides` has public modes, which see functions, above it.
-TorchDispatchMode = lookup("torch.utils._python_dispatch:TorchDispatchMode", _DUALIZE) or object
+_mode = lookup("torch.utils._python_dispatch:TorchDispatchMode", _DUALIZE)
+
+
+class _NoMode:
+    def __init__(self) -> None:
+        _mode()  # says what is missing
+
+
+TorchDispatchMode = _mode or _NoMode
 
 # The only way to make a tensor that has no memory of its own.
 make_wrapper_subclass = lookup("torch:Tensor._make_wrapper_subclass", _DUALIZE)

@@ -387,8 +387,8 @@ def jvp(
 def unshared(x: Tensor) -> Tensor:
     """A copy for a function that may write into its arguments: the caller's tensors are not its own.
 
-    Its strides stay, on which the last bit of a result may depend. An expanded tensor stays as it is, since nothing can
-    be written into it.
+    Its strides stay, on which the last bit of a result may depend. An expanded tensor stays as it is: PyTorch refuses
+    most writes into it, and `dualize` all that would reach the caller's.
     """
     if 0 in x.stride() and x.numel() > 1:
         return x
