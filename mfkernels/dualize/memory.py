@@ -19,11 +19,12 @@ class Memory:
     the memory, and what has none is zero.
     """
 
-    __slots__ = ("active", "batch", "buffer", "primal", "rows", "start", "step", "tangent")
+    __slots__ = ("active", "apart", "batch", "buffer", "primal", "rows", "start", "step", "tangent")
 
     def __init__(self, primal: Tensor, tangent: Tensor | None, rows: Rows | None, batch: int, active: int) -> None:
         self.primal, self.tangent, self.rows = primal, tangent, rows
         self.batch, self.active = batch, active
+        self.apart = False  # whether a conj() of it was taken, which is a copy and sees no later write
         self.buffer: Tensor | None = None
         self.start = self.step = 0  # of the first sample, and of the next; a step of 0: all of the memory
 

@@ -321,6 +321,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if op.view and self.written and _torch.memory_of(out) in self.written:
                 return DualTensor.make(out, None, None, self)  # the memory has a tangent, this view of it none
             return out
+        if op.name in APART and isinstance(args[0], DualTensor):
+            self._memory_of(args[0]).apart = True
         if op.view and not isinstance(args[0], DualTensor):
             return out  # its tangent is found by its memory
         if not operands.any_tangent:
@@ -386,16 +388,20 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             x._run, x._tangent, x._rows, x._memory, x._rule = self, None, None, None, None
             self.living.append(weakref.ref(x))
 
+    def _memory_of(self, x: DualTensor) -> Memory:
+        """What `x` shares with its views."""
+        self._adopt(x)
+        if x._memory is None:
+            x._memory = Memory(x._primal, x._tangent, x._rows, self.batch, self.active_rows)
+        return x._memory
+
     def _wrap_view(self, out: Any, outs: list[Out], source: Any) -> Any:
-        self._adopt(source)
-        if source._memory is None:
-            own = source._primal, source._tangent, source._rows
-            source._memory = Memory(*own, self.batch, self.active_rows)
+        memory = self._memory_of(source)
         given = iter(outs)
 
         def one(p: Tensor) -> DualTensor:
             t, rows = next(given)
-            x = DualTensor.make(p, t, rows, self, source._memory)
+            x = DualTensor.make(p, t, rows, self, memory)
             x._apart = source._apart
             return x
 
@@ -406,8 +412,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         target = args[0]
         if isinstance(target, DualTensor):
             self._adopt(target)
-            if target._apart:
-                raise refused(op.name, "writes into conj(), which is a copy here; write into the tensor itself")
+            if target._apart or (target._memory is not None and target._memory.apart):
+                raise refused(
+                    op.name, "writes into conj(), which is a copy here, or after it was taken; clone() before"
+                )
             base = p_args[0] if target._memory is None else target._memory.primal
             if any(0 in p.stride() and p.numel() > 1 for p in (base, p_args[0])):
                 if base is not p_args[0] or not self._alone(target):

@@ -66,8 +66,16 @@ REFUSALS = {
     "differentiates inside its own forward": Wrapped(lambda x: energy_gradient(x)),
     "twice.default: has no forward-mode": Wrapped(lambda x: twice(x)),
     "out= is not supported": Wrapped(lambda x: torch.add(x, 1, out=torch.empty_like(x))),
+    "writes into conj(), which is a copy here": Wrapped(lambda x: write_after_conj(x)),
     "samples in dimension 0": Wrapped(lambda x: x.T),
 }
+
+
+def write_after_conj(x):
+    z = torch.complex(x, x)
+    y = z.conj()
+    z.mul_(2)
+    return y.real
 
 
 def energy_gradient(x):
