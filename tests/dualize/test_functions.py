@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mfkernels import Dual, dualize, jvp
 
-
 clip = Clip.apply  # as modules keep it
 
 
