@@ -28,6 +28,11 @@ class Slot:
     def ndim(self) -> int:
         return self.primal.ndim
 
+    @property
+    def from_right(self) -> int:
+        """The batch's dimension, counted from the right as broadcasting aligns; 0 where the tangent covers all."""
+        return 0 if self.rows is None else self.primal.ndim - self.rows.axis
+
     def small(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
         """The rows of `x`, by default the primal, that carry tangents."""
         x = self.primal if x is None else x
@@ -57,11 +62,23 @@ def tangent(x: Any) -> Tensor | None:
     return x.tangent if isinstance(x, Slot) else None
 
 
-def tensors(out: Any) -> list[Any]:
-    """The outputs of an ATen call, of which each is a tensor, a list of them or something else."""
-    if isinstance(out, (tuple, list)):
-        return [x for part in out for x in (part if isinstance(part, (tuple, list)) else (part,))]
-    return [out]
+def leaves(x: Any) -> Iterator[Any]:
+    """What `x` holds: ATen operators take and give single values and lists of them."""
+    if isinstance(x, (tuple, list)):
+        for y in x:
+            yield from leaves(y)
+    else:
+        yield x
+
+
+def mapped(fn: Callable[[Any], Any], x: Any) -> Any:
+    """`fn` of everything that `x` holds."""
+    return [mapped(fn, y) for y in x] if isinstance(x, (tuple, list)) else fn(x)
+
+
+def differentiable(out: Any) -> list[Tensor]:
+    """The outputs of a call that can have tangents."""
+    return [x for x in ((out,) if isinstance(out, Tensor) else leaves(out)) if has_tangent(x)]
 
 
 class Call:
@@ -75,35 +92,24 @@ class Call:
         self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
         self.jvps = [] if jvps is None else jvps  # filled where a tangent has no rule of its own; copies share it
 
-    def operands(self) -> Iterator[Any]:
-        """Slots and plain tensors, in order; those in lists included."""
-        for x in (*self.args, *self.kwargs.values()):
-            if isinstance(x, (Slot, Tensor)):
-                yield x
-            elif isinstance(x, (list, tuple)):
-                yield from (y for y in x if isinstance(y, (Slot, Tensor)))
+    def operands(self) -> list[Slot | Tensor]:
+        """Slots and plain tensors, in order."""
+        return [x for x in leaves((self.args, *self.kwargs.values())) if isinstance(x, (Slot, Tensor))]
 
     def slots(self) -> list[Slot]:
-        return [x for x in self.operands() if isinstance(x, Slot)]
+        return [x for x in leaves((self.args, *self.kwargs.values())) if isinstance(x, Slot)]
 
-    def sole(self) -> bool:
-        """Whether the first argument carries a tangent, and no other."""
-        return isinstance(self.args[0], Slot) and len(self.slots()) == 1
-
-    def with_args(self, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        return Call(self.func, self.name, args, kwargs, self.jvps)
+    def alone(self, ndim: int = 0, axis: int | None = None) -> bool:
+        """Whether the first argument alone carries a tangent, has `ndim` dimensions and, if any, its rows in `axis`."""
+        x = self.args[0]
+        if not isinstance(x, Slot) or x.ndim < ndim or len(self.slots()) > 1:
+            return False
+        return axis is None or x.rows is None or x.rows.axis == axis
 
     def map(self, fn: Callable[[Any], Any]) -> Call:
-        """The same call with `fn` applied to slots and tensors."""
-
-        def one(x: Any) -> Any:
-            if isinstance(x, (Slot, Tensor)):
-                return fn(x)
-            if isinstance(x, (list, tuple)) and any(isinstance(y, (Slot, Tensor)) for y in x):
-                return [fn(y) if isinstance(y, (Slot, Tensor)) else y for y in x]
-            return x
-
-        return self.with_args([one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
+        """The same call with `fn` applied to all that it is given."""
+        args, kwargs = mapped(fn, self.args), {k: mapped(fn, x) for k, x in self.kwargs.items()}
+        return Call(self.func, self.name, args, kwargs, self.jvps)
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""
@@ -124,24 +130,24 @@ class Call:
             lambda x: Slot(x.primal, x.rows.fill(x.tangent), None) if isinstance(x, Slot) and x.rows is not None else x
         )
 
-    def rows_from_right(self) -> tuple[int, Rows | None]:
-        """The rows common to all slots, aligned as broadcasting aligns, and their dimension counted from the right."""
+    def on_rows(self) -> tuple[Call, int, Rows | None]:
+        """The call on the rows that carry tangents, operands aligned as broadcasting aligns them.
+
+        Returns:
+            The call, the dimension of those rows counted from the right, and the rows.
+
+        Raises:
+            Untracked: the rows of two operands do not lie in one dimension.
+        """
         first, *others = self.slots()
-        rows = first.rows
-        from_right = 0 if rows is None else first.ndim - rows.axis
+        from_right, rows = first.from_right, first.rows
         for slot in others:
-            if (slot.rows is None) != (rows is None):
+            if slot.from_right != from_right or (slot.rows or ())[1:] != (rows or ())[1:]:
                 raise Untracked(self.name)
-            if slot.rows is not None and (slot.ndim - slot.rows.axis != from_right or not slot.rows.matches(rows)):
-                raise Untracked(self.name)
-        return from_right, rows
-
-    def sliced(self, from_right: int, rows: Rows | None) -> Call:
-        """The call on the rows that carry tangents alone, operands aligned as broadcasting aligns them."""
         if rows is None or rows.active == rows.batch:
-            return self
+            return self, from_right, rows
 
-        def one(x: Any) -> Any:
+        def cut(x: Any) -> Any:
             if not isinstance(x, (Slot, Tensor)):
                 return x
             p = primal(x)
@@ -149,11 +155,7 @@ class Call:
                 p = rows.take(p, p.ndim - from_right)
             return Slot(p, x.tangent, None) if isinstance(x, Slot) else p
 
-        return self.with_args([one(x) for x in self.args], {k: one(x) for k, x in self.kwargs.items()})
-
-    def only(self, slot: Slot) -> Call:
-        """The call with `slot`, its one operand with rows, cut to those that carry tangents."""
-        return self.map(lambda x: Slot(x.small(), x.tangent, None) if x is slot else x)
+        return self.map(cut), from_right, rows
 
     def jvp(self) -> list[Tensor]:
         """Tangents of the outputs that can have one, in order, by PyTorch's forward-mode rule of the operator."""
@@ -165,7 +167,7 @@ class Call:
         def run(*xs: Tensor) -> tuple[Tensor, ...]:
             given = iter(xs)
             filled = self.map(lambda x: next(given) if isinstance(x, Slot) else x)
-            return tuple(x for x in tensors(self.func(*filled.args, **filled.kwargs)) if has_tangent(x))
+            return tuple(differentiable(self.func(*filled.args, **filled.kwargs)))
 
         # PyTorch stores a tangent with its primal's strides, and an expanded one cannot be written
         with _torch.autograd_again(), torch.no_grad():

@@ -31,6 +31,8 @@ def _bare(x: Tensor | None) -> Tensor | None:
 class OwnRule:
     """One call of a Function that has a `jvp`: its outputs and their tangents, by that rule."""
 
+    frame: FrameType | None
+
     def __init__(self, frame: FrameType, cls: Any, run: DualPass) -> None:
         self.frame, self.cls = frame, cls
 
@@ -63,6 +65,19 @@ class OwnRule:
         if any(t is not first and (t is None or first is None or not torch.equal(t, first)) for t in others):
             raise refused(self.cls.__name__, "its jvp gives outputs of the same values different tangents")
         return first
+
+
+class _Statistic(OwnRule):
+    """Of an output of which a fused operator's rule says nothing, such as attention's log-sum-exp."""
+
+    def __init__(self) -> None:
+        self.frame = None
+
+    def tangent_of(self, x: DualTensor) -> Tensor | None:
+        raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
+
+
+STATISTIC = _Statistic()
 
 
 def _equal(p: Tensor | None, x: DualTensor) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Slot
 from .rows import Rows
 
 
@@ -19,91 +20,75 @@ class Memory:
     the memory, and what has none is zero.
     """
 
-    __slots__ = ("active", "apart", "batch", "buffer", "primal", "rows", "start", "step", "tangent")
+    apart = False  # whether a conj() of it was taken, which is a copy and sees no later write
+    buffer: Tensor | None = None
+    start: Any = 0  # of the first sample, and
+    step: Any = 0  # of the next; 0: all of the memory
 
-    def __init__(self, primal: Tensor, tangent: Tensor | None, rows: Rows | None, batch: int, active: int) -> None:
-        self.primal, self.tangent, self.rows = primal, tangent, rows
-        self.batch, self.active = batch, active
-        self.apart = False  # whether a conj() of it was taken, which is a copy and sees no later write
-        self.buffer: Tensor | None = None
-        self.start = self.step = 0  # of the first sample, and of the next; a step of 0: all of the memory
+    def __init__(self, primal: Tensor, slot: Slot | None, batch: int, active: int) -> None:
+        self.primal, self.slot, self.batch, self.active = primal, slot, batch, active
 
-    def read(self, x: Tensor, rows: Rows | None) -> tuple[Tensor | None, Rows | None]:
-        """The tangent of `x` and the rows of `x` that it is of; (None, None) where it is zero."""
+    def read(self, x: Tensor, rows: Rows | None) -> Slot | None:
+        """`x` with its tangent and the rows that it is of, `rows` where they are known; None where it is zero."""
         assert self.buffer is not None
         if x.is_complex() != self.buffer.is_complex():
             self._hold_everything()
             pairs = self.buffer.view(-1, 2) if x.is_complex() else self.buffer
             buffer = torch.view_as_complex(pairs) if x.is_complex() else torch.view_as_real(pairs)
-            return buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None
+            return Slot(x, buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None)
         if self.step:
             rows = rows or self._rows_of(x)
-            first, last = _extent(x)
-            end = self.start + self.active * self.step
+            first, end = x.storage_offset(), self.start + self.active * self.step
             if rows is not None and rows.outer == 1:
-                shape = rows.shape(x.shape)
-                return self.buffer.as_strided(shape, x.stride(), first - self.start), rows
+                t = self.buffer.as_strided(rows.shape(x.shape), x.stride(), first - self.start)
+                return Slot(x, t, rows)
             if first >= end:
-                return None, None
-            if last < end:
-                return self.buffer.as_strided(x.shape, x.stride(), first - self.start), None
+                return None
+            if first + _extent(x.shape, x.stride()) < end:
+                return Slot(x, self.buffer.as_strided(x.shape, x.stride(), first - self.start), None)
             self._hold_everything()
-        return self.buffer.as_strided(x.shape, x.stride(), x.storage_offset()), None
+        return Slot(x, self.buffer.as_strided(x.shape, x.stride(), x.storage_offset()), None)
 
     def write(self, x: Tensor, rows: Rows | None, tangent: Tensor | None, tangent_rows: Rows | None) -> None:
         """Make `tangent`, of the rows `tangent_rows`, that of `x`, whose batch is at `rows` where that is known."""
         if self.buffer is None:
             self._begin(tangent_rows)
-        into, here = self.read(x, rows)
+        into = self.read(x, rows)
         if tangent is None:
             if into is not None:
-                into.zero_()
+                into.tangent.zero_()
             return
-        if into is None or here != tangent_rows:
+        if into is None or into.rows != tangent_rows:
             self._hold_everything()
-            into, _ = self.read(x, rows)
+            into = self.read(x, rows)
             assert into is not None
             tangent = tangent if tangent_rows is None else tangent_rows.fill(tangent)
-        into.copy_(tangent)
+        into.tangent.copy_(tangent)
 
     def _begin(self, rows: Rows | None) -> None:
-        p, known = self.primal, self.rows
-        if known is None and self.tangent is None and rows is not None:
-            known = self._whole(p)
+        p, known = self.primal, None if self.slot is None else self.slot.rows
+        if self.slot is None and rows is not None and p.is_contiguous() and p.ndim and p.shape[0] % self.batch == 0:
+            known = Rows(0, 1, self.batch, p.shape[0] // self.batch, self.active)  # samples one after the other
         size = p.untyped_storage().nbytes() // p.element_size()
         if known is not None and known.outer == 1 and known.batch == self.batch:
-            step = p.stride(known.axis) * known.inner
+            step, first = p.stride(known.axis) * known.inner, p.storage_offset()
             sample = [known.inner if i == known.axis else n for i, n in enumerate(p.shape)]
-            within = sum((n - 1) * s for n, s in zip(sample, p.stride(), strict=True))
-            first: Any = p.storage_offset()
-            if 0 <= within < step and (self.tangent is not None or (first == 0 and step * self.batch == size)):
+            all_of_it = first == 0 and step * self.batch == size
+            if 0 <= _extent(sample, p.stride()) < step and (self.slot is not None or all_of_it):
                 self.start, self.step, size = first, step, self.active * step
         self.buffer = torch.zeros(size, dtype=p.dtype, device=p.device)
-        if self.tangent is not None:
-            if self.step:
-                assert known is not None
-                offset: Any
-                shape, offset, t = known.shape(p.shape), 0, self.tangent
-            else:
-                shape, offset = list(p.shape), p.storage_offset()
-                t = self.tangent if known is None else known.fill(self.tangent)
-            self.buffer.as_strided(shape, p.stride(), offset).copy_(t)
-        self.tangent = None
+        if self.slot is not None:
+            t = self.slot.tangent if known is None or self.step else known.fill(self.slot.tangent)
+            self.buffer.as_strided(t.shape, p.stride(), p.storage_offset() - self.start).copy_(t)
+        self.slot = None
 
     def _hold_everything(self) -> None:
         assert self.buffer is not None
-        if not self.step:
-            return
-        p, old = self.primal, self.buffer
-        self.buffer = old.new_zeros(p.untyped_storage().nbytes() // p.element_size())
-        self.buffer[self.start : self.start + old.numel()] = old
-        self.start = self.step = 0
-
-    def _whole(self, x: Tensor) -> Rows | None:
-        """The batch in a plain tensor that is all of its memory, samples one after the other."""
-        if not x.is_contiguous() or x.ndim == 0 or x.shape[0] % self.batch:
-            return None
-        return Rows(0, 1, self.batch, x.shape[0] // self.batch, self.active)
+        if self.step:
+            p, old = self.primal, self.buffer
+            self.buffer = old.new_zeros(p.untyped_storage().nbytes() // p.element_size())
+            self.buffer[self.start : self.start + old.numel()] = old
+            self.start = self.step = 0
 
     def _rows_of(self, x: Tensor) -> Rows | None:
         """The batch in a plain view of the memory."""
@@ -115,7 +100,6 @@ class Memory:
         return None
 
 
-def _extent(x: Tensor) -> tuple[Any, Any]:
-    """The first and the last element of its memory that `x` has."""
-    first = x.storage_offset()
-    return first, first + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+def _extent(shape: Any, strides: Any) -> Any:
+    """How far the last element is from the first."""
+    return sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ class MixesRows(Exception):
     """The operation makes one sample's result depend on other samples."""
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Dimension `axis` of a tensor runs over (outer, batch, inner); the first `active` of `batch` carry tangents.
 
     A tangent is stored for those alone: its size along `axis` is outer·active·inner, elsewhere it is the primal's.
@@ -40,12 +40,8 @@ class Rows:
     def kept(self) -> int:
         return self.outer * self.active * self.inner
 
-    def matches(self, other: Rows | None) -> bool:
-        """Whether both are the same samples, in whichever dimension."""
-        return other is self or (other is not None and self.at(0) == other.at(0))
-
     def at(self, axis: int) -> Rows:
-        return self if axis == self.axis else replace(self, axis=axis)
+        return self if axis == self.axis else Rows(axis, *self[1:])
 
     def take(self, x: Tensor, axis: int | None = None) -> Tensor:
         """The rows of `x` that carry tangents; a view where `outer` is 1."""
@@ -59,7 +55,14 @@ class Rows:
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """The tangent's shape for a primal of `shape`."""
-        return [self.kept if i == self.axis else n for i, n in enumerate(shape)]
+        shape = list(shape)
+        shape[self.axis] = self.kept
+        return shape
+
+    def fit(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
+        """Whether these are the shapes of a tangent and its primal."""
+        axis = self.axis
+        return axis < len(primal) and primal[axis] == self.size and list(tangent) == self.shape(primal)
 
     def fill(self, x_dot: Tensor) -> Tensor:
         """The tangent of every row: zero where there was none."""
@@ -76,7 +79,7 @@ class Rows:
         Raises:
             Untracked: one of the new dimensions cuts through the batch.
         """
-        stride = self.inner * _product(old[self.axis + 1 :])  # of the batch, in elements
+        stride = self.inner * math.prod(old[self.axis + 1 :])  # of the batch, in elements
         below = 1
         for axis in range(len(new) - 1, -1, -1):
             above = below * new[axis]
@@ -86,10 +89,3 @@ class Rows:
                 break
             below = above
         raise Untracked("reshape")
-
-
-def _product(sizes: Sequence[int]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from .. import _torch
 from ..attention import attention
+from ..attention.reference import attention_tangent
+from ..backend import requested_backend
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import formulas, views
-from .call import Call, Out, Slot, has_tangent, primal, tensors
+from .call import Call, Out, Slot, differentiable, primal, tangent
 from .rows import MixesRows, Untracked
-from .views import broadcast, linear, same, unknown
+from .views import broadcast, same, unknown
 
 Rule = Callable[[Call, Any], list[Out]]
 
@@ -47,15 +49,15 @@ def foreign(call: Call, out: Any) -> list[Out]:
 
 
 def constant(call: Call, out: Any) -> list[Out]:
-    return [Out(None) for leaf in tensors(out) if has_tangent(leaf)]
+    return [Out(None)] * len(differentiable(out))
 
 
 # Zero derivative wherever there is one: the result is a plain tensor.
 CONSTANT = frozenset(
     _names("""detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
-    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix
-    floor_divide eq ne lt le gt ge logical_and logical_or logical_not logical_xor random normal
-    uniform exponential log_normal cauchy geometric""")
+    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide eq
+    ne lt le gt ge logical_and logical_or logical_not logical_xor random normal uniform exponential log_normal cauchy
+    geometric""")
 )
 
 
@@ -64,30 +66,21 @@ CONSTANT = frozenset(
 # Row i of the result depends on row i of each operand; not all versions of PyTorch tag these as pointwise.
 _ELEMENTWISE = frozenset(
     _names("""addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
-    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
-    threshold where xlogy nan_to_num copysign square""")
+    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold where xlogy
+    nan_to_num copysign square""")
 )
 
 
 def elementwise(call: Call, out: Any) -> list[Out]:
-    from_right, rows = call.rows_from_right()
-    inner = call.sliced(from_right, rows)
-    formula = formulas.ELEMENTWISE.get(call.name)
-    t: Tensor | None = None
-    if formula is not None and (call.name in formulas.HOLOMORPHIC or not _any_complex(call)):
+    inner, from_right, rows = call.on_rows()
+    formula, t = formulas.ELEMENTWISE.get(call.name), None
+    if formula is not None and (call.name in formulas.HOLOMORPHIC or not out.is_complex()):
         try:
             t = formula(*inner.args, **inner.kwargs)
         except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
             t = None
-    if t is not None:
-        return [broadcast(t, out, from_right, rows)]
-    outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
-    tangents = inner.jvp()
-    return [broadcast(t, o, from_right, rows) for t, o in zip(tangents, outs, strict=True)]
-
-
-def _any_complex(call: Call) -> bool:
-    return any(slot.primal.is_complex() for slot in call.slots())
+    tangents = inner.jvp() if t is None else [t]
+    return [broadcast(t, o, from_right, rows) for t, o in zip(tangents, differentiable(out), strict=True)]
 
 
 def dropout(call: Call, out: Any) -> list[Out]:
@@ -100,7 +93,7 @@ def dropout(call: Call, out: Any) -> list[Out]:
 
 def rrelu(call: Call, out: Any) -> list[Out]:
     """rrelu_with_noise, with the slopes that it drew."""
-    if not call.sole():
+    if not call.alone():
         return unknown(call, out)
     (x, noise), given = call.args[:2], call.named()
     limits = given["lower"], given["upper"], given["training"], False
@@ -144,20 +137,17 @@ def _keep_apart(x: Slot, dims: Collection[int]) -> None:
 
 
 def along(call: Call, out: Any) -> list[Out]:
-    x = call.args[0]
-    if not isinstance(x, Slot) or sum(1 for _ in call.operands()) != 1:
+    x, outs = call.args[0], differentiable(out)
+    if not isinstance(x, Slot) or len(call.operands()) > 1:
         return unknown(call, out)
-    if call.name in ("max", "min") and _torch.overload_of(call.func) == "other":
-        return elementwise(call, out)
     dims = _dims(call, x.ndim)
     _keep_apart(x, dims)
-    outs = [leaf for leaf in tensors(out) if has_tangent(leaf)]
     if call.name in ("_softmax", "_safe_softmax"):
         tangents = [formulas.softmax(x.tangent, dims[0], x.small(outs[0]))]
     elif call.name in _LINEAR_ALONG:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
-        tangents = call.only(x).jvp()
+        tangents = call.on_rows()[0].jvp()
     result = []
     for leaf, t in zip(outs, tangents, strict=True):
         rows = x.rows
@@ -172,48 +162,41 @@ def along(call: Call, out: Any) -> list[Out]:
 
 def matmul(call: Call, out: Tensor) -> list[Out]:
     """mm, bmm, mv."""
-    return [_product(call.func, call.args[0], call.args[1])]
+    return [_product(call, call.func, *call.args)]
 
 
-def _product(func: Any, a: Any, b: Any) -> Out:
+def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
+    """The tangent of func(a, b), a product of matrices: one operand's rows stay where they are, a batch is both's."""
     slots = [x for x in (a, b) if isinstance(x, Slot)]
-    rows = slots[0].rows
-    if any((x.rows is None) != (rows is None) for x in slots):
-        raise Untracked("matmul")
-    small_a, small_b = primal(a), primal(b)
+    rows, ndim = slots[0].rows, slots[0].ndim
+    p, q = primal(a), primal(b)
     if rows is not None:
         for x in slots:
             _keep_apart(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
-        batched = rows.axis == 0 and slots[0].ndim == 3
-        if len(slots) == 2 and (slots[1].rows != rows or not batched):
-            raise Untracked("matmul")
+        batched = rows.axis == 0 and ndim == 3
+        if len(slots) == 2 and not batched:
+            raise Untracked(call.name)
         if batched:
-            small_a, small_b = rows.take(small_a), rows.take(small_b)
-    t = None
-    if isinstance(a, Slot):
-        t = func(a.tangent, small_b)
-    if isinstance(b, Slot):
-        second = func(small_a, b.tangent)
-        t = second if t is None else t + second
-    assert t is not None
-    return Out(t, rows)
+            p, q = rows.take(p), rows.take(q)
+    if any(x.rows != rows for x in slots):
+        raise Untracked(call.name)
+    first = func(a.tangent, q) if isinstance(a, Slot) else None
+    return Out(formulas.total(first, func(p, b.tangent) if isinstance(b, Slot) else None), rows)
 
 
 def addmm(call: Call, out: Tensor) -> list[Out]:
     """addmm, baddbmm, addmv: an addition and a product."""
     c, a, b = call.args[:3]
-    alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
-        product = _product(_PRODUCTS[call.name], a, b)
-        parts.append(product if alpha == 1 else Out(product.tangent * alpha, product.rows))
+        t, rows = _product(call, _PRODUCTS[call.name], a, b)
+        parts.append(Out(formulas.times(t, call.kwargs.get("alpha", 1)), rows))
     if isinstance(c, Slot):
-        from_right = 0 if c.rows is None else c.ndim - c.rows.axis
-        parts.append(broadcast(c.tangent if beta == 1 else c.tangent * beta, out, from_right, c.rows))
+        t = formulas.times(c.tangent, call.kwargs.get("beta", 1))
+        parts.append(broadcast(t, out, c.from_right, c.rows))
     if any(p.rows != parts[0].rows for p in parts):
         raise Untracked(call.name)
-    t = parts[0].tangent if len(parts) == 1 else parts[0].tangent + parts[1].tangent  # type: ignore[operator]
-    return [Out(t, parts[0].rows)]
+    return [Out(formulas.total(*(p.tangent for p in parts)), parts[0].rows)]
 
 
 _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
@@ -224,7 +207,7 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
-    if not call.sole():
+    if not call.alone():
         return unknown(call, out)
     (x, shape, weight), (y, mean, rstd) = call.args[:3], out
     _keep_apart(x, range(x.ndim - len(shape), x.ndim))
@@ -235,7 +218,7 @@ def layer_norm(call: Call, out: Any) -> list[Out]:
 def fused_rms_norm(call: Call, out: Any) -> list[Out]:
     """_fused_rms_norm."""
     x, shape, weight, eps = call.args[:4]
-    if not call.sole() or len(shape) != 1 or x.ndim < 2:
+    if not call.alone(ndim=2) or len(shape) != 1:
         return unknown(call, out)
     _keep_apart(x, [x.ndim - 1])
     p = x.small()
@@ -246,44 +229,52 @@ def fused_rms_norm(call: Call, out: Any) -> list[Out]:
 
 def batch_norm(call: Call, out: Any) -> list[Out]:
     """native_batch_norm and its kin: of each channel, over all else."""
-    if not call.sole():
+    if not call.alone():
         return unknown(call, out)
     x, given = call.args[0], call.named()
     weight, eps = given.get("weight"), given["eps"] if "eps" in given else given["epsilon"]
-    channel = [-1, *[1] * (x.ndim - 2)]
     if given.get("running_mean") is not None and not given.get("training", call.name == "_batch_norm_with_update"):
         if x.rows is not None and x.rows.axis == 1:
             return unknown(call, out)
         factor = torch.rsqrt(given["running_var"] + eps) * (1 if weight is None else weight)  # [C]
-        return [Out((x.tangent * factor.view(channel)).to(x.primal.dtype), x.rows)]
+        return [Out((x.tangent * _channels(factor, x)).to(x.primal.dtype), x.rows)]
     if x.shape[0] != 1 or (x.rows is not None and x.rows.axis != 1):
         raise MixesRows("batch statistics in training mode; use eval() or another norm")
     # channels that are samples, as in an instance norm: a channel is one row of a layer norm
     p, dot = (a.reshape(*a.shape[:2], -1) for a in (x.small(), x.tangent))
     _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
     t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    return [Out(t if weight is None else t * x.small(weight, 0).view(channel), x.rows)]
+    return [Out(t if weight is None else t * _channels(x.small(weight, 0), x), x.rows)]
 
 
 def group_norm(call: Call, out: Any) -> list[Out]:
     """native_group_norm: a group is one row of a layer norm."""
-    x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
-    if not call.sole() or (x.rows is not None and x.rows.axis != 0):
+    if not call.alone(axis=0):
         return unknown(call, out)
+    x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
     p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
     mean, rstd = (x.small(a, 0).reshape(len(p), groups, 1) for a in out[1:])
     t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    t = t if weight is None else t * weight.view(-1, *[1] * (x.ndim - 2))
-    return [Out(t.to(out[0].dtype), x.rows)]
+    return [Out((t if weight is None else t * _channels(weight, x)).to(out[0].dtype), x.rows)]
+
+
+def _channels(weight: Tensor, x: Slot) -> Tensor:
+    return weight.view(-1, *[1] * (x.ndim - 2))
 
 
 # --------------------------------------------------------------------------------------------------------------- images
 
 
+def linear(call: Call, out: Any) -> list[Out]:
+    """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
+    # dimension 0 of fewer is the channels'
+    return same(call, out) if call.alone(4 if "shuffle" in call.name else 3, axis=0) else unknown(call, out)
+
+
 def convolution(call: Call, out: Tensor) -> list[Out]:
-    x, weight, _, *rest = call.args
-    if not call.sole() or (x.rows is not None and x.rows.axis != 0):
+    if not call.alone(axis=0):
         return unknown(call, out)
+    x, weight, _, *rest = call.args
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
 
@@ -302,16 +293,10 @@ def pad(call: Call, out: Tensor) -> list[Out]:
 
 def by_sample(call: Call, out: Any) -> list[Out]:
     """Pooling by maxima, sampling …: the batch in dimension 0 of every operand, before and after."""
-    slots = call.slots()
-    rows = slots[0].rows
-    if rows is None or rows.axis != 0 or any(x.rows != rows for x in slots) or slots[0].ndim < 3:
+    x = call.slots()[0]
+    if x.rows is None or x.rows.axis != 0 or x.ndim < 3 or any(y.shape[:1] != x.shape[:1] for y in call.operands()):
         return unknown(call, out)
-    if any(isinstance(x, Tensor) and (x.ndim == 0 or x.shape[0] != rows.size) for x in call.operands()):
-        return unknown(call, out)
-    tangents = call.map(
-        lambda x: Slot(rows.take(x.primal), x.tangent, None) if isinstance(x, Slot) else rows.take(x)
-    ).jvp()
-    return [Out(t, rows) for t in tangents]
+    return [Out(t, x.rows) for t in call.on_rows()[0].jvp()]
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -319,33 +304,28 @@ def by_sample(call: Call, out: Any) -> list[Out]:
 
 def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     """PyTorch's fused kernels, whichever serves the call."""
-    given = call.named()
-    q, k, v = (given[name] for name in ("query", "key", "value"))
-    mask = given.get("attn_mask", given.get("attn_bias"))
+    inner, from_right, rows = call.on_rows()
+    if rows is not None and from_right < 3:
+        raise MixesRows("a sequence dimension is the batch's")
+    given = inner.named()
     if given.get("dropout_p", 0.0) > 0:
         raise NotImplementedError(
             "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"
         )
-    o = out[0]
-    from_right, rows = call.rows_from_right()
-    if rows is not None and from_right < 3:
-        raise MixesRows("a sequence dimension is the batch's")
-    if rows is not None and rows.active < rows.batch:
-        names = [name for name in given if isinstance(given[name], (Slot, Tensor))]
-        small = call.with_args([given[name] for name in names], {}).sliced(from_right, rows)
-        cut = dict(zip(names, small.args, strict=True))
-        q, k, v, mask = cut["query"], cut["key"], cut["value"], cut.get("attn_mask", cut.get("attn_bias"))
-    is_causal, scale = given.get("is_causal", False), given.get("scale")
-    plain = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1]
-    if mask is None and plain and (k.shape[1] == q.shape[1] or k.shape[1] > 1):
-        dq, dk, dv = (
-            Dual(x.primal.transpose(1, 2), x.tangent.transpose(1, 2)) if isinstance(x, Slot) else x.transpose(1, 2)
-            for x in (q, k, v)
-        )
-        o_dot = tangent_of(attention(dq, dk, dv, scale=scale, is_causal=is_causal)).transpose(1, 2)  # type: ignore[union-attr]
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    p = [primal(x).transpose(1, 2) for x in (q, k, v)]  # [B_t, N, H, d]
+    dots = [x.tangent.transpose(1, 2) if isinstance(x, Slot) else None for x in (q, k, v)]
+    scale, is_causal = given.get("scale"), given.get("is_causal", False)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    same_batch = mask is None and k.shape == v.shape and k.shape[0] == q.shape[0]
+    if same_batch and (out[0].is_cuda or requested_backend("attention")):
+        duals = [x if dot is None else Dual(x, dot) for x, dot in zip(p, dots, strict=True)]
+        o_dot = tangent_of(attention(*duals, scale=scale, is_causal=is_causal))
     else:
-        o_dot = formulas.attention_with_mask(q, k, v, mask, is_causal, scale)
-    return [broadcast(o_dot.to(o.dtype), o, from_right, rows)]
+        o_dot = attention_tangent(*p, *dots, scale, is_causal, primal(mask), tangent(mask))  # type: ignore[call-arg]
+    o = out[0]
+    return [broadcast(o_dot.transpose(1, 2).to(o.dtype), o, from_right, rows)]  # type: ignore[union-attr]
 
 
 _TABLE: dict[Rule, str] = {

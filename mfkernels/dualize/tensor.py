@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .. import _torch
 from ..dual import CarriesTangent, Dual
-from .call import UNKNOWN, Call, Out, Slot, has_tangent, tensors
-from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
+from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
+from .functions import STATISTIC, OwnRule, is_inside, keeps_what_it_detaches, own_rule
 from .memory import Memory
 from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
@@ -35,17 +35,14 @@ class DualTensor(CarriesTangent):
     """A primal and the tangent of some of its rows. To its user, and to autograd, a tensor."""
 
     _primal: Tensor
-    _tangent: Tensor | None
-    _rows: Rows | None
-    _memory: Memory | None  # shared with the views of this tensor, once there are any
+    _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
-    _rule: OwnRule | None  # made in a Function's forward, whose own rule gives the tangents of its outputs
+    _memory: Memory | None = None  # shared with the views of this tensor, once there are any
+    _rule: OwnRule | None = None  # made in a Function's forward, whose own rule gives the tangents of its outputs
     _apart = False  # a copy, where PyTorch has a view: conj()
 
     @staticmethod
-    def make(
-        primal: Tensor, tangent: Tensor | None, rows: Rows | None, run: DualPass, memory: Memory | None = None
-    ) -> DualTensor:
+    def make(primal: Tensor, slot: Slot | None, run: DualPass) -> DualTensor:
         x = _torch.make_wrapper_subclass(
             DualTensor,
             primal.shape,
@@ -55,22 +52,34 @@ class DualTensor(CarriesTangent):
             layout=primal.layout,
             device=primal.device,
         )
-        x._primal, x._tangent, x._rows, x._memory, x._run = primal, tangent, rows, memory, run
-        x._rule = None if _torch.forward_mode_enabled() else own_rule(run)
+        x._primal, x._slot, x._run = primal, slot, run
+        if not _torch.forward_mode_enabled():
+            x._rule = own_rule(run)
         run.living.append(weakref.ref(x))
         return x
+
+    @property
+    def _rows(self) -> Rows | None:
+        return None if self._slot is None else self._slot.rows
+
+    def forget(self) -> None:
+        """Have no tangent any more."""
+        self._slot = self._memory = self._rule = None
 
     __torch_function__ = _torch.disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # not under the pass's mode: on another thread, below another mode, or after the pass
-        run = next((x._run for x in _duals((*args, *(kwargs or {}).values())) if x._run.active), None)
+        kwargs = kwargs or {}
+        duals = (x for x in leaves((args, *kwargs.values())) if isinstance(x, DualTensor))
+        run = next((x._run for x in duals if x._run.active), None)
         if run is not None:
-            return run.dispatch(func, args, kwargs or {})
-        if operator(func).refusal in (MEMORY, RESHAPES):
-            raise refused(operator(func).name, operator(func).refusal)  # type: ignore[arg-type]
-        return func(*_primals(args), **{k: _primals(x) for k, x in (kwargs or {}).items()})
+            return run.dispatch(func, args, kwargs)
+        op = operator(func)
+        if op.refusal in (MEMORY, RESHAPES):
+            raise refused(op.name, op.refusal)
+        return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         return self._run.through(run, operands)
@@ -79,7 +88,7 @@ class DualTensor(CarriesTangent):
         return f"DualTensor({self._primal!r})"
 
     def detach_(self) -> DualTensor:  # PyTorch does this above where operators arrive
-        self._tangent = self._rows = self._memory = self._rule = None
+        self.forget()
         return super().detach_()  # type: ignore[return-value]
 
     @property
@@ -120,18 +129,8 @@ for _name in ("item", "tolist", "numpy", "__float__", "__complex__", "__array__"
     setattr(DualTensor, _name, _of_primal(_name, NUMBER))
 
 
-def _duals(x: Any) -> Iterator[DualTensor]:
-    if isinstance(x, DualTensor):
-        yield x
-    elif isinstance(x, (list, tuple)):
-        for y in x:
-            yield from _duals(y)
-
-
-def _primals(x: Any) -> Any:
-    if isinstance(x, DualTensor):
-        return x._primal
-    return type(x)(map(_primals, x)) if type(x) in (list, tuple) else x
+def _bare(x: Any) -> Any:
+    return x._primal if isinstance(x, DualTensor) else x
 
 
 class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
@@ -171,7 +170,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
             x = ref()
             if x is not None:
-                x._tangent = x._rows = x._memory = x._rule = None
+                x.forget()
         self.living.clear()
 
     def outlived(self) -> bool:
@@ -188,8 +187,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if dual:
                 x = x._primal  # type: ignore[attr-defined]
             elif x.grad_fn is not None:
-                x = x.detach()  # what is saved must not hold the node that saves it
-                x = x._primal if isinstance(x, DualTensor) else x
+                x = _bare(x.detach())  # what is saved must not hold the node that saves it
             saved = _Saved(x, outer)
             if dual:
                 self.saved.setdefault(_torch.memory_of(x), []).append(saved)
@@ -217,11 +215,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
         if self.written_by_rule:
-            over = [(y, rule) for y, rule in self.written_by_rule if not is_inside(rule)]
-            self.written_by_rule = [(y, rule) for y, rule in self.written_by_rule if is_inside(rule)]
-            for y, rule in over:
-                if rule.has(y):
-                    self._outside(y, rule)
+            self._settle()
         if isinstance(x, DualTensor):
             if x._run is not self:
                 if x._run.active:
@@ -229,18 +223,27 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 return None
             if x._rule is not None and not is_inside(x._rule):
                 self._outside(x, x._rule)
-            t, rows = x._tangent, x._rows
             if x._memory is not None and x._memory.buffer is not None:
-                t, rows = x._memory.read(x._primal, rows)
-            if rows is UNKNOWN.rows:
-                raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
-            return None if t is None else Slot(x._primal, t, rows)
-        if self.written and has_tangent(x):
-            memory = self.written.get(_torch.memory_of(x))
-            if memory is not None:
-                t, rows = memory.read(x, None)
-                return None if t is None else Slot(x, t, rows)
-        return None
+                return x._memory.read(x._primal, x._rows)
+            return x._slot
+        memory = self.written.get(_torch.memory_of(x)) if self.written and has_tangent(x) else None
+        return None if memory is None else memory.read(x, None)
+
+    def _settle(self) -> None:
+        """What Functions with rules of their own have written to, and have returned, has the tangents they say."""
+        over = [(x, rule) for x, rule in self.written_by_rule if not is_inside(rule)]
+        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if is_inside(rule)]
+        for x, rule in over:
+            if rule.has(x):
+                self._outside(x, rule)
+
+    def _outside(self, x: DualTensor, rule: OwnRule) -> None:
+        """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
+        t, rows = rule.tangent_of(x), None
+        if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
+            t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
+        x._rule = None
+        self._store(x, x._primal, Out(t, rows), [])
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         """`run` on Duals: one of this package's operations, which computes value and tangent in one kernel."""
@@ -248,11 +251,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         for x in operands:
             slot = self.slot(x) if isinstance(x, Tensor) else None
             if slot is None:
-                given.append(leave(x) if isinstance(x, DualTensor) else x)
-            else:
-                t, rows = slot.tangent, slot.rows
-                prefix = rows is None or (rows.axis == 0 and rows.outer == 1)
-                given.append(Dual(leave(x), t if prefix else rows.fill(t)))  # type: ignore[union-attr]
+                given.append(leave(x))
+                continue
+            t, rows = slot.tangent, slot.rows
+            given.append(Dual(leave(x), t if rows is None or rows[:2] == (0, 1) else rows.fill(t)))
         out = run(*given)
         return tuple(map(self._return, out)) if type(out) is tuple else self._return(out)
 
@@ -272,14 +274,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return _Enter.apply(x, t, rows, self)
         return _entered(x, t, rows, self)
 
-    def _outside(self, x: DualTensor, rule: OwnRule) -> None:
-        """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
-        t, rows = rule.tangent_of(x), None
-        if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
-            t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
-        x._rule = None
-        self._store(x, x._primal, Out(t, rows), [])
-
     # ------------------------------------------------------------------------------------------------------- dispatch
 
     @classmethod
@@ -291,18 +285,22 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
-        op = operator(func)
-        if torch.is_inference_mode_enabled() and (self.written or any(True for _ in _duals((*args, *kwargs.values())))):
+        op, found = operator(func), _Found()
+        slots, primals = self._taken(args, found)
+        slot_kwargs, p_kwargs = kwargs, kwargs
+        if kwargs:
+            taken = self._taken(kwargs.values(), found)
+            slot_kwargs, p_kwargs = (dict(zip(kwargs, xs, strict=True)) for xs in taken)
+        if not found.dual and not op.in_place:
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
             parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
             if parts is not NotImplemented:
                 return parts
-        operands = _Operands(self)
-        slots, p_args = operands.take(args)
-        slot_kwargs, p_kwargs = (dict(zip(kwargs, xs, strict=True)) for xs in operands.take(kwargs.values()))
-        if op.refusal is not None and operands.any_dual and (operands.any_tangent or op.refusal in (MEMORY, RESHAPES)):
+        if op.refusal is not None and (found.tangent or (found.dual and op.refusal in (MEMORY, RESHAPES))):
             raise refused(op.name, op.refusal)
         rule = None
-        if operands.any_dual and not _torch.forward_mode_enabled():
+        if found.dual and not _torch.forward_mode_enabled():
             rule = own_rule(self)
             if op.name == "detach" and not op.in_place and keeps_what_it_detaches(self):
                 op = operator(torch.ops.aten.alias.default)
@@ -310,50 +308,82 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if not isinstance(args[0], DualTensor):
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
                 self.written_by_rule.append((args[0], rule))
-        if op.in_place:
-            return self._in_place(op, Call(func, op.name, slots, slot_kwargs), args, p_args, p_kwargs, operands)
-        out = func(*p_args, **p_kwargs)
-        if not operands.any_dual:
-            return out
-        if rule is not None and (op.constant or not (operands.any_tangent or op.view)):
-            return self._wrap(out, [Out(None)] * len(tensors(out)), [], keep=True)  # the rule may give it a tangent
-        if op.constant:
-            if op.view and self.written and _torch.memory_of(out) in self.written:
-                return DualTensor.make(out, None, None, self)  # the memory has a tangent, this view of it none
-            return out
-        if op.name in APART and isinstance(args[0], DualTensor):
-            self._memory_of(args[0]).apart = True
-        if op.view and not isinstance(args[0], DualTensor):
-            return out  # its tangent is found by its memory
-        if not operands.any_tangent:
-            return self._wrap_view(out, [Out(None)] * len(tensors(out)), args[0]) if op.view else out
-        if not any(map(has_tangent, tensors(out))):
-            return out
         call = Call(func, op.name, slots, slot_kwargs)
-        start = time.perf_counter() if self.report else 0.0
-        outs = self._tangents(op, call, out)
-        if op.name in APART:
-            t, rows = outs[0]
-            outs = [Out(t.resolve_conj().resolve_neg(), rows)]  # type: ignore[union-attr]
-            result = self._wrap(out.resolve_conj().resolve_neg(), outs, [])
-            result._apart = True
-        else:
-            result = self._wrap_view(out, outs, args[0]) if op.view else self._wrap(out, outs, operands.shared)
-        if self.report:
-            self.report.add(call, time.perf_counter() - start)
+        if op.in_place:
+            return self._in_place(op, call, args, primals, p_kwargs, found)
+
+        out = func(*primals, **p_kwargs)
+        view = op.view and not op.constant
+        source = args[0] if (view or op.name in APART) and isinstance(args[0], DualTensor) else None
+        if view and source is None:
+            return out  # its tangent is found by its memory
+        if source is not None and not view:
+            self._memory_of(source).apart, source = True, None
+        if found.tangent and not op.constant:
+            start = time.perf_counter() if self.report else 0.0
+            result = self._followed(op, call, out, source, found.shared)
+            if self.report:
+                self.report.add(call, time.perf_counter() - start)
+            return result
+        # zero, and kept track of where a write or the Function's rule may give it a tangent
+        cut_off = op.view and op.constant and self.written and _torch.memory_of(out) in self.written
+        if source is not None or rule is not None or cut_off:
+            return self._wrap(out, [Out(None)] * len(differentiable(out)), source, [], keep=True)
+        return out
+
+    def _taken(self, xs: Iterable[Any], found: _Found) -> tuple[list[Any], list[Any]]:
+        """Operands, with a `Slot` for each tensor that carries a tangent; and their primals."""
+        slots: list[Any] = []
+        primals: list[Any] = []
+        for x in xs:
+            slot = primal = x
+            if isinstance(x, DualTensor):
+                primal, memory, found.dual = x._primal, x._memory, True
+                written = memory is not None and memory.buffer is not None
+                if written or x._rule is not None or x._run is not self or self.written_by_rule:
+                    slot = self.slot(x)
+                else:
+                    slot = x._slot
+                if slot is None:
+                    slot = primal
+                else:
+                    found.tangent = True
+                    if written:
+                        found.shared.append(slot.tangent)
+            elif isinstance(x, Tensor):
+                carried = self.slot(x) if self.written else None
+                if carried is not None:
+                    slot, found.dual, found.tangent = carried, True, True
+                    found.shared.append(carried.tangent)
+            elif isinstance(x, (list, tuple)):
+                slot, primal = self._taken(x, found)
+            slots.append(slot)
+            primals.append(primal)
+        return slots, primals
+
+    def _followed(self, op: Operator, call: Call, out: Any, source: DualTensor | None, shared: list[Tensor]) -> Any:
+        """`out` with the tangents of its rule."""
+        primals = differentiable(out)
+        if not primals:
+            return out
+        outs = self._tangents(op, call, out, primals)
+        if op.name not in APART:
+            return self._wrap(out, outs, source, shared, keep=source is not None)
+        t, rows = outs[0]
+        outs = [Out(t.resolve_conj().resolve_neg(), rows)]  # type: ignore[union-attr]
+        result = self._wrap(out.resolve_conj().resolve_neg(), outs, None, [])
+        result._apart = True
         return result
 
-    def _tangents(self, op: Operator, call: Call, out: Any) -> list[Out]:
+    def _tangents(self, op: Operator, call: Call, out: Any, primals: list[Tensor]) -> list[Out]:
         """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
-        grad_enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
         try:
             try:
-                outs = _fitting(op.rule(call, out), out)
+                outs = _fitting(op.rule(call, out), primals)
             except Untracked:
                 if self.report:
                     self.report.filled(call)
-                outs = _fitting(op.rule(call.dense(), out), out)
+                outs = _fitting(op.rule(call.dense(), out), primals)
             return found_again(call, outs, self.batch, self.active_rows)
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
@@ -364,50 +394,51 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if text.startswith("dualize:") or ("forward AD" not in text and "jvp" not in text):
                 raise
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
-        finally:
-            torch.set_grad_enabled(grad_enabled)
 
-    def _wrap(self, out: Any, outs: list[Out], shared: list[Tensor], keep: bool = False) -> Any:
+    def _wrap(
+        self, out: Any, outs: list[Out], source: DualTensor | None, shared: list[Tensor], keep: bool = False
+    ) -> Any:
+        """
+        source: what `out` is a view of.
+        keep: follow a tangent of zero too.
+        """
+        memory = None if source is None else self._memory_of(source)
         given = iter(outs)
 
         def one(p: Any) -> Any:
             if not has_tangent(p):
                 return p
             t, rows = next(given)
+            if t is None and not keep and rows is not UNKNOWN.rows:
+                return p
+            if t is not None and t.dtype != p.dtype:
+                t = t.to(p.dtype)
+            if t is not None and shared and source is None:
+                t = _fresh(t, shared)
+            x = DualTensor.make(p, None if t is None else Slot(p, t, rows), self)
             if rows is UNKNOWN.rows:
-                return DualTensor.make(p, None, rows, self)
-            if t is None:
-                return DualTensor.make(p, None, None, self) if keep else p
-            return DualTensor.make(p, _fresh(t if t.dtype == p.dtype else t.to(p.dtype), shared), rows, self)
+                x._rule = STATISTIC
+            if source is not None:
+                x._memory, x._apart = memory, source._apart
+            return x
 
-        return _map_out(one, out)
+        return mapped(one, out)
 
     def _adopt(self, x: DualTensor) -> None:
         """A tensor that the module has kept from an earlier pass is one of this pass."""
         if x._run is not self:
-            x._run, x._tangent, x._rows, x._memory, x._rule = self, None, None, None, None
+            x.forget()
+            x._run = self
             self.living.append(weakref.ref(x))
 
     def _memory_of(self, x: DualTensor) -> Memory:
         """What `x` shares with its views."""
         self._adopt(x)
         if x._memory is None:
-            x._memory = Memory(x._primal, x._tangent, x._rows, self.batch, self.active_rows)
+            x._memory = Memory(x._primal, x._slot, self.batch, self.active_rows)
         return x._memory
 
-    def _wrap_view(self, out: Any, outs: list[Out], source: Any) -> Any:
-        memory = self._memory_of(source)
-        given = iter(outs)
-
-        def one(p: Tensor) -> DualTensor:
-            t, rows = next(given)
-            x = DualTensor.make(p, t, rows, self, memory)
-            x._apart = source._apart
-            return x
-
-        return _map_out(one, out)
-
-    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, operands: _Operands) -> Any:
+    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, found: _Found) -> Any:
         """Tangent first, which needs the old primal; then the primal."""
         target = args[0]
         if isinstance(target, DualTensor):
@@ -422,13 +453,13 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
                 # it may be an argument, which was not copied for the pass: see dual.unshared
                 target._primal = p_args[0] = p_args[0].contiguous()
-        elif operands.any_tangent and not isinstance(target, Tensor):
+        elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
         start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
-        if operands.any_tangent and has_tangent(target):
+        if found.tangent and has_tangent(target):
             outside = Call(op.functional, op.name, call.args, call.kwargs, call.jvps)
-            outs = self._tangents(op, outside, p_args[0])
+            outs = self._tangents(op, outside, p_args[0], p_args[:1])
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
@@ -436,8 +467,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             for saved in self.saved.get(_torch.memory_of(p_args[0]), ()):
                 saved.overwritten = True
         if outs:
-            with torch.no_grad():
-                self._store(target, p_args[0], outs[0], operands.shared)
+            self._store(target, p_args[0], outs[0], found.shared)
             if self.report:
                 self.report.add(call, time.perf_counter() - start)
         return target
@@ -453,10 +483,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _store(self, target: Tensor, p: Tensor, out: Out, shared: list[Tensor]) -> None:
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
         t, rows = out
-        t = None if t is None else _fresh(t if t.dtype == p.dtype else t.to(p.dtype), shared)
+        if t is not None:
+            t = _fresh(t.to(p.dtype), shared)
         if isinstance(target, DualTensor):
             if target._memory is None:  # nobody else sees it
-                target._tangent, target._rows = t, rows if t is not None else target._rows
+                target._slot = None if t is None else Slot(p, t, rows)
             else:
                 target._memory.write(p, target._rows, t, rows)
             return
@@ -464,25 +495,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if memory is None:
             if t is None:
                 return
-            base = _torch.viewed(p)
-            memory = self.written[_torch.memory_of(p)] = Memory(base, None, None, self.batch, self.active_rows)
+            memory = Memory(_torch.viewed(p), None, self.batch, self.active_rows)
+            self.written[_torch.memory_of(p)] = memory
         memory.write(p, None, t, rows)
 
 
-def _fitting(outs: list[Out], out: Any) -> list[Out]:
+def _fitting(outs: list[Out], primals: list[Tensor]) -> list[Out]:
     """`outs`, if each is of the shape that its primal and its rows ask for."""
-    primals = [p for p in tensors(out) if has_tangent(p)]
-    outs += [UNKNOWN] * (len(primals) - len(outs))
+    outs = outs + [UNKNOWN] * (len(primals) - len(outs))
     for p, (t, rows) in zip(primals, outs, strict=True):
-        if t is None:
-            continue
-        if rows is None:
-            fits = t.shape == p.shape
-        else:
-            axis = rows.axis
-            fits = t.ndim == p.ndim > axis and p.shape[axis] == rows.size and t.shape[axis] == rows.kept
-            fits = fits and t.numel() * rows.batch == p.numel() * rows.active
-        if not fits:
+        if t is not None and not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
             raise Untracked("shape")
     return outs
 
@@ -492,46 +514,14 @@ def _fresh(t: Tensor, shared: list[Tensor]) -> Tensor:
     return t.clone() if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared) else t
 
 
-def _map_out(fn: Callable[[Any], Any], out: Any) -> Any:
-    if isinstance(out, (tuple, list)):
-        return [[fn(y) for y in x] if isinstance(x, (tuple, list)) else fn(x) for x in out]
-    return fn(out)
+class _Found:
+    """What there is among the operands of a call."""
 
+    __slots__ = ("dual", "shared", "tangent")
 
-class _Operands:
-    """Arguments, with a `Slot` for each tensor that carries a tangent, and their primals."""
-
-    __slots__ = ("any_dual", "any_tangent", "run", "shared")
-
-    def __init__(self, run: DualPass) -> None:
-        self.run, self.any_dual, self.any_tangent = run, False, False
+    def __init__(self) -> None:
+        self.dual = self.tangent = False  # tensors of a pass, and those of them that carry a tangent
         self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
-
-    def take(self, xs: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-        slots: list[Any] = []
-        primals: list[Any] = []
-        for x in xs:
-            slot = primal = x
-            if isinstance(x, DualTensor):
-                primal = x._primal
-                self.any_dual = True
-                slot = self._slot(x) or primal
-            elif isinstance(x, Tensor):
-                if self.run.written:
-                    slot = self._slot(x) or x
-            elif isinstance(x, (list, tuple)):
-                slot, primal = self.take(x)
-            slots.append(slot)
-            primals.append(primal)
-        return slots, primals
-
-    def _slot(self, x: Tensor) -> Slot | None:
-        slot = self.run.slot(x)
-        if slot is not None:
-            self.any_dual = self.any_tangent = True
-            if not isinstance(x, DualTensor) or (x._memory is not None and x._memory.buffer is not None):
-                self.shared.append(slot.tangent)
-        return slot
 
 
 class _Saved:
@@ -558,7 +548,7 @@ class _Saved:
 def _entered(x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> DualTensor:
     # below autograd nobody conjugates what has been marked so
     x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
-    return DualTensor.make(x, t, rows, run)
+    return DualTensor.make(x, Slot(x, t, rows), run)
 
 
 class _Enter(torch.autograd.Function):
@@ -581,7 +571,7 @@ class _Leave(torch.autograd.Function):
         return grad
 
 
-def leave(x: Tensor) -> Tensor:
+def leave(x: Any) -> Any:
     """A DualTensor's primal, on the tape where it is."""
     if not isinstance(x, DualTensor):
         return x

@@ -6,7 +6,6 @@ Where a view's batch cannot be followed, its tangent may be a copy: writes go th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +48,7 @@ def reshape(call: Call, out: Tensor) -> list[Out]:
 
 def expand(call: Call, out: Tensor) -> list[Out]:
     x = call.args[0]
-    return [broadcast(x.tangent, out, 0 if x.rows is None else x.ndim - x.rows.axis, x.rows)]
+    return [broadcast(x.tangent, out, x.from_right, x.rows)]
 
 
 def repeat(call: Call, out: Tensor) -> list[Out]:
@@ -115,7 +114,7 @@ def _cut(call: Call, x: Slot, at: int, start: int, size: int) -> Out:
     whole = rows.batch * rows.inner
     if start % whole == 0 and stop % whole == 0:  # some of several batches that lie one after the other
         outer, kept = size // whole, rows.active * rows.inner
-        return Out(x.tangent.narrow(axis, start // whole * kept, outer * kept), replace(rows, outer=outer))
+        return Out(x.tangent.narrow(axis, start // whole * kept, outer * kept), rows._replace(outer=outer))
     if rows.outer != 1 or start % rows.inner or stop % rows.inner:
         raise Untracked(call.name)
     batch = size // rows.inner
@@ -160,7 +159,7 @@ def _join_batches(call: Call, slots: list[Slot], parts: int, dim: int) -> Out:
     like = {(r.axis, r.batch, r.inner, r.active) for r in rows}
     if len(rows) < parts or len(like) > 1:
         raise Untracked(call.name)
-    return Out(torch.cat([x.tangent for x in slots], dim), replace(rows[0], outer=sum(r.outer for r in rows)))
+    return Out(torch.cat([x.tangent for x in slots], dim), rows[0]._replace(outer=sum(r.outer for r in rows)))
 
 
 def found_again(call: Call, outs: list[Out], batch: int, active: int) -> list[Out]:
@@ -246,7 +245,7 @@ def aligned(call: Call, out: Tensor) -> list[Out]:
         or any(x.ndim != slots[0].ndim or x.shape[rows.axis] != rows.size for x in plain)
     ):
         raise Untracked(call.name)
-    return [Out(call.sliced(slots[0].ndim - rows.axis, rows).jvp()[0], rows)]
+    return [Out(call.on_rows()[0].jvp()[0], rows)]
 
 
 def copy(call: Call, out: Tensor) -> list[Out]:
@@ -254,8 +253,7 @@ def copy(call: Call, out: Tensor) -> list[Out]:
     value = call.args[1]
     if not isinstance(value, Slot):
         return [Out(None)]
-    from_right = 0 if value.rows is None else value.ndim - value.rows.axis
-    return [broadcast(value.tangent.to(out.dtype), out, from_right, value.rows)]
+    return [broadcast(value.tangent.to(out.dtype), out, value.from_right, value.rows)]
 
 
 def fill(call: Call, out: Tensor) -> list[Out]:
@@ -271,15 +269,6 @@ def unknown(call: Call, out: Any) -> list[Out]:
     if any(slot.rows is not None for slot in call.slots()):
         raise Untracked(call.name)
     return [Out(t) for t in call.jvp()]
-
-
-def linear(call: Call, out: Any) -> list[Out]:
-    """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
-    x = call.args[0]
-    images = 4 if "shuffle" in call.name else 3  # dimension 0 of fewer is the channels'
-    if not call.sole() or x.ndim < images or (x.rows is not None and x.rows.axis != 0):
-        return unknown(call, out)
-    return same(call, out)
 
 
 TABLE = {
