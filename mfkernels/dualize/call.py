@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,19 @@ class Slot:
         return x if self.rows is None else self.rows.take(x, axis)
 
 
+class _Cut(Slot):
+    """A Slot on its rows alone. Many tangents need no primal, so that is cut when it is asked for."""
+
+    __slots__ = ("whole",)
+
+    def __init__(self, whole: Slot) -> None:
+        self.whole, self.tangent, self.rows = whole, whole.tangent, None
+
+    @property
+    def primal(self) -> Tensor:  # type: ignore[override]
+        return self.whole.small()
+
+
 class Out(NamedTuple):
     """The tangent of one output; None is zero."""
 
@@ -62,23 +75,27 @@ def tangent(x: Any) -> Tensor | None:
     return x.tangent if isinstance(x, Slot) else None
 
 
-def leaves(x: Any) -> Iterator[Any]:
+def leaves(x: Any) -> list[Any]:
     """What `x` holds: ATen operators take and give single values and lists of them."""
-    if isinstance(x, (tuple, list)):
-        for y in x:
-            yield from leaves(y)
-    else:
-        yield x
+    flat = []
+    for y in x if isinstance(x, (tuple, list)) else (x,):
+        if isinstance(y, (tuple, list)):
+            flat += leaves(y)
+        else:
+            flat.append(y)
+    return flat
 
 
 def mapped(fn: Callable[[Any], Any], x: Any) -> Any:
     """`fn` of everything that `x` holds."""
-    return [mapped(fn, y) for y in x] if isinstance(x, (tuple, list)) else fn(x)
+    if isinstance(x, (tuple, list)):
+        return [mapped(fn, y) if isinstance(y, (tuple, list)) else fn(y) for y in x]
+    return fn(x)
 
 
 def differentiable(out: Any) -> list[Tensor]:
     """The outputs of a call that can have tangents."""
-    return [x for x in ((out,) if isinstance(out, Tensor) else leaves(out)) if has_tangent(x)]
+    return [x for x in leaves(out) if has_tangent(x)]
 
 
 class Call:
@@ -148,12 +165,11 @@ class Call:
             return self, from_right, rows
 
         def cut(x: Any) -> Any:
-            if not isinstance(x, (Slot, Tensor)):
-                return x
-            p = primal(x)
-            if p.ndim >= from_right and p.shape[-from_right] == rows.size:
-                p = rows.take(p, p.ndim - from_right)
-            return Slot(p, x.tangent, None) if isinstance(x, Slot) else p
+            if isinstance(x, Slot):
+                return _Cut(x)
+            if isinstance(x, Tensor) and x.ndim >= from_right and x.shape[-from_right] == rows.size:
+                return rows.take(x, x.ndim - from_right)
+            return x
 
         return self.map(cut), from_right, rows
 

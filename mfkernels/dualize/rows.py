@@ -61,8 +61,7 @@ class Rows(NamedTuple):
 
     def fit(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
         """Whether these are the shapes of a tangent and its primal."""
-        axis = self.axis
-        return axis < len(primal) and primal[axis] == self.size and list(tangent) == self.shape(primal)
+        return len(primal) > self.axis and primal[self.axis] == self.size and list(tangent) == self.shape(primal)
 
     def fill(self, x_dot: Tensor) -> Tensor:
         """The tangent of every row: zero where there was none."""
@@ -79,6 +78,8 @@ class Rows(NamedTuple):
         Raises:
             Untracked: one of the new dimensions cuts through the batch.
         """
+        if self.axis == 0 < len(new) and new[0] == old[0]:
+            return self
         stride = self.inner * math.prod(old[self.axis + 1 :])  # of the batch, in elements
         below = 1
         for axis in range(len(new) - 1, -1, -1):

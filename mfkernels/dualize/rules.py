@@ -79,8 +79,9 @@ def elementwise(call: Call, out: Any) -> list[Out]:
             t = formula(*inner.args, **inner.kwargs)
         except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
             t = None
-    tangents = inner.jvp() if t is None else [t]
-    return [broadcast(t, o, from_right, rows) for t, o in zip(tangents, differentiable(out), strict=True)]
+    if t is not None:
+        return [broadcast(t, out, from_right, rows)]
+    return [broadcast(t, o, from_right, rows) for t, o in zip(inner.jvp(), differentiable(out), strict=True)]
 
 
 def dropout(call: Call, out: Any) -> list[Out]:

@@ -146,8 +146,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self.living: list[weakref.ref[DualTensor]] = []
         # memory of plain tensors that were written to with tangents
         self.written: dict[Any, Memory] = {}
-        # by memory, the primals of this pass that the tape holds
-        self.saved: dict[Any, list[_Saved]] = {}
+        # the primals of this pass that the tape holds, and those of them that have been sorted by memory
+        self.saved: list[_Saved] = []
+        self.saved_in: dict[Any, list[_Saved]] = {}
         self._tape: AbstractContextManager[Any] = nullcontext()
 
     # ------------------------------------------------------------------------------------------------- begin and end
@@ -165,6 +166,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self._tape.__exit__(*error)
         self.written.clear()
         self.saved.clear()
+        self.saved_in.clear()
         self.functions.clear()
         self.written_by_rule.clear()
         for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
@@ -183,15 +185,13 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
 
         def pack(x: Tensor) -> Any:
-            dual = isinstance(x, DualTensor)
-            if dual:
-                x = x._primal  # type: ignore[attr-defined]
-            elif x.grad_fn is not None:
-                x = _bare(x.detach())  # what is saved must not hold the node that saves it
-            saved = _Saved(x, outer)
-            if dual:
-                self.saved.setdefault(_torch.memory_of(x), []).append(saved)
-            return saved
+            if isinstance(x, DualTensor):
+                saved = _Saved(x._primal, outer)
+                if outer is None:
+                    self.saved.append(saved)
+                return saved
+            # what is saved must not hold the node that saves it
+            return _Saved(x if x.grad_fn is None else _bare(x.detach()), outer)
 
         def unpack(saved: _Saved) -> Tensor:
             if self.active:
@@ -281,6 +281,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return False  # dual_call has told it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not types and not self.written and not operator(func).in_place:
+            return func(*args, **(kwargs or {}))  # on plain tensors
         return self.dispatch(func, args, kwargs or {})
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -355,7 +357,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if carried is not None:
                     slot, found.dual, found.tangent = carried, True, True
                     found.shared.append(carried.tangent)
-            elif isinstance(x, (list, tuple)):
+            elif isinstance(x, (list, tuple)) and not (x and isinstance(x[0], int)):
                 slot, primal = self._taken(x, found)
             slots.append(slot)
             primals.append(primal)
@@ -463,14 +465,20 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
-        if self.saved:
-            for saved in self.saved.get(_torch.memory_of(p_args[0]), ()):
-                saved.overwritten = True
+        self._overwritten(p_args[0])
         if outs:
             self._store(target, p_args[0], outs[0], found.shared)
             if self.report:
                 self.report.add(call, time.perf_counter() - start)
         return target
+
+    def _overwritten(self, x: Tensor) -> None:
+        """Tell what the tape holds of the memory of `x`."""
+        while self.saved:
+            saved = self.saved.pop()
+            self.saved_in.setdefault(_torch.memory_of(saved.kept), []).append(saved)
+        for saved in self.saved_in.get(_torch.memory_of(x), ()) if self.saved_in else ():
+            saved.overwritten = True
 
     def _alone(self, x: DualTensor) -> bool:
         """Whether no view of `x` is in use."""
@@ -502,7 +510,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
 def _fitting(outs: list[Out], primals: list[Tensor]) -> list[Out]:
     """`outs`, if each is of the shape that its primal and its rows ask for."""
-    outs = outs + [UNKNOWN] * (len(primals) - len(outs))
+    if len(outs) < len(primals):
+        outs = outs + [UNKNOWN] * (len(primals) - len(outs))
     for p, (t, rows) in zip(primals, outs, strict=True):
         if t is not None and not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
             raise Untracked("shape")
