@@ -46,59 +46,50 @@ def holds_dual(x: Any) -> bool:
     return isinstance(x, Dual) or any(map(holds_dual, parts))
 
 
-def settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    """(submodule, attribute) of the numbers, flags and words that a forward may read, `training` among them."""
-    return tuple(
-        (path, name)
-        for path, part in module.named_modules()
-        for name, value in part.__dict__.items()
-        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
-    )
+Place = tuple[str, str, Any]  # submodule, attribute, key in it or None
 
 
-def loose_tensors(module: nn.Module) -> tuple[tuple[str, str, Any], ...]:
-    """(submodule, attribute, key in it or None) of the tensors that are neither parameters nor buffers.
+def places(module: nn.Module) -> tuple[Place, ...]:
+    """Where a forward may find what Dynamo does not hand over with the module, as it does parameters and buffers.
 
-    Tables of positions are often kept so. Dynamo hands parameters and buffers over with the module; these it must be
-    told of, or the graph would have them as constants, which no backward can be traced through.
+    Tensors, alone or in a list or dict, as tables of positions often are: the graph would have them as constants, which
+    no backward can be traced through. Numbers, flags and words, `training` among them: read before the call, they make
+    Dynamo compile anew when they change, or are inputs of the graph.
     """
-    found: list[tuple[str, str, Any]] = []
+    found: list[Place] = []
     for path, part in module.named_modules():
         for name, value in part.__dict__.items():
-            if name.startswith("_"):
-                continue
-            items = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
-            found += [(path, name, None)] if isinstance(value, Tensor) else []
-            found += [(path, name, key) for key, x in items if isinstance(x, Tensor)]
+            if not name.startswith("_"):
+                items = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+                found += [(path, name, None)] if isinstance(value, (Tensor, bool, int, float, str)) else []
+                found += [(path, name, key) for key, x in items if isinstance(x, Tensor)]
     return tuple(found)
 
 
-def _get(module: nn.Module, path: str, name: str, key: Any) -> Any:
+def _get(module: nn.Module, place: Place) -> Any:
+    path, name, key = place
     value = getattr(module.get_submodule(path), name)
     return value if key is None else value[key]
 
 
-def _set(module: nn.Module, x: Any, path: str, name: str, key: Any) -> None:
-    part = module.get_submodule(path)
-    if key is None:
-        part.__dict__[name] = x
-    else:
-        part.__dict__[name][key] = x
+def _set(module: nn.Module, values: list[Any]) -> None:
+    for (path, name, key), x in zip(module.places, values, strict=True):  # type: ignore[arg-type]
+        table = module.get_submodule(path).__dict__
+        if key is None:
+            table[name] = x
+        else:
+            table[name][key] = x
 
 
-def _run(module: Any, watched: Any, loose: Any, args: Any, kwargs: Any) -> Any:
+def _run(module: Any, values: Any, args: Any, kwargs: Any) -> Any:
     from .op import dual_call  # it imports this module
 
-    places = [*module.loose_tensors, *((path, name, None) for path, name in module.settings)]
-    before = [_get(module, *place) for place in places]
-    buffers = dict(module.named_buffers())
-    for place, x in zip(places, (*loose, *watched), strict=True):
-        _set(module, x, *place)
+    before, buffers = [_get(module, place) for place in module.places], dict(module.named_buffers())
+    _set(module, values)
     try:
         out = _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
     finally:
-        for place, x in zip(places, before, strict=True):
-            _set(module, x, *place)
+        _set(module, before)
     assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
     if assigned:
         raise NotImplementedError(
@@ -119,7 +110,5 @@ def prepare() -> None:
 
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    loose = [_get(module, path, name, key) for path, name, key in module.loose_tensors]
-    # what is read here makes Dynamo compile anew when it changes, or is an input of the graph: numbers like 0.5
-    watched = [_get(module, path, name, None) for path, name in module.settings]
-    return _decoded(_traced(module, watched, loose, _encoded(args), _encoded(kwargs)))
+    values = [_get(module, place) for place in module.places]
+    return _decoded(_traced(module, values, _encoded(args), _encoded(kwargs)))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from .. import _torch
 from .._torch import tree_flatten, tree_unflatten
 from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware, unshared
 from .call import has_tangent
-from .compiled import call_compiled, holds_dual, loose_tensors, prepare, settings
+from .compiled import Place, call_compiled, holds_dual, places, prepare
 from .report import Report
 from .tensor import DualPass, DualTensor, leave
 from .where import refused
@@ -56,38 +57,26 @@ def dualize(model: M, *, report: bool = False) -> M:
         return model
     dual = _rebuild(type(model))
     # the same tables of parameters, buffers, submodules and hooks, not copies of them
-    own = {
-        "dual_report": Report() if report else None,
-        "settings": settings(model),
-        "loose_tensors": loose_tensors(model),
-    }
-    dual.__dict__.update(model.__dict__, **own)
+    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, places=places(model))
     return dual
 
 
-_classes: dict[type, type] = {}
-
-
+@cache
 def _dualized_class(base: type) -> type:
-    if base not in _classes:
-        _classes[base] = type(
-            base.__name__, (_Dualized, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        )
-    return _classes[base]
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (_Dualized, base), names)
 
 
 def _rebuild(base: type) -> Any:
     prepare()
-    cls = _dualized_class(base)
-    return object.__new__(cls)
+    return object.__new__(_dualized_class(base))
 
 
 class _Dualized(nn.Module):
     __dual_aware__ = True
     __dualized__ = True
     dual_report: Report | None
-    loose_tensors: tuple[tuple[str, str, Any], ...]  # what compiled.py has to hand over
-    settings: tuple[tuple[str, str], ...]  # and what it has to watch
+    places: tuple[Place, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -108,17 +97,13 @@ def _is_dual(x: Any) -> bool:
     return isinstance(x, Dual)
 
 
-def _unshared(x: Dual) -> Dual:
-    return Dual(unshared(x.primal), None if x.tangent is None else unshared(x.tangent))
-
-
 def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`module(*args, **kwargs)`, its own call, with `Dual`s carried through it."""
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
     # the module may write into what it is given
-    leaves = [_unshared(x) if _is_dual(x) else x for x in leaves]
+    leaves = [Dual._make(a if a is None else unshared(a) for a in x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module.plain_call(*args, **kwargs)

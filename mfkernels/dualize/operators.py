@@ -10,7 +10,7 @@ import torch
 
 from .. import _torch
 from .call import Call, Out
-from .rules import CONSTANT, constant, foreign, rule_for
+from .rules import RULES, constant, foreign, rule_for
 
 
 class Operator(NamedTuple):
@@ -73,9 +73,9 @@ def operator(func: Any) -> Operator:
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
         functional = getattr(getattr(torch.ops.aten, name, None), _torch.overload_of(func), None)
-        if functional is None and name not in CONSTANT:
+        if functional is None and RULES.get(name) is not constant:
             refusal = "it writes in place, and dualize knows no operator that does the same out of place"
-    view, is_constant = aliased and not written and name not in APART, name in CONSTANT
-    rule = constant if is_constant else rule_for(name, functional or func, view)
+    view = aliased and not written and name not in APART
+    rule = rule_for(name, functional or func, view)
     name = _SHOWN.get(name, name)
-    return Operator(name, rule, is_constant and not in_place, view, in_place, functional, refusal)
+    return Operator(name, rule, rule is constant and not in_place, view, in_place, functional, refusal)

@@ -27,21 +27,10 @@ from .views import broadcast, same, unknown
 Rule = Callable[[Call, Any], list[Out]]
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
 def rule_for(name: str, func: Any, view: bool) -> Rule:
     """The rule of an ATen operator that writes nothing."""
-    if name in RULES:
-        return RULES[name]
-    if view and name not in ("view_as_real", "view_as_complex"):
-        return views.part
-    if name in ALONG:
-        return along
-    if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
-        return elementwise
-    return unknown
+    by_kind = views.part if view else elementwise if torch.Tag.pointwise in func.tags else unknown
+    return RULES.get(name, by_kind)
 
 
 def foreign(call: Call, out: Any) -> list[Out]:
@@ -49,29 +38,15 @@ def foreign(call: Call, out: Any) -> list[Out]:
 
 
 def constant(call: Call, out: Any) -> list[Out]:
+    """Zero derivative wherever there is one: the result is a plain tensor."""
     return [Out(None)] * len(differentiable(out))
-
-
-# Zero derivative wherever there is one: the result is a plain tensor.
-CONSTANT = frozenset(
-    _names("""detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
-    new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix floor_divide eq
-    ne lt le gt ge logical_and logical_or logical_not logical_xor random normal uniform exponential log_normal cauchy
-    geometric""")
-)
 
 
 # ---------------------------------------------------------------------------------------------------------- elementwise
 
-# Row i of the result depends on row i of each operand; not all versions of PyTorch tag these as pointwise.
-_ELEMENTWISE = frozenset(
-    _names("""addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
-    leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink threshold where xlogy
-    nan_to_num copysign square""")
-)
-
 
 def elementwise(call: Call, out: Any) -> list[Out]:
+    """Row i of the result depends on row i of each operand."""
     inner, from_right, rows = call.on_rows()
     formula, t = formulas.ELEMENTWISE.get(call.name), None
     if formula is not None and (call.name in formulas.HOLOMORPHIC or not out.is_complex()):
@@ -103,33 +78,27 @@ def rrelu(call: Call, out: Any) -> list[Out]:
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-# (position, keyword, default) of the dimensions that operators work along; None is all of them.
-_ALONG: dict[tuple[int, str, Any], str] = {
-    (1, "dim", None): """sum mean nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max
-        min cummax cummin cumsum cumprod logcumsumexp _softmax _log_softmax _safe_softmax _fft_r2c _fft_c2r _fft_c2c""",
-    (1, "dim", -1): "sort mode glu",
-    (2, "dim", None): "norm linalg_vector_norm",
-    (2, "dim", -1): "topk kthvalue",
-    (9, "dim", (-2, -1)): "tril triu",
-    (9, "dim", (-1,)): "view_as_complex",
-    (9, "dim", ()): "view_as_real",
-    (1, "dims", None): "flip",
-    (2, "dims", None): "roll",
+# (position, keyword, default) of the dimensions that operators work along, and whether they are linear; None is all of
+# them.
+_ALONG: dict[tuple[int, str, Any, bool], str] = {
+    (1, "dim", None, True): "sum mean cumsum _fft_r2c _fft_c2r _fft_c2c",
+    (
+        1,
+        "dim",
+        None,
+        False,
+    ): """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
+        cummax cummin cumprod logcumsumexp _softmax _log_softmax _safe_softmax""",
+    (1, "dim", -1, False): "sort mode glu",
+    (2, "dim", None, False): "norm linalg_vector_norm",
+    (2, "dim", -1, False): "topk kthvalue",
+    (9, "dim", (-2, -1), True): "tril triu",
+    (9, "dim", (-1,), True): "view_as_complex",
+    (9, "dim", (), True): "view_as_real",
+    (1, "dims", None, True): "flip",
+    (2, "dims", None, True): "roll",
 }
-ALONG = {name: where for where, text in _ALONG.items() for name in _names(text)}
-_LINEAR_ALONG = frozenset(
-    _names("sum mean flip roll cumsum tril triu view_as_real view_as_complex _fft_r2c _fft_c2r _fft_c2c")
-)
-
-
-def _dims(call: Call, ndim: int) -> list[int]:
-    position, keyword, default = ALONG[call.name]
-    if _torch.overload_of(call.func) == "stable":
-        position = 9  # sort.stable has it by keyword alone
-    dim = call.arg(position, keyword, default)
-    if dim is None or isinstance(dim, bool) or dim == []:
-        return list(range(ndim)) if call.name != "view_as_real" else []
-    return [d % ndim for d in ((dim,) if isinstance(dim, int) else dim)] if ndim else []
+ALONG = {name: where for where, text in _ALONG.items() for name in text.split()}
 
 
 def _keep_apart(x: Slot, dims: Collection[int]) -> None:
@@ -141,11 +110,17 @@ def along(call: Call, out: Any) -> list[Out]:
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
         return unknown(call, out)
-    dims = _dims(call, x.ndim)
+    position, keyword, default, is_linear = ALONG[call.name]
+    if _torch.overload_of(call.func) == "stable":
+        position = 9  # sort.stable has it by keyword alone
+    dim = call.arg(position, keyword, default)
+    if dim is None or isinstance(dim, bool) or dim == []:
+        dim = range(x.ndim)
+    dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
     _keep_apart(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
         tangents = [formulas.softmax(x.tangent, dims[0], x.small(outs[0]))]
-    elif call.name in _LINEAR_ALONG:
+    elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
         tangents = call.on_rows()[0].jvp()
@@ -331,6 +306,15 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
 
 _TABLE: dict[Rule, str] = {
     **views.TABLE,
+    constant: """detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros
+        new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix
+        floor_divide eq ne lt le gt ge logical_and logical_or logical_not logical_xor random normal uniform exponential
+        log_normal cauchy geometric""",
+    # and all that PyTorch tags as pointwise, which not all versions do of these
+    elementwise: """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
+        leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
+        threshold where xlogy nan_to_num copysign square""",
+    along: " ".join(ALONG),
     matmul: "mm bmm mv",
     addmm: " ".join(_PRODUCTS),
     layer_norm: "native_layer_norm",
@@ -353,4 +337,4 @@ _TABLE: dict[Rule, str] = {
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable""",
 }
-RULES = {name: rule for rule, text in _TABLE.items() for name in _names(text)}
+RULES = {name: rule for rule, text in _TABLE.items() for name in text.split()}

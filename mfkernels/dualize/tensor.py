@@ -20,14 +20,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .. import _torch
-from ..dual import CarriesTangent, Dual
+from ..dual import CarriesTangent, Dual, padded_tangent, primal_of
 from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
 from .functions import STATISTIC, OwnRule, is_inside, keeps_what_it_detaches, own_rule
 from .memory import Memory
 from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
 from .rows import MixesRows, Rows, Untracked
-from .views import found_again
 from .where import refused
 
 
@@ -39,7 +38,6 @@ class DualTensor(CarriesTangent):
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
     _rule: OwnRule | None = None  # made in a Function's forward, whose own rule gives the tangents of its outputs
-    _apart = False  # a copy, where PyTorch has a view: conj()
 
     @staticmethod
     def make(primal: Tensor, slot: Slot | None, run: DualPass) -> DualTensor:
@@ -140,16 +138,17 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         super().__init__()
         self.batch, self.active_rows, self.report = batch, active, report
         self.active = False
+        self._tape: AbstractContextManager[Any] = nullcontext()
+        self._begin()
+
+    def _begin(self) -> None:
         self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
         self.functions_listed = False
         self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
-        # memory of plain tensors that were written to with tangents
-        self.written: dict[Any, Memory] = {}
-        # the primals of this pass that the tape holds, and those of them that have been sorted by memory
-        self.saved: list[_Saved] = []
-        self.saved_in: dict[Any, list[_Saved]] = {}
-        self._tape: AbstractContextManager[Any] = nullcontext()
+        self.written: dict[Any, Memory] = {}  # memory of plain tensors that were written to with tangents
+        self.saved: list[_Saved] = []  # primals of this pass that the tape holds
+        self.saved_in: dict[Any, list[_Saved]] = {}  # and those of them that have been sorted by memory
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
@@ -164,16 +163,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         super().__exit__(*error)
         self.active = False
         self._tape.__exit__(*error)
-        self.written.clear()
-        self.saved.clear()
-        self.saved_in.clear()
-        self.functions.clear()
-        self.written_by_rule.clear()
         for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
             x = ref()
             if x is not None:
                 x.forget()
-        self.living.clear()
+        self._begin()
 
     def outlived(self) -> bool:
         """Whether tensors of this pass are still in use."""
@@ -203,14 +197,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def enter(self, x: Dual) -> Tensor:
         """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
-        if x.tangent is None or x.rows == 0:
+        if x.rows == 0:
             return x.primal
-        t = x.tangent
-        if x.rows < self.active_rows:
-            t = torch.cat([t, t.new_zeros(self.active_rows - x.rows, *t.shape[1:])])
         # one sample is all of them: nothing to keep apart
         rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
-        return self._wrapped(x.primal, t, rows)
+        return _Enter.apply(x.primal, padded_tangent(x, self.active_rows), rows, self)
 
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
@@ -243,7 +234,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
         x._rule = None
-        self._store(x, x._primal, Out(t, rows), [])
+        self._store(x, x._primal, Out(None if t is None else t.to(x.dtype), rows))
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         """`run` on Duals: one of this package's operations, which computes value and tangent in one kernel."""
@@ -260,19 +251,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _return(self, x: Any) -> Any:
         if not isinstance(x, Dual) or x.tangent is None:
-            return x.primal if isinstance(x, Dual) else x
-        t, n = x.tangent, x.primal.shape[0]
-        rows = None
-        if self.batch > 1 and n % self.batch == 0 and len(t) == n // self.batch * self.active_rows:
-            rows = Rows(0, 1, self.batch, n // self.batch, self.active_rows)
-        elif len(t) < n:
-            t = torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
-        return self._wrapped(x.primal, t, rows)
-
-    def _wrapped(self, x: Tensor, t: Tensor, rows: Rows | None) -> DualTensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            return _Enter.apply(x, t, rows, self)
-        return _entered(x, t, rows, self)
+            return primal_of(x)
+        n = x.primal.shape[0]
+        if self.batch > 1 and n % self.batch == 0 and x.rows == n // self.batch * self.active_rows:
+            return _Enter.apply(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
+        return _Enter.apply(x.primal, padded_tangent(x, n), None, self)
 
     # ------------------------------------------------------------------------------------------------------- dispatch
 
@@ -315,22 +298,26 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
         out = func(*primals, **p_kwargs)
-        view = op.view and not op.constant
-        source = args[0] if (view or op.name in APART) and isinstance(args[0], DualTensor) else None
-        if view and source is None:
+        source = args[0] if args and isinstance(args[0], DualTensor) else None
+        apart = op.name in APART
+        if apart and source is not None:
+            self._memory_of(source).apart = True
+        if not op.view or op.constant:
+            source = None
+        elif source is None:
             return out  # its tangent is found by its memory
-        if source is not None and not view:
-            self._memory_of(source).apart, source = True, None
         if found.tangent and not op.constant:
-            start = time.perf_counter() if self.report else 0.0
-            result = self._followed(op, call, out, source, found.shared)
-            if self.report:
-                self.report.add(call, time.perf_counter() - start)
+            if apart:
+                out = out.resolve_conj().resolve_neg()
+            outs = self._tangents(op, call, out, found.shared if source is None else [])
+            result = self._wrap(out, outs, source, keep=source is not None)
+            if apart:
+                self._memory_of(result).apart = True
             return result
         # zero, and kept track of where a write or the Function's rule may give it a tangent
         cut_off = op.view and op.constant and self.written and _torch.memory_of(out) in self.written
         if source is not None or rule is not None or cut_off:
-            return self._wrap(out, [Out(None)] * len(differentiable(out)), source, [], keep=True)
+            return self._wrap(out, [Out(None)] * len(differentiable(out)), source, keep=True)
         return out
 
     def _taken(self, xs: Iterable[Any], found: _Found) -> tuple[list[Any], list[Any]]:
@@ -363,30 +350,22 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             primals.append(primal)
         return slots, primals
 
-    def _followed(self, op: Operator, call: Call, out: Any, source: DualTensor | None, shared: list[Tensor]) -> Any:
-        """`out` with the tangents of its rule."""
+    def _tangents(self, op: Operator, call: Call, out: Any, shared: list[Tensor]) -> list[Out]:
+        """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
         primals = differentiable(out)
         if not primals:
-            return out
-        outs = self._tangents(op, call, out, primals)
-        if op.name not in APART:
-            return self._wrap(out, outs, source, shared, keep=source is not None)
-        t, rows = outs[0]
-        outs = [Out(t.resolve_conj().resolve_neg(), rows)]  # type: ignore[union-attr]
-        result = self._wrap(out.resolve_conj().resolve_neg(), outs, None, [])
-        result._apart = True
-        return result
-
-    def _tangents(self, op: Operator, call: Call, out: Any, primals: list[Tensor]) -> list[Out]:
-        """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
+            return []
+        start = time.perf_counter() if self.report else 0.0
         try:
             try:
-                outs = _fitting(op.rule(call, out), primals)
+                outs = _fitting(op.rule(call, out), primals, shared)
             except Untracked:
                 if self.report:
                     self.report.filled(call)
-                outs = _fitting(op.rule(call.dense(), out), primals)
-            return found_again(call, outs, self.batch, self.active_rows)
+                outs = _fitting(op.rule(call.dense(), out), primals, shared)
+            if self.report:
+                self.report.add(call, time.perf_counter() - start)
+            return outs
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
@@ -397,13 +376,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 raise
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
 
-    def _wrap(
-        self, out: Any, outs: list[Out], source: DualTensor | None, shared: list[Tensor], keep: bool = False
-    ) -> Any:
-        """
-        source: what `out` is a view of.
-        keep: follow a tangent of zero too.
-        """
+    def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
+        """`out` with tangents, as a view of `source` if that is given; those of zero are followed if `keep`."""
         memory = None if source is None else self._memory_of(source)
         given = iter(outs)
 
@@ -413,15 +387,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             t, rows = next(given)
             if t is None and not keep and rows is not UNKNOWN.rows:
                 return p
-            if t is not None and t.dtype != p.dtype:
-                t = t.to(p.dtype)
-            if t is not None and shared and source is None:
-                t = _fresh(t, shared)
             x = DualTensor.make(p, None if t is None else Slot(p, t, rows), self)
             if rows is UNKNOWN.rows:
                 x._rule = STATISTIC
-            if source is not None:
-                x._memory, x._apart = memory, source._apart
+            x._memory = memory
             return x
 
         return mapped(one, out)
@@ -445,10 +414,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         target = args[0]
         if isinstance(target, DualTensor):
             self._adopt(target)
-            if target._apart or (target._memory is not None and target._memory.apart):
-                raise refused(
-                    op.name, "writes into conj(), which is a copy here, or after it was taken; clone() before"
-                )
+            if target._memory is not None and target._memory.apart:
+                why = "writes into conj(), which is a copy here, or after it was taken; clone() before"
+                raise refused(op.name, why)
             base = p_args[0] if target._memory is None else target._memory.primal
             if any(0 in p.stride() and p.numel() > 1 for p in (base, p_args[0])):
                 if base is not p_args[0] or not self._alone(target):
@@ -457,19 +425,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 target._primal = p_args[0] = p_args[0].contiguous()
         elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
-        start = time.perf_counter() if self.report else 0.0
         outs: list[Out] = []
         if found.tangent and has_tangent(target):
             outside = Call(op.functional, op.name, call.args, call.kwargs, call.jvps)
-            outs = self._tangents(op, outside, p_args[0], p_args[:1])
+            outs = self._tangents(op, outside, p_args[0], found.shared)
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
         self._overwritten(p_args[0])
         if outs:
-            self._store(target, p_args[0], outs[0], found.shared)
-            if self.report:
-                self.report.add(call, time.perf_counter() - start)
+            self._store(target, p_args[0], outs[0])
         return target
 
     def _overwritten(self, x: Tensor) -> None:
@@ -488,11 +453,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         x._memory = None
         return True
 
-    def _store(self, target: Tensor, p: Tensor, out: Out, shared: list[Tensor]) -> None:
+    def _store(self, target: Tensor, p: Tensor, out: Out) -> None:
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
         t, rows = out
-        if t is not None:
-            t = _fresh(t.to(p.dtype), shared)
         if isinstance(target, DualTensor):
             if target._memory is None:  # nobody else sees it
                 target._slot = None if t is None else Slot(p, t, rows)
@@ -508,19 +471,24 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         memory.write(p, None, t, rows)
 
 
-def _fitting(outs: list[Out], primals: list[Tensor]) -> list[Out]:
-    """`outs`, if each is of the shape that its primal and its rows ask for."""
-    if len(outs) < len(primals):
-        outs = outs + [UNKNOWN] * (len(primals) - len(outs))
-    for p, (t, rows) in zip(primals, outs, strict=True):
-        if t is not None and not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
-            raise Untracked("shape")
-    return outs
+def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
+    """`outs` in the primals' dtypes and in memory that no write will reach.
 
+    shared: the operands' tangents that one may.
 
-def _fresh(t: Tensor, shared: list[Tensor]) -> Tensor:
-    """`t` in memory that no write will reach; `shared` are the operands' tangents that one may."""
-    return t.clone() if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared) else t
+    Raises:
+        Untracked: one is not of the shape that its primal and its rows ask for.
+    """
+    fitting, missing = [], len(primals) - len(outs)
+    for p, (t, rows) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
+        if t is not None:
+            if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
+                raise Untracked("shape")
+            t = t if t.dtype == p.dtype else t.to(p.dtype)
+            if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared):
+                t = t.clone()
+        fitting.append(Out(t, rows))
+    return fitting
 
 
 class _Found:
@@ -554,16 +522,12 @@ class _Saved:
         return self.kept if self.hooks is None else self.hooks[1](self.kept)
 
 
-def _entered(x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> DualTensor:
-    # below autograd nobody conjugates what has been marked so
-    x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
-    return DualTensor.make(x, Slot(x, t, rows), run)
-
-
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
-        return _entered(x, t, rows, run)
+        # below autograd nobody conjugates what has been marked so
+        x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
+        return DualTensor.make(x, Slot(x, t, rows), run)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

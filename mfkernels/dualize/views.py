@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Out, Slot, tangent
+from .call import Call, Out, Slot
 from .rows import Rows, Untracked
 
 
@@ -31,6 +31,12 @@ def same(call: Call, out: Any) -> list[Out]:
     """The operator itself on the tangent, which leaves the batch where it is."""
     x = call.args[0]
     return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
+
+
+def apart(call: Call, out: Tensor) -> list[Out]:
+    """_conj, _neg_view: a copy, for below autograd nobody resolves what is marked so."""
+    x = call.args[0]
+    return [Out(call.func(x.tangent).resolve_conj().resolve_neg(), x.rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- shape
@@ -162,16 +168,6 @@ def _join_batches(call: Call, slots: list[Slot], parts: int, dim: int) -> Out:
     return Out(torch.cat([x.tangent for x in slots], dim), rows[0]._replace(outer=sum(r.outer for r in rows)))
 
 
-def found_again(call: Call, outs: list[Out], batch: int, active: int) -> list[Out]:
-    """A tangent of all samples as one of the first, where samples that were taken apart are joined in their order."""
-    if call.name not in ("cat", "stack") or batch == 1 or active == batch or torch.compiler.is_compiling():
-        return outs
-    t, rows = outs[0]
-    if t is None or rows is not None or t.ndim == 0 or t.shape[0] != batch or bool(t[active:].any()):
-        return outs
-    return [Out(t[:active], Rows(0, 1, batch, 1, active))]
-
-
 # ------------------------------------------------------------------------------------------------------------- indexing
 
 
@@ -204,21 +200,15 @@ def index(call: Call, out: Tensor) -> list[Out]:
 
 def index_put(call: Call, out: Tensor) -> list[Out]:
     (x, indices, value), accumulate = call.args[:3], call.arg(3, "accumulate", False)
-    slots = [s for s in (x, value) if isinstance(s, Slot)]
-    rows = slots[0].rows
-    if any((s.rows is None) != (rows is None) for s in slots):
+    rows = x.rows if isinstance(x, Slot) else None
+    if isinstance(value, Slot) and (value.rows or ())[1:] != (rows or ())[1:]:
         raise Untracked(call.name)
-    if rows is not None:
-        if not isinstance(x, Slot):
+    at = _moved(x, indices) if isinstance(x, Slot) else None
+    if at is not None and isinstance(value, Slot):
+        given = [i.ndim for i in indices if i is not None]
+        if value.from_right != out.ndim - len(given) + max(given) - at.axis:
             raise Untracked(call.name)
-        at = _moved(x, indices)
-        if isinstance(value, Slot):
-            ndim = out.ndim - sum(i is not None for i in indices)
-            ndim += max(i.ndim for i in indices if i is not None)
-            if value.rows is None or value.rows.at(0) != rows.at(0) or value.ndim - value.rows.axis != ndim - at.axis:  # type: ignore[union-attr]
-                raise Untracked(call.name)
-    shape = out.shape if rows is None else rows.shape(out.shape)
-    x_dot = x.tangent if isinstance(x, Slot) else out.new_zeros(shape)
+    x_dot = x.tangent if isinstance(x, Slot) else torch.zeros_like(out)
     v_dot = value.tangent if isinstance(value, Slot) else out.new_zeros(())
     return [Out(torch.ops.aten.index_put(x_dot, indices, v_dot.to(x_dot.dtype), accumulate), rows)]
 
@@ -234,31 +224,22 @@ def aligned(call: Call, out: Tensor) -> list[Out]:
     """gather, scatter …: operands of one rank, of which sample i takes the rows i."""
     if call.name == "scatter_reduce" and call.arg(4, "reduce") == "prod":
         raise NotImplementedError("forward AD of scatter_reduce's products is wrong in PyTorch")
-    dim, slots = call.args[1], call.slots()
-    rows = slots[0].rows
+    dim, first = call.args[1], call.slots()[0]
+    rows, ndim = first.rows, first.ndim
     if rows is None:
         return unknown(call, out)
-    plain = [x for x in call.operands() if isinstance(x, Tensor) and x.ndim > 0]
-    if (
-        dim % slots[0].ndim == rows.axis
-        or any(x.rows != rows for x in slots)
-        or any(x.ndim != slots[0].ndim or x.shape[rows.axis] != rows.size for x in plain)
-    ):
+    others = [x for x in call.operands() if x.ndim > 0]
+    if dim % ndim == rows.axis or any(x.ndim != ndim or x.shape[rows.axis] != rows.size for x in others):
         raise Untracked(call.name)
     return [Out(call.on_rows()[0].jvp()[0], rows)]
 
 
-def copy(call: Call, out: Tensor) -> list[Out]:
-    """copy_(x, value): what it had is gone."""
-    value = call.args[1]
+def overwrite(call: Call, out: Tensor) -> list[Out]:
+    """copy_(x, value), fill_(x, value), zero_(x): what it had is gone."""
+    value = call.arg(1, "value")
     if not isinstance(value, Slot):
         return [Out(None)]
     return [broadcast(value.tangent.to(out.dtype), out, value.from_right, value.rows)]
-
-
-def fill(call: Call, out: Tensor) -> list[Out]:
-    t = tangent(call.args[1]) if len(call.args) > 1 else None
-    return [Out(None if t is None else t.to(out.dtype).expand(out.shape))]
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest
@@ -273,14 +254,14 @@ def unknown(call: Call, out: Any) -> list[Out]:
 
 TABLE = {
     reshape: "view _unsafe_view _reshape_alias",
-    same: "clone _to_copy alias lift_fresh _conj _neg_view resolve_conj resolve_neg",
+    same: "clone _to_copy alias lift_fresh resolve_conj resolve_neg",
+    apart: "_conj _neg_view",
     join: "cat stack",
     aligned: "gather scatter scatter_add scatter_reduce",
-    fill: "fill zero",
     expand: "expand",
     repeat: "repeat",
     index: "index",
     index_put: "index_put",
     index_select: "index_select",
-    copy: "copy",
+    overwrite: "copy fill zero",
 }
