@@ -25,7 +25,8 @@ def _encoded(x: Any) -> Any:
     if isinstance(x, dict):
         return {k: _encoded(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return type(x)([_encoded(v) for v in x]) if type(x) in (list, tuple) else [_encoded(v) for v in x]
+        parts = [_encoded(v) for v in x]
+        return tuple(parts) if type(x) is tuple else parts
     return x
 
 
@@ -33,12 +34,8 @@ def _decoded(x: Any) -> Any:
     if isinstance(x, dict):
         if _NONE in x:
             return None
-        if _DUAL in x:
-            return Dual(*x[_DUAL])
-        return {k: _decoded(v) for k, v in x.items()}
-    if type(x) in (list, tuple):
-        return type(x)([_decoded(v) for v in x])
-    return x
+        return Dual(*x[_DUAL]) if _DUAL in x else {k: _decoded(v) for k, v in x.items()}
+    return type(x)([_decoded(v) for v in x]) if type(x) in (list, tuple) else x
 
 
 def holds_dual(x: Any) -> bool:

@@ -26,18 +26,8 @@ def times(x: Any, factor: Any) -> Any:
 
 
 def add(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
-    return total(tangent(x), times(tangent(y), alpha))
-
-
-def sub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
-    x_dot, y_dot = tangent(x), tangent(y)
-    if x_dot is None or y_dot is None:
-        return total(x_dot, times(y_dot, -alpha))
-    return torch.sub(x_dot, y_dot, alpha=alpha)
-
-
-def rsub(x: Any, y: Any, alpha: Any = 1) -> Tensor | None:
-    return total(tangent(y), times(tangent(x), -alpha))
+    a, b = tangent(x), tangent(y)
+    return total(a, times(b, alpha)) if a is None or b is None else torch.add(a, b, alpha=alpha)
 
 
 def mul(x: Any, y: Any) -> Tensor | None:
@@ -97,8 +87,8 @@ def layer_norm(x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor,
 
 ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "add": add,
-    "sub": sub,
-    "rsub": rsub,
+    "sub": lambda x, y, alpha=1: add(x, y, -alpha),
+    "rsub": lambda x, y, alpha=1: add(y, x, -alpha),
     "mul": mul,
     "div": div,
     "pow": power,

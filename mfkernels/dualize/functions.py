@@ -18,20 +18,14 @@ from torch import Tensor
 
 from .. import _torch
 from .._torch import tree_leaves, tree_map
-from .where import refused
+from .where import outwards, refused
 
 if TYPE_CHECKING:
     from .tensor import DualPass, DualTensor
 
 
-def _bare(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
-
-
 class OwnRule:
     """One call of a Function that has a `jvp`: its outputs and their tangents, by that rule."""
-
-    frame: FrameType | None
 
     def __init__(self, frame: FrameType, cls: Any, run: DualPass) -> None:
         self.frame, self.cls = frame, cls
@@ -48,8 +42,8 @@ class OwnRule:
 
         with _torch.autograd_again(), torch.no_grad(), _torch.forward_mode(True), fwAD.dual_level():
             out = cls.apply(*tree_map(dual, _arguments(frame, cls)))
-            leaves = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-            self.outs = [tuple(map(_bare, fwAD.unpack_dual(x))) for x in leaves]
+            outs = [fwAD.unpack_dual(x) for x in tree_leaves(out) if isinstance(x, Tensor)]
+            self.outs = [(p.detach(), None if t is None else t.detach()) for p, t in outs]
 
     def has(self, x: DualTensor) -> bool:
         """Whether `x` is an output."""
@@ -67,21 +61,8 @@ class OwnRule:
         return first
 
 
-class _Statistic(OwnRule):
-    """Of an output of which a fused operator's rule says nothing, such as attention's log-sum-exp."""
-
-    def __init__(self) -> None:
-        self.frame = None
-
-    def tangent_of(self, x: DualTensor) -> Tensor | None:
-        raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
-
-
-STATISTIC = _Statistic()
-
-
-def _equal(p: Tensor | None, x: DualTensor) -> bool:
-    return p is not None and p.shape == x.shape and p.dtype == x.dtype and torch.allclose(p, x._primal, 0, 0, True)
+def _equal(p: Tensor, x: DualTensor) -> bool:
+    return p.shape == x.shape and p.dtype == x.dtype and torch.allclose(p, x._primal, 0, 0, True)
 
 
 def _arguments(frame: FrameType, cls: Any) -> list[Any]:
@@ -101,16 +82,10 @@ def _running(run: DualPass) -> FrameType | None:
     """The innermost forward of a Function that the thread is in."""
     if _torch.forward_mode_enabled():  # every Function's forward turns it off
         return None
-    for listed in (run.functions_listed, True):
-        if not listed:
-            _functions.update(_torch.functions_by_code())
-            run.functions_listed = True
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code not in _functions:
-            frame = frame.f_back
-        if frame is not None or listed:
-            break
-    return frame
+    if not run.functions_listed:
+        _functions.update(_torch.functions_by_code())
+        run.functions_listed = True
+    return next((frame for frame in outwards(sys._getframe(1)) if frame.f_code in _functions), None)
 
 
 def keeps_what_it_detaches(run: DualPass) -> bool:
@@ -141,7 +116,4 @@ def own_rule(run: DualPass) -> OwnRule | None:
 
 def is_inside(rule: OwnRule) -> bool:
     """Whether the thread is still in that call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not rule.frame:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame is rule.frame for frame in outwards(sys._getframe(1)))

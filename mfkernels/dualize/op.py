@@ -163,6 +163,7 @@ def _release_buffers(module: nn.Module, run: DualPass) -> None:
 
 def _check(duals: list[Dual]) -> tuple[int, int]:
     """Batch size and the most rows that carry a tangent."""
+    batch: int | None = None
     for x in duals:
         if not isinstance(x.primal, Tensor):
             raise TypeError(f"primal: expected a tensor in a Dual, got {type(x.primal).__name__}")
@@ -170,31 +171,29 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
             if x.primal.ndim == 0:
                 raise ValueError("primal: expected a batch (B, …) in a Dual, got a scalar")
             check_tangent("tangent", x.primal, x.tangent)
-        if x.primal.ndim > 0 and x.primal.shape[0] != duals[0].primal.shape[0]:
-            raise ValueError(
-                f"primal: expected the same batch in every Dual, got {x.primal.shape[0]} rows and "
-                f"{duals[0].primal.shape[0]}"
-            )
+        rows = x.primal.shape[0] if x.primal.ndim else batch
+        if batch not in (None, rows):
+            raise ValueError(f"primal: expected the same batch in every Dual, got {rows} rows and {batch}")
+        batch = rows
         if any(map(_carries_tangent, x)):
             raise NotImplementedError(
                 "dualize: forward-mode tangents (torch.func.jvp, forward_ad), another dual pass and Duals cannot be "
                 "mixed; a second derivative needs torch.func.jvp of the module itself"
             )
-    if not duals:
-        return 0, 0
-    return (duals[0].primal.shape[0] if duals[0].primal.ndim else 0), max(x.rows for x in duals)
+    return batch or 0, max((x.rows for x in duals), default=0)
 
 
 def _leave(o: Any, run: DualPass) -> Any:
     slot = run.slot(o) if isinstance(o, Tensor) else None
     if slot is None:
-        return leave(o) if isinstance(o, Tensor) else o
-    t, rows, shape = slot.tangent, slot.rows, tuple(o.shape)
+        return leave(o)
+    t, rows = slot.tangent, slot.rows
     axis = 0 if rows is None else rows.axis
     if axis != 0 or o.ndim == 0 or (rows is None and o.shape[0] % run.batch):
+        where = f" with them in dimension {axis}" if axis else ""
         raise ValueError(
-            f"output: expected its {run.batch} samples in dimension 0, as a Dual has them, got shape "
-            f"{shape}{f' with them in dimension {axis}' if axis else ''}; let the module return a result per sample"
+            f"output: expected its {run.batch} samples in dimension 0, as a Dual has them, got shape {tuple(o.shape)}"
+            f"{where}; let the module return a result per sample"
         )
     if rows is not None and rows.outer != 1:  # several batches one after the other: no prefix carries the tangents
         t, rows = rows.fill(t), None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import _torch
 from ..dual import CarriesTangent, Dual, padded_tangent, primal_of
 from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
-from .functions import STATISTIC, OwnRule, is_inside, keeps_what_it_detaches, own_rule
+from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
 from .memory import Memory
 from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
@@ -37,7 +38,8 @@ class DualTensor(CarriesTangent):
     _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
-    _rule: OwnRule | None = None  # made in a Function's forward, whose own rule gives the tangents of its outputs
+    # of a Function, in whose forward it was made: gives the tangents of its outputs; UNKNOWN: nothing does
+    _rule: OwnRule | Out | None = None
 
     @staticmethod
     def make(primal: Tensor, slot: Slot | None, run: DualPass) -> DualTensor:
@@ -97,12 +99,6 @@ class DualTensor(CarriesTangent):
     def data(self, value: Any) -> None:
         raise refused("x.data = y", "the tensor would be another; x.copy_(y) writes its values")
 
-    def data_ptr(self) -> Any:
-        raise refused("data_ptr", MEMORY)
-
-    def share_memory_(self) -> Any:
-        raise refused("share_memory_", MEMORY)
-
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone() if self._run.active else copy.deepcopy(self._primal, memo)
 
@@ -125,6 +121,8 @@ for _name in ("__bool__", "is_nonzero", "__int__", "__format__"):
     setattr(DualTensor, _name, _of_primal(_name))
 for _name in ("item", "tolist", "numpy", "__float__", "__complex__", "__array__", "__dlpack__"):
     setattr(DualTensor, _name, _of_primal(_name, NUMBER))
+for _name in ("data_ptr", "share_memory_"):
+    setattr(DualTensor, _name, _of_primal(_name, MEMORY))
 
 
 def _bare(x: Any) -> Any:
@@ -147,8 +145,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
         self.written: dict[Any, Memory] = {}  # memory of plain tensors that were written to with tangents
-        self.saved: list[_Saved] = []  # primals of this pass that the tape holds
-        self.saved_in: dict[Any, list[_Saved]] = {}  # and those of them that have been sorted by memory
+        self.writes = Counter[int]()  # in place, to each memory: below autograd PyTorch does not count them
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
@@ -176,16 +173,12 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
         if not torch.is_grad_enabled():
             return nullcontext()
-        outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
+        outer, writes = _torch.saved_tensors_hooks_in_force(lambda: hooks), self.writes
 
         def pack(x: Tensor) -> Any:
-            if isinstance(x, DualTensor):
-                saved = _Saved(x._primal, outer)
-                if outer is None:
-                    self.saved.append(saved)
-                return saved
             # what is saved must not hold the node that saves it
-            return _Saved(x if x.grad_fn is None else _bare(x.detach()), outer)
+            x = x if x.grad_fn is None or isinstance(x, DualTensor) else x.detach()
+            return _Saved(_bare(x), outer, writes)
 
         def unpack(saved: _Saved) -> Tensor:
             if self.active:
@@ -201,7 +194,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return x.primal
         # one sample is all of them: nothing to keep apart
         rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
-        return _Enter.apply(x.primal, padded_tangent(x, self.active_rows), rows, self)
+        return _entered(x.primal, padded_tangent(x, self.active_rows), rows, self)
 
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
@@ -212,6 +205,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if x._run.active:
                     raise refused("a tensor of another dual pass", "this pass lies within that one; one is enough")
                 return None
+            if isinstance(x._rule, Out):
+                raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
             if x._rule is not None and not is_inside(x._rule):
                 self._outside(x, x._rule)
             if x._memory is not None and x._memory.buffer is not None:
@@ -254,8 +249,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return primal_of(x)
         n = x.primal.shape[0]
         if self.batch > 1 and n % self.batch == 0 and x.rows == n // self.batch * self.active_rows:
-            return _Enter.apply(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
-        return _Enter.apply(x.primal, padded_tangent(x, n), None, self)
+            return _entered(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
+        return _entered(x.primal, padded_tangent(x, n), None, self)
 
     # ------------------------------------------------------------------------------------------------------- dispatch
 
@@ -326,24 +321,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         primals: list[Any] = []
         for x in xs:
             slot = primal = x
-            if isinstance(x, DualTensor):
-                primal, memory, found.dual = x._primal, x._memory, True
-                written = memory is not None and memory.buffer is not None
-                if written or x._rule is not None or x._run is not self or self.written_by_rule:
-                    slot = self.slot(x)
-                else:
-                    slot = x._slot
-                if slot is None:
-                    slot = primal
-                else:
-                    found.tangent = True
-                    if written:
-                        found.shared.append(slot.tangent)
-            elif isinstance(x, Tensor):
-                carried = self.slot(x) if self.written else None
+            if isinstance(x, Tensor):
+                dual = isinstance(x, DualTensor)
+                carried = self.slot(x) if dual or self.written else None
+                if dual:
+                    slot = primal = x._primal  # type: ignore[attr-defined]
+                    found.dual = True
                 if carried is not None:
                     slot, found.dual, found.tangent = carried, True, True
-                    found.shared.append(carried.tangent)
+                    if not dual or carried is not x._slot:  # type: ignore[attr-defined]
+                        found.shared.append(carried.tangent)
             elif isinstance(x, (list, tuple)) and not (x and isinstance(x[0], int)):
                 slot, primal = self._taken(x, found)
             slots.append(slot)
@@ -389,7 +376,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 return p
             x = DualTensor.make(p, None if t is None else Slot(p, t, rows), self)
             if rows is UNKNOWN.rows:
-                x._rule = STATISTIC
+                x._rule = UNKNOWN
             x._memory = memory
             return x
 
@@ -432,18 +419,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
-        self._overwritten(p_args[0])
+        self.writes[_torch.memory_of(p_args[0])] += 1
         if outs:
             self._store(target, p_args[0], outs[0])
         return target
-
-    def _overwritten(self, x: Tensor) -> None:
-        """Tell what the tape holds of the memory of `x`."""
-        while self.saved:
-            saved = self.saved.pop()
-            self.saved_in.setdefault(_torch.memory_of(saved.kept), []).append(saved)
-        for saved in self.saved_in.get(_torch.memory_of(x), ()) if self.saved_in else ():
-            saved.overwritten = True
 
     def _alone(self, x: DualTensor) -> bool:
         """Whether no view of `x` is in use."""
@@ -504,17 +483,21 @@ class _Found:
 class _Saved:
     """A tensor that the tape holds."""
 
-    __slots__ = ("hooks", "kept", "overwritten", "version")
+    __slots__ = ("hooks", "kept", "version", "writes")
 
-    def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
-        self.hooks = hooks  # those around the pass, which keep it their way
+    def __init__(self, x: Tensor, hooks: _torch.Hooks | None, writes: Counter[int]) -> None:
+        self.hooks, self.writes = hooks, writes  # hooks around the pass keep it their way
         self.kept: Any = x if hooks is None else hooks[0](x)
-        self.version = _torch.writes_to(x) if hooks is None else 0
-        self.overwritten = False  # in the pass, below where PyTorch counts
+        self.version = self._version()
+
+    def _version(self) -> Any:
+        if self.hooks is not None:
+            return None
+        counted = 0 if torch.compiler.is_compiling() else _torch.writes_to(self.kept)
+        return counted, self.writes[_torch.memory_of(self.kept)] if self.writes else 0
 
     def tensor(self) -> Tensor:
-        counted = self.hooks is None and not torch.compiler.is_compiling()
-        if self.overwritten or (counted and _torch.writes_to(self.kept) != self.version):
+        if self._version() != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation; "
                 "clone() it before writing"
@@ -522,12 +505,18 @@ class _Saved:
         return self.kept if self.hooks is None else self.hooks[1](self.kept)
 
 
+def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Enter.apply(x, t, rows, run)
+    # below autograd nobody conjugates what has been marked so
+    x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
+    return DualTensor.make(x, Slot(x, t, rows), run)
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
-        # below autograd nobody conjugates what has been marked so
-        x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
-        return DualTensor.make(x, Slot(x, t, rows), run)
+        return _entered(x, t, rows, run)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

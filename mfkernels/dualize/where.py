@@ -32,7 +32,8 @@ def user_line(frames: Iterable[FrameType]) -> str:
     return ""
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame, its caller, that one's …."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -41,5 +42,5 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def refused(name: str, why: str, error: BaseException | None = None) -> NotImplementedError:
     """What dualize cannot do, with the line of the user's module that asked for it, or in which `error` was raised."""
     raised = error and error.__traceback__
-    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else _outwards(sys._getframe(1))
+    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else outwards(sys._getframe(1))
     return NotImplementedError(f"dualize: {name}: {why}{user_line(frames)}")
