@@ -91,6 +91,9 @@ make_wrapper_subclass = lookup("torch:Tensor._make_wrapper_subclass", _DUALIZE)
 # `__torch_function__` of a tensor subclass that leaves PyTorch's functions alone.
 disabled_torch_function = lookup("torch:_C._disabled_torch_function_impl", _DUALIZE)
 
+# transpose_, unsqueeze_ … change the shape of the tensor itself, which is done with nobody asked below it.
+no_dispatch = lookup("torch:_C._DisableTorchDispatch", _DUALIZE)
+
 # Forward mode is off inside the forward of an autograd.Function, and so tells that a thread is in one.
 forward_mode_enabled = lookup("torch:_C._is_fwd_grad_enabled", _DUALIZE)
 forward_mode = lookup("torch.autograd.forward_ad:_set_fwd_grad_enabled", _DUALIZE)

@@ -16,6 +16,7 @@ from .rules import RULES, constant, foreign, rule_for
 class Operator(NamedTuple):
     """name: without overload and trailing underscore.
 
+    reshapes: changes its first argument's shape in place.
     functional: of an operator that writes into its first argument, the one that does not.
     refusal: why it cannot take an operand that carries a tangent.
     """
@@ -25,6 +26,7 @@ class Operator(NamedTuple):
     constant: bool
     view: bool
     in_place: bool
+    reshapes: bool
     functional: Any
     refusal: str | None
 
@@ -35,8 +37,8 @@ NUMBER = (
 )
 MEMORY = "it sees a tensor's memory, where its tangent is not; reshape, index or slice it instead"
 RESHAPES = (
-    "it changes a tensor's shape in place, as torch.quantile, torch.vmap and nn.GRU(batch_first=True) do inside; use "
-    "functions and layouts that do not"
+    "it changes in place the shape of a tensor that is a view or has views, through which autograd cannot go back then;"
+    " take the function without the underscore"
 )
 _FAST_PATH = (
     "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
@@ -45,13 +47,25 @@ _FAST_PATH = (
 _REFUSED = {
     "_local_scalar_dense": NUMBER,
     **dict.fromkeys(("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "as_strided_scatter"), MEMORY),
-    **dict.fromkeys(("squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"), RESHAPES),
     "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
 # What is a view to PyTorch and a copy here: below autograd nobody resolves what is marked as conjugate or negative.
 APART = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
+
+
+def _out_of_place(name: str, func: Any) -> Any:
+    """The operator `name` that takes what `func` takes: of the same overload name, but for transpose.int."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or hasattr(packet, _torch.overload_of(func)):
+        return packet and getattr(packet, _torch.overload_of(func))
+    overloads, types = (getattr(packet, o) for o in packet.overloads()), _types(func)
+    return next((o for o in overloads if _types(o) == types), None)
+
+
+def _types(func: Any) -> list[str]:
+    return [str(a.type) for a in _torch.schema_of(func).arguments]
 
 
 @cache
@@ -68,14 +82,15 @@ def operator(func: Any) -> Operator:
     if func.namespace != "aten":
         if written:
             refusal = f"{func} writes into a tensor and has no forward-mode (JVP) rule"
-        return Operator(str(func), foreign, False, False, in_place, None, refusal)
+        return Operator(str(func), foreign, False, False, in_place, False, None, refusal)
     if refusal is None and any(arguments[i].kwarg_only for i in written):
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
-        functional = getattr(getattr(torch.ops.aten, name, None), _torch.overload_of(func), None)
+        functional = _out_of_place(name, func)
         if functional is None and RULES.get(name) is not constant:
             refusal = "it writes in place, and dualize knows no operator that does the same out of place"
     view = aliased and not written and name not in APART
     rule = rule_for(name, functional or func, view)
     name = _SHOWN.get(name, name)
-    return Operator(name, rule, rule is constant and not in_place, view, in_place, functional, refusal)
+    reshapes = functional is not None and rule is not constant and torch.Tag.inplace_view in func.tags
+    return Operator(name, rule, rule is constant and not in_place, view, in_place, reshapes, functional, refusal)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -77,9 +76,21 @@ class DualTensor(CarriesTangent):
         if run is not None:
             return run.dispatch(func, args, kwargs)
         op = operator(func)
-        if op.refusal in (MEMORY, RESHAPES):
+        if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
+        if op.reshapes:
+            return args[0]._reshape(func, op, args[1:], kwargs, not args[0].requires_grad)
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
+
+    def _reshape(self, func: Any, op: Operator, args: Any, kwargs: Any, alone: bool) -> DualTensor:
+        """transpose_, unsqueeze_ …: the same memory in another shape."""
+        # autograd makes the views of tensors like this one anew, by what they were of what has another shape now
+        if torch.is_grad_enabled() and not (alone and _torch.viewed(self) is self):
+            raise refused(op.name, RESHAPES)
+        self._primal = op.functional(self._primal, *args, **kwargs)
+        with _torch.no_dispatch():
+            func(self, *args, **kwargs)
+        return self
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
         return self._run.through(run, operands)
@@ -142,10 +153,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _begin(self) -> None:
         self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
         self.functions_listed = False
+        self.leaving = False
         self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
         self.written: dict[Any, Memory] = {}  # memory of plain tensors that were written to with tangents
-        self.writes = Counter[int]()  # in place, to each memory: below autograd PyTorch does not count them
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
@@ -173,12 +184,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
         if not torch.is_grad_enabled():
             return nullcontext()
-        outer, writes = _torch.saved_tensors_hooks_in_force(lambda: hooks), self.writes
+        outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
 
         def pack(x: Tensor) -> Any:
             # what is saved must not hold the node that saves it
-            x = x if x.grad_fn is None or isinstance(x, DualTensor) else x.detach()
-            return _Saved(_bare(x), outer, writes)
+            return _Saved(self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x, outer)
 
         def unpack(saved: _Saved) -> Tensor:
             if self.active:
@@ -187,6 +197,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
         hooks = saved_tensors_hooks(pack, unpack)
         return hooks
+
+    def primal(self, x: Tensor) -> Tensor:
+        """The primal of `x`, off the tape, with PyTorch's count of the writes to `x` and its views."""
+        self.leaving = True
+        try:
+            return x.detach()
+        finally:
+            self.leaving = False
 
     def enter(self, x: Dual) -> Tensor:
         """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
@@ -259,6 +277,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return False  # dual_call has told it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.leaving and func is torch.ops.aten.detach.default:
+            return func(_bare(args[0]))
         if not types and not self.written and not operator(func).in_place:
             return func(*args, **(kwargs or {}))  # on plain tensors
         return self.dispatch(func, args, kwargs or {})
@@ -277,7 +297,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
             if parts is not NotImplemented:
                 return parts
-        if op.refusal is not None and (found.tangent or (found.dual and op.refusal in (MEMORY, RESHAPES))):
+        if op.refusal is not None and (found.tangent or (found.dual and op.refusal is MEMORY)):
             raise refused(op.name, op.refusal)
         rule = None
         if found.dual and not _torch.forward_mode_enabled():
@@ -289,6 +309,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
                 self.written_by_rule.append((args[0], rule))
         call = Call(func, op.name, slots, slot_kwargs)
+        if op.reshapes and isinstance(args[0], DualTensor):
+            self._adopt(args[0])
+            x = args[0]._reshape(func, op, args[1:], kwargs, self._alone(args[0]))
+            x._slot, turned = None, operator(op.functional)
+            if found.tangent:
+                call = Call(op.functional, turned.name, slots, kwargs)
+                self._store(x, x._primal, *self._tangents(turned, call, x._primal, found.shared))
+            return x
         if op.in_place:
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
@@ -419,7 +447,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
-        self.writes[_torch.memory_of(p_args[0])] += 1
         if outs:
             self._store(target, p_args[0], outs[0])
         return target
@@ -483,21 +510,15 @@ class _Found:
 class _Saved:
     """A tensor that the tape holds."""
 
-    __slots__ = ("hooks", "kept", "version", "writes")
+    __slots__ = ("hooks", "kept", "version")
 
-    def __init__(self, x: Tensor, hooks: _torch.Hooks | None, writes: Counter[int]) -> None:
-        self.hooks, self.writes = hooks, writes  # hooks around the pass keep it their way
+    def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
+        self.hooks = hooks  # those around the pass, which keep it their way
         self.kept: Any = x if hooks is None else hooks[0](x)
-        self.version = self._version()
-
-    def _version(self) -> Any:
-        if self.hooks is not None:
-            return None
-        counted = 0 if torch.compiler.is_compiling() else _torch.writes_to(self.kept)
-        return counted, self.writes[_torch.memory_of(self.kept)] if self.writes else 0
+        self.version = _torch.writes_to(x) if hooks is None else 0
 
     def tensor(self) -> Tensor:
-        if self._version() != self.version:
+        if self.hooks is None and _torch.writes_to(self.kept) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation; "
                 "clone() it before writing"
@@ -526,7 +547,7 @@ class _Enter(torch.autograd.Function):
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: DualTensor) -> Tensor:
-        return x._primal.detach()
+        return x._run.primal(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

@@ -12,6 +12,7 @@ B, N, D = 6, 4, 8
 
 torch.manual_seed(0)
 GRU = torch.nn.GRU(D, D).double().requires_grad_(False)
+BATCH_FIRST_GRU = torch.nn.GRU(D, 3, batch_first=True, bidirectional=True).double().requires_grad_(False)
 
 
 def inputs():
@@ -111,6 +112,13 @@ def tokens_first(x):
     out = torch.zeros(N, B, D + 1, dtype=x.dtype)
     out.permute(1, 0, 2)[..., :D].copy_(x)
     return out.permute(1, 0, 2)[..., 1:] * out[0][:, None, :D]
+
+
+def turned(x):
+    y = x * 1
+    y.transpose_(1, 2).mul_(2)
+    y[:, 0] += 1
+    return y.mT.unsqueeze(1).clone().squeeze_(1) + (x * y.mT).swapaxes_(0, 1).transpose(0, 1)
 
 
 def samples_moved(x):
@@ -345,6 +353,10 @@ OPS = {
     ),
     "every third token": lambda x, c, a: x.repeat(1, 3, 1).transpose(0, 1)[::3].softmax(0).transpose(0, 1),
     "flags in place": lambda x, c, a: (x * 1).gt_(0) * x + (x * 1).sign_() * x,
+    "turned in place": lambda x, c, a: turned(x),
+    "quantile": lambda x, c, a: torch.quantile(x, 0.3, dim=2),
+    "vmap": lambda x, c, a: torch.vmap(lambda y, w: y.sin() * w - y.mean(0))(x, c),
+    "recurrent, batch first": lambda x, c, a: BATCH_FIRST_GRU(x)[0],
     "recurrent": lambda x, c, a: GRU(x.transpose(0, 1))[0].transpose(0, 1),
     "packed": lambda x, c, a: {"out": (x * 2,)}["out"][0],
     "meshes": lambda x, c, a: (

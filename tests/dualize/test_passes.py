@@ -496,6 +496,54 @@ def test_a_tensor_kept_from_an_earlier_pass_is_one_of_the_next():
     assert torch.equal(torch.sin(net.kept), net.kept.sin())
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=compiles)])
+def test_a_shape_changed_in_place(compiled):
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.kept = nn.Linear(3, 5).double(), nn.Linear(4, 2).double(), []
+
+        def forward(self, x):  # [B, 4, 3]
+            y = 2 * self.first(x)
+            y.transpose_(1, 2).mul_(x.mean((1, 2), keepdim=True))
+            if not compiled:
+                self.kept = [y * 1]
+            return self.last(y.sin())
+
+    net, (x, v) = Turned(), torch.randn(2, 6, 4, 3).double()
+    dual = dualize(net)
+
+    def step(x, v):
+        return jvp(dual, (x,), (v,), rows=2)
+
+    torch._dynamo.reset()
+    run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
+    out, out_dot = run(x, v)
+    expected, expected_dot = torch.func.jvp(net, (x,), (v,))
+    torch.testing.assert_close(out_dot, expected_dot[:2], rtol=1e-13, atol=1e-14)
+    weight = net.first.weight
+    grads = [torch.autograd.grad(o.square().sum(), weight)[0] for o in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-14)
+    for kept in dual.kept:  # its primal now, and still a tensor of one shape
+        with torch.no_grad():
+            assert kept.unsqueeze_(0).shape == (kept + 0).shape == (1, 6, 5, 4)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_shape_of_a_view_is_not_changed_in_place(which):
+    # its gradient would be that of the view as it was, which for a square may pass unnoticed
+    def turned(x):
+        y = x * 1
+        both = y, y[:, :]
+        return both[which].transpose_(1, 2) * 2
+
+    net, x = dualize(Wrapped(turned)), Dual(torch.randn(6, 3, 3), torch.randn(6, 3, 3))
+    with pytest.raises(NotImplementedError, match="it changes in place the shape of a tensor that is a view"):
+        net(x)
+    with torch.no_grad():
+        assert torch.equal(net(x).tangent, 2 * x.tangent.mT)
+
+
 def test_detaching_in_place_and_setting_data():
     x, v = torch.randn(2, 6, 4).double()
     _, out_dot = jvp(dualize(Wrapped(lambda x: (x * 1).detach_() * x)), (x,), (v,))

@@ -152,7 +152,7 @@ class _Held(TorchFunctionMode):
         self.held, self.replay = held, replay
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.detach and func is not Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func not in (Tensor.detach, Tensor.data.__get__):  # type: ignore[attr-defined]
             return func(*args, **(kwargs or {}))
         if self.replay:
             return self.held.pop(0)

@@ -245,6 +245,10 @@ EXPRESSIONS: dict[str, list[str]] = {
         {nn.TransformerEncoderLayer(D, 2, 6, batch_first=True, dropout=0.1)}({X})
         {nn.TransformerEncoderLayer(D, 2, 6, batch_first=True, norm_first=True, activation='gelu').eval()}({X})
         {nn.TransformerDecoderLayer(D, 2, 6, 0.0, batch_first=True)}({X}, {X2})
+        {nn.GRU(D, D, batch_first=True)}({X})[0]
+        {nn.RNN(D, D, batch_first=True, bidirectional=True)}({X})[0][..., ::2] * {X2}
+        torch.quantile({X}, 0.3, dim=2, keepdim=True) * {X2}
+        torch.vmap(lambda y: y.sin() * y.mean(0))({X})
         {X}.gather(1, self.ids[:B].view(B, 1, 1).expand(B, N, D))
         {X}.take_along_dim(self.order.view(1, N, 1), 1)
         {X}.index_select(1, self.order)
@@ -534,6 +538,10 @@ STATEMENTS = [
     "{=X} = {X}\nfor _ in range(2):\n    {=X} = {=X} + {U}",
     "if bool(({X} == {X}).all()):\n    {=X} = {X} * {X}.shape[1]",
     "p = list({X}.unbind(1))\np[0] = p[0] * 2\n{=X} = torch.stack(p, 1)",
+    "{=L} = {X} * 1\n{=L}.transpose_(1, 2)",
+    "{=S} = {X} + 0\n{=S}.transpose_(0, 1).mul_({C})",
+    "{=X} = {X} * 1\n{=X}.unsqueeze_(1).mul_({C}.view(B, 1, 1, D))\n{=X} = {=X}.squeeze_(1)[:, :, :] + {X2}",
+    "{=H} = {X}.view(B, N, 2, Q).clone()\n{=H}.swapaxes_(1, 2)\n{=H}[..., 0] = 1.0",
     "{A}[:1] = 0.5",
     "{=X} = {C}[:, None].expand(B, N, D).clone()\n{=X}[:, 0].zero_()",
     "{=M} = torch.empty(B * N, D, dtype={X}.dtype)\n{=M}.view(B, N, D).copy_({X})",
