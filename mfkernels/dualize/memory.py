@@ -87,7 +87,10 @@ class Memory:
         if self.step:
             p, old = self.primal, self.buffer
             self.buffer = old.new_zeros(p.untyped_storage().nbytes() // p.element_size())
-            self.buffer[self.start : self.start + old.numel()] = old
+            into = self.buffer[
+                self.start : self.start + old.numel()
+            ]  # the last sample may end before the next would begin
+            into.copy_(old[: len(into)])
             self.start = self.step = 0
 
     def _rows_of(self, x: Tensor) -> Rows | None:

@@ -309,7 +309,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
                 self.written_by_rule.append((args[0], rule))
         call = Call(func, op.name, slots, slot_kwargs)
-        if op.reshapes and isinstance(args[0], DualTensor):
+        if op.reshapes:
+            if not isinstance(args[0], DualTensor):
+                return func(*args, **kwargs)  # its tangent is found by its memory
             self._adopt(args[0])
             x = args[0]._reshape(func, op, args[1:], kwargs, self._alone(args[0]))
             x._slot, turned = None, operator(op.functional)

@@ -1,6 +1,5 @@
 """What a dual pass promises beside its numbers: refusals by name and line, randomness, hooks, memory, wrappers."""
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dualized import Wrapped, assert_same_jvp, forward_mode
+from dualized import Wrapped, assert_same_jvp, forward_mode, mha_operations
 from foreign import PlainMLP, SiT, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -544,6 +543,29 @@ def test_the_shape_of_a_view_is_not_changed_in_place(which):
         assert torch.equal(net(x).tangent, 2 * x.tangent.mT)
 
 
+def test_a_plain_tensors_shape_changed_in_place_after_a_write():
+    def turned(x):
+        y = torch.ones(6, 3, 4, dtype=x.dtype)
+        y.mul_(x.mT).transpose_(1, 2)
+        return y.sin()
+
+    x, v = torch.randn(2, 6, 4, 3).double()
+    _, out_dot = jvp(dualize(Wrapped(turned)), (x,), (v,), rows=2)
+    torch.testing.assert_close(out_dot, (v * x.cos())[:2], rtol=1e-13, atol=1e-14)
+
+
+def test_a_strided_input_written_to_by_sample():
+    def write(x):
+        x[torch.arange(4), torch.tensor([0, 1, 0, 1])] = 2 * x[:, 0]  # at no prefix of the rows
+        return x * 1
+
+    x, v = torch.randn(2, 4, 2, 8).double()[..., ::2]  # no memory after the last element
+    x, v = x.flatten().new_empty_strided(x.shape, x.stride()).copy_(x), v.contiguous()
+    _, out_dot = jvp(dualize(Wrapped(write)), (x,), (v,))
+    _, expected = torch.func.jvp(write, (x.clone(),), (v.clone(),))
+    assert torch.equal(out_dot, expected)
+
+
 def test_detaching_in_place_and_setting_data():
     x, v = torch.randn(2, 6, 4).double()
     _, out_dot = jvp(dualize(Wrapped(lambda x: (x * 1).detach_() * x)), (x,), (v,))
@@ -576,15 +598,6 @@ def test_inference_mode():
             dualize(Normed().train())(*duals((6, 4)))
     torch.testing.assert_close(out, expected[0], rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(out_dot, expected[1], rtol=1e-13, atol=1e-14)
-
-
-@contextlib.contextmanager
-def mha_operations():
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
 
 
 @pytest.mark.parametrize("dualized", [False, True])

@@ -24,6 +24,16 @@ class Wrapped(nn.Module):
         return self.fn(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def mha_operations():
+    """nn.TransformerEncoderLayer in its own operations, for PyTorch's fused ones have no forward-mode rule."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def forward_mode(module, primals, tangents, rows, seed=0):
     """Value and tangent of the first `rows` by PyTorch, with tangents of zero on the other rows."""
     full = tuple(torch.cat([t[:rows], torch.zeros_like(t[rows:])]) for t in tangents)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
+from dualized import mha_operations
 from random_modules import Program, RandomModule, random_program
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -118,7 +119,7 @@ class Oracle:
     def tangents(self, tangents: Sequence[Tensor], change: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
         """The values, which tell whether it drew the same random numbers, and the tangents."""
         tangents = [t.clone() for t in tangents]  # a program that writes into its inputs writes into these
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mha_operations():
             try:
                 out, out_dot = torch.func.jvp(self.run, tuple(self.primals(change)), tuple(tangents))
                 return list(out), list(out_dot)
