@@ -134,38 +134,29 @@ def _cut(call: Call, x: Slot, at: int, start: int, size: int) -> Out:
 
 def join(call: Call, out: Tensor) -> list[Out]:
     """cat and stack."""
-    parts = list(call.args[0])
-    dim = call.arg(1, "dim", 0) % out.ndim
-    stacked = call.name == "stack"
-    slots = [x for x in parts if isinstance(x, Slot)]
+    stacked, dim = call.name == "stack", call.arg(1, "dim", 0) % out.ndim
+    # cat takes an empty tensor of any shape for nothing
+    parts = [x for x in call.args[0] if stacked or x.ndim == out.ndim]
+    slots = call.slots()
     rows = slots[0].rows
     if not stacked and rows is not None and dim == rows.axis:
-        return [_join_batches(call, slots, len(parts), dim)]
-    if any(x.rows != rows for x in slots):
+        # batches one after the other, as guidance has them: their number is `outer`
+        outer = [x.rows.outer for x in slots if x.rows is not None and x.rows._replace(outer=rows.outer) == rows]
+        if len(outer) < len(parts):
+            raise Untracked(call.name)
+        return [Out(torch.cat([x.tangent for x in slots], dim), rows._replace(outer=sum(outer)))]
+
+    plain = [x for x in parts if isinstance(x, Tensor)]
+    if any(x.rows != rows for x in slots) or (rows and any(x.shape[rows.axis :][:1] != (rows.size,) for x in plain)):
         raise Untracked(call.name)
-    if not stacked:
-        parts = [x for x in parts if x.ndim == out.ndim]  # cat takes an empty tensor of any shape for nothing
 
     def part(x: Any) -> Tensor:
         if isinstance(x, Slot):
             return x.tangent.to(out.dtype)
-        if rows is not None and (x.ndim <= rows.axis or x.shape[rows.axis] != rows.size):
-            raise Untracked(call.name)
         return x.new_zeros(x.shape if rows is None else rows.shape(x.shape), dtype=out.dtype)
 
     t = (torch.stack if stacked else torch.cat)([part(x) for x in parts], dim)
-    if rows is None:
-        return [Out(t)]
-    return [Out(t, rows.at(rows.axis + 1) if stacked and dim <= rows.axis else rows)]
-
-
-def _join_batches(call: Call, slots: list[Slot], parts: int, dim: int) -> Out:
-    """Batches one after the other, as guidance has them: their number is `outer`."""
-    rows = [x.rows for x in slots if x.rows is not None]
-    like = {(r.axis, r.batch, r.inner, r.active) for r in rows}
-    if len(rows) < parts or len(like) > 1:
-        raise Untracked(call.name)
-    return Out(torch.cat([x.tangent for x in slots], dim), rows[0]._replace(outer=sum(r.outer for r in rows)))
+    return [Out(t, rows.at(rows.axis + 1) if rows is not None and stacked and dim <= rows.axis else rows)]
 
 
 # ------------------------------------------------------------------------------------------------------------- indexing
