@@ -506,7 +506,7 @@ STATEMENTS = [
     "{X}.view(B, -1).mul_(2)",
     "{X}.view(B * N, D)[:, 0] = 1.0",
     "{X}.mT[:, :, 0] += {C}",
-    "{X}.baddbmm_({X2} @ {X3}.mT, {K}[:B], alpha=0.1)",
+    "{=X} = {X} * 1\n{=X}.baddbmm_({X2} @ {X3}.mT, {K}[:B], alpha=0.1)",  # not checked where memory overlaps
     "{X}[:2] = {X2}[:2]",
     "{X}[:1].mul_(2)",
     "{X}[0] += 1",
