@@ -387,11 +387,12 @@ def jvp(
 def unshared(x: Tensor) -> Tensor:
     """A copy for a function that may write into its arguments: the caller's tensors are not its own.
 
-    Its strides stay, on which the last bit of a result may depend. An expanded tensor stays as it is: PyTorch refuses
-    most writes into it, and `dualize` all that would reach the caller's.
+    Its strides stay, on which the last bit of a result may depend: what is expanded takes no more memory than it did.
+    With a gradient that stays as it is: PyTorch refuses most writes into it, and `dualize` all that reach the caller's.
     """
-    if 0 in x.stride() and x.numel() > 1:
-        return x
+    for axis, (n, step) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if step == 0 and n > 1:
+            return x if x.requires_grad else unshared(x.narrow(axis, 0, 1)).expand(x.shape)
     y = x.clone()
     if y.stride() != x.stride():
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)

@@ -77,20 +77,12 @@ def tangent(x: Any) -> Tensor | None:
 
 def leaves(x: Any) -> list[Any]:
     """What `x` holds: ATen operators take and give single values and lists of them."""
-    flat = []
-    for y in x if isinstance(x, (tuple, list)) else (x,):
-        if isinstance(y, (tuple, list)):
-            flat += leaves(y)
-        else:
-            flat.append(y)
-    return flat
+    return [z for y in x for z in leaves(y)] if isinstance(x, (tuple, list)) else [x]
 
 
 def mapped(fn: Callable[[Any], Any], x: Any) -> Any:
     """`fn` of everything that `x` holds."""
-    if isinstance(x, (tuple, list)):
-        return [mapped(fn, y) if isinstance(y, (tuple, list)) else fn(y) for y in x]
-    return fn(x)
+    return [mapped(fn, y) for y in x] if isinstance(x, (tuple, list)) else fn(x)
 
 
 def differentiable(out: Any) -> list[Tensor]:

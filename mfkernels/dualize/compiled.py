@@ -63,14 +63,23 @@ def places(module: nn.Module) -> tuple[Place, ...]:
     return tuple(found)
 
 
+def _holds(module: nn.Module, place: Place) -> bool:
+    """Whether it is still there."""
+    path, name, key = place
+    value = getattr(module.get_submodule(path), name, None)
+    if key is None:
+        return value is not None
+    return key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)
+
+
 def _get(module: nn.Module, place: Place) -> Any:
     path, name, key = place
     value = getattr(module.get_submodule(path), name)
     return value if key is None else value[key]
 
 
-def _set(module: nn.Module, values: list[Any]) -> None:
-    for (path, name, key), x in zip(module.places, values, strict=True):  # type: ignore[arg-type]
+def _set(module: nn.Module, places: list[Place], values: list[Any]) -> None:
+    for (path, name, key), x in zip(places, values, strict=True):
         table = module.get_submodule(path).__dict__
         if key is None:
             table[name] = x
@@ -78,15 +87,16 @@ def _set(module: nn.Module, values: list[Any]) -> None:
             table[name][key] = x
 
 
-def _run(module: Any, values: Any, args: Any, kwargs: Any) -> Any:
+def _run(module: Any, held: list[int], values: Any, args: Any, kwargs: Any) -> Any:
     from .op import dual_call  # it imports this module
 
-    before, buffers = [_get(module, place) for place in module.places], dict(module.named_buffers())
-    _set(module, values)
+    places = [module._dualized_places[i] for i in held]
+    before, buffers = [_get(module, place) for place in places], dict(module.named_buffers())
+    _set(module, places, values)
     try:
         out = _encoded(dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
     finally:
-        _set(module, before)
+        _set(module, places, before)
     assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
     if assigned:
         raise NotImplementedError(
@@ -107,5 +117,6 @@ def prepare() -> None:
 
 
 def call_compiled(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    values = [_get(module, place) for place in module.places]
-    return _decoded(_traced(module, values, _encoded(args), _encoded(kwargs)))
+    held = [i for i, place in enumerate(module._dualized_places) if _holds(module, place)]
+    values = [_get(module, module._dualized_places[i]) for i in held]
+    return _decoded(_traced(module, held, values, _encoded(args), _encoded(kwargs)))

@@ -87,9 +87,8 @@ class Memory:
         if self.step:
             p, old = self.primal, self.buffer
             self.buffer = old.new_zeros(p.untyped_storage().nbytes() // p.element_size())
-            into = self.buffer[
-                self.start : self.start + old.numel()
-            ]  # the last sample may end before the next would begin
+            # the last sample may end before the next would begin
+            into = self.buffer[self.start :][: old.numel()]
             into.copy_(old[: len(into)])
             self.start = self.step = 0
 

@@ -57,7 +57,7 @@ def dualize(model: M, *, report: bool = False) -> M:
         return model
     dual = _rebuild(type(model))
     # the same tables of parameters, buffers, submodules and hooks, not copies of them
-    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, places=places(model))
+    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, _dualized_places=places(model))
     return dual
 
 
@@ -76,14 +76,18 @@ class _Dualized(nn.Module):
     __dual_aware__ = True
     __dualized__ = True
     dual_report: Report | None
-    places: tuple[Place, ...]
+    _dualized_places: tuple[Place, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return call_compiled(self, args, kwargs) if holds_dual((args, kwargs)) else self.plain_call(*args, **kwargs)
+            return (
+                call_compiled(self, args, kwargs)
+                if holds_dual((args, kwargs))
+                else self._dualized_call(*args, **kwargs)
+            )
         return dual_call(self, args, kwargs)
 
-    def plain_call(self, *args: Any, **kwargs: Any) -> Any:
+    def _dualized_call(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, hooks included."""
         return super().__call__(*args, **kwargs)
 
@@ -106,7 +110,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     leaves = [Dual._make(a if a is None else unshared(a) for a in x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
-        out = module.plain_call(*args, **kwargs)
+        out = module._dualized_call(*args, **kwargs)
         return _map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
@@ -115,7 +119,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     with _interpreted(), torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
-            out = _map_output(lambda o: _leave(o, run), module.plain_call(*args, **kwargs))
+            out = _map_output(lambda o: _leave(o, run), module._dualized_call(*args, **kwargs))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
                 raise

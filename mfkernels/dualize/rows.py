@@ -81,6 +81,8 @@ class Rows(NamedTuple):
         if self.axis == 0 < len(new) and new[0] == old[0]:
             return self
         stride = self.inner * math.prod(old[self.axis + 1 :])  # of the batch, in elements
+        if stride == 0:
+            raise Untracked("reshape")
         below = 1
         for axis in range(len(new) - 1, -1, -1):
             above = below * new[axis]

@@ -78,17 +78,13 @@ def rrelu(call: Call, out: Any) -> list[Out]:
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
+_REDUCTIONS = """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
+    cummax cummin cumprod logcumsumexp _softmax _log_softmax _safe_softmax"""
 # (position, keyword, default) of the dimensions that operators work along, and whether they are linear; None is all of
 # them.
 _ALONG: dict[tuple[int, str, Any, bool], str] = {
     (1, "dim", None, True): "sum mean cumsum _fft_r2c _fft_c2r _fft_c2c",
-    (
-        1,
-        "dim",
-        None,
-        False,
-    ): """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
-        cummax cummin cumprod logcumsumexp _softmax _log_softmax _safe_softmax""",
+    (1, "dim", None, False): _REDUCTIONS,
     (1, "dim", -1, False): "sort mode glu",
     (2, "dim", None, False): "norm linalg_vector_norm",
     (2, "dim", -1, False): "topk kthvalue",
@@ -283,7 +279,9 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
         raise MixesRows("a sequence dimension is the batch's")
-    given = inner.named()
+    given, whole = inner.named(), call.named()
+    if rows is not None and from_right == 3 and whole["query"].shape[1] != whole["key"].shape[1]:
+        raise Untracked(call.name)  # heads that are samples, in groups
     if given.get("dropout_p", 0.0) > 0:
         raise NotImplementedError(
             "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from .. import _torch
-from ..dual import CarriesTangent, Dual, padded_tangent, primal_of
+from ..dual import CarriesTangent, Dual, padded_tangent, primal_of, unshared
 from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
 from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
 from .memory import Memory
@@ -79,13 +79,13 @@ class DualTensor(CarriesTangent):
         if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
         if op.reshapes:
-            return args[0]._reshape(func, op, args[1:], kwargs, not args[0].requires_grad)
+            return args[0].turn(func, op, args[1:], kwargs, has_views=args[0].requires_grad)  # nobody knows now
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
-    def _reshape(self, func: Any, op: Operator, args: Any, kwargs: Any, alone: bool) -> DualTensor:
-        """transpose_, unsqueeze_ …: the same memory in another shape."""
+    def turn(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
+        """transpose_, unsqueeze_ …, of the primal and of this tensor itself."""
         # autograd makes the views of tensors like this one anew, by what they were of what has another shape now
-        if torch.is_grad_enabled() and not (alone and _torch.viewed(self) is self):
+        if torch.is_grad_enabled() and (has_views or _torch.viewed(self) is not self):
             raise refused(op.name, RESHAPES)
         self._primal = op.functional(self._primal, *args, **kwargs)
         with _torch.no_dispatch():
@@ -294,7 +294,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if not found.dual and not op.in_place:
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
-            parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
+            super().__enter__()  # the parts come here
+            try:
+                parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
+            finally:
+                super().__exit__(None, None, None)
             if parts is not NotImplemented:
                 return parts
         if op.refusal is not None and (found.tangent or (found.dual and op.refusal is MEMORY)):
@@ -308,17 +312,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if not isinstance(args[0], DualTensor):
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
                 self.written_by_rule.append((args[0], rule))
-        call = Call(func, op.name, slots, slot_kwargs)
         if op.reshapes:
-            if not isinstance(args[0], DualTensor):
-                return func(*args, **kwargs)  # its tangent is found by its memory
-            self._adopt(args[0])
-            x = args[0]._reshape(func, op, args[1:], kwargs, self._alone(args[0]))
-            x._slot, turned = None, operator(op.functional)
-            if found.tangent:
-                call = Call(op.functional, turned.name, slots, kwargs)
-                self._store(x, x._primal, *self._tangents(turned, call, x._primal, found.shared))
-            return x
+            return self._turn(func, op, args, kwargs, slots, found)
+        call = Call(func, op.name, slots, slot_kwargs)
         if op.in_place:
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
@@ -436,9 +432,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 raise refused(op.name, why)
             base = p_args[0] if target._memory is None else target._memory.primal
             if any(0 in p.stride() and p.numel() > 1 for p in (base, p_args[0])):
-                if base is not p_args[0] or not self._alone(target):
+                if base is not p_args[0] or self._has_views(target):
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
-                # it may be an argument, which was not copied for the pass: see dual.unshared
+                target._memory = None
+                # an argument, say: written to as if it had been given whole
                 target._primal = p_args[0] = p_args[0].contiguous()
         elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
@@ -453,13 +450,23 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             self._store(target, p_args[0], outs[0])
         return target
 
-    def _alone(self, x: DualTensor) -> bool:
-        """Whether no view of `x` is in use."""
-        others = (ref() for ref in self.living)
-        if x._memory is not None and any(y is not x and y is not None and y._memory is x._memory for y in others):
-            return False
-        x._memory = None
-        return True
+    def _turn(self, func: Any, op: Operator, args: Any, kwargs: Any, slots: list[Any], found: _Found) -> Any:
+        """transpose_, unsqueeze_ …: the same memory in another shape."""
+        x, turned = args[0], operator(op.functional)
+        if not isinstance(x, DualTensor):
+            return func(*args, **kwargs)  # its tangent is found by its memory
+        self._adopt(x)
+        x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
+        x._slot = None
+        if found.tangent:
+            ((t, rows),) = self._tangents(turned, Call(op.functional, turned.name, slots, kwargs), x._primal, [])
+            x._slot = None if t is None else Slot(x._primal, t, rows)
+        return x
+
+    def _has_views(self, x: DualTensor) -> bool:
+        """Whether a view of `x`, or what `x` is a view of, is in use."""
+        others = (ref() for ref in self.living) if x._memory is not None else ()
+        return any(y is not x and y is not None and y._memory is x._memory for y in others)
 
     def _store(self, target: Tensor, p: Tensor, out: Out) -> None:
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
@@ -531,6 +538,8 @@ class _Saved:
 def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _Enter.apply(x, t, rows, run)
+    if 0 in x.stride():
+        x = unshared(x.detach())  # the caller's until now, where it has a gradient
     # below autograd nobody conjugates what has been marked so
     x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
     return DualTensor.make(x, Slot(x, t, rows), run)
@@ -560,4 +569,4 @@ def leave(x: Any) -> Any:
     """A DualTensor's primal, on the tape where it is."""
     if not isinstance(x, DualTensor):
         return x
-    return _Leave.apply(x) if x.requires_grad else x._primal
+    return _Leave.apply(x) if x.requires_grad else x._run.primal(x)

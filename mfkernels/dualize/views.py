@@ -95,13 +95,10 @@ def _places(call: Call, shape: Sequence[int], axis: int) -> list[tuple[int, int,
         return _asked.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
 
 
-# large and prime: no sum, multiple or step of some is another
-_PRIMES = [1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151, 1000159, 1000171]
-
-
 @lru_cache(maxsize=4096)
 def _asked(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
-    strides = _PRIMES[: len(shape)]
+    strides = [1000033] * len(shape)
+    strides[axis] = 1000003  # prime too: no sum, multiple or step of the others
     made = func(torch.empty_strided(shape, strides, device="meta"), *args, **dict(kwargs))
     places = []
     for o in made if isinstance(made, (list, tuple)) else [made]:

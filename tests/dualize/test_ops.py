@@ -353,6 +353,11 @@ OPS = {
     ),
     "every third token": lambda x, c, a: x.repeat(1, 3, 1).transpose(0, 1)[::3].softmax(0).transpose(0, 1),
     "flags in place": lambda x, c, a: (x * 1).gt_(0) * x + (x * 1).sign_() * x,
+    "no tokens": lambda x, c, a: torch.cat([x[:, :0].flatten(0, 1), x.flatten(0, 1)]).view(B, N, D),
+    "many dimensions": lambda x, c, a: x.view(B, *[1] * 11, N, D).transpose(-1, -2).flatten(1),
+    "samples as heads in groups": lambda x, c, a: F.scaled_dot_product_attention(
+        x[None], (9 * P[None, :3]).sin(), (7 * P[None, :3]).cos(), enable_gqa=True
+    )[0],
     "turned in place": lambda x, c, a: turned(x),
     "quantile": lambda x, c, a: torch.quantile(x, 0.3, dim=2),
     "vmap": lambda x, c, a: torch.vmap(lambda y, w: y.sin() * w - y.mean(0))(x, c),

@@ -392,6 +392,57 @@ def test_a_write_over_what_the_tape_holds_is_told_as_pytorch_tells_it():
             u.sum().backward()
 
 
+def test_a_write_over_an_output_that_others_were_made_of():
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    net = Wrapped(lambda x: (lambda h: (h * weight, h))(x.sin()))  # h needs no gradient, the product saved it
+    (x,) = duals((6, 4))
+    y, h = dualize(net)(x)
+    h.primal.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.primal.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_tape_does_not_hold_an_expanded_inputs_memory(requires_grad):
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(1, 4, dtype=torch.float64, requires_grad=requires_grad)
+    x = base.expand(6, 4)
+    out = jvp(dualize(Wrapped(lambda x: (x * weight).sin())), (x,), (torch.randn(6, 4).double(),), rows=2)[0]
+    expected = torch.autograd.grad((x * weight).sin().sum(), [weight, base][: 1 + requires_grad])
+    with torch.no_grad():
+        base.mul_(0)
+    grads = torch.autograd.grad(out.sum(), [weight, base][: 1 + requires_grad])
+    for grad, ref in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, ref, rtol=1e-13, atol=1e-14)
+
+
+def test_a_write_into_a_plain_tensor_in_inference_mode():
+    eye = torch.eye(4, dtype=torch.float64)
+    net = Wrapped(lambda x: F.linear(torch.zeros_like(x).copy_(x), eye).softmax(1) + x)
+    (x,) = duals((6, 4))
+    with torch.no_grad():
+        expected = dualize(net)(x).tangent
+    with torch.inference_mode():
+        assert torch.equal(dualize(net)(x).tangent, expected)
+
+
+def test_attributes_of_the_users_keep_their_names():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.ModuleList([nn.Linear(4, 4).double()])
+
+        def plain_call(self, x):
+            return self.places[0](x)
+
+        def forward(self, x):
+            return self.plain_call(x)
+
+    (x,) = duals((6, 4))
+    net = Places()
+    torch.testing.assert_close(dualize(net)(x).tangent, x.tangent @ net.places[0].weight.mT)
+
+
 def test_hooks_on_what_is_saved_see_primals():
     net, primals = network("SiT-style")
     seen = []
@@ -667,6 +718,25 @@ def test_an_exception_leaves_no_tangent_in_a_buffer():
         net(x)
     assert type(net.seen) is torch.Tensor
     assert torch.equal(net.seen, 2 * x.primal)
+
+
+@compiles
+def test_a_compiled_pass_of_what_has_lost_an_attribute():
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cache, self.flag = {"x": torch.ones(4)}, True
+
+        def forward(self, x):
+            return x.sin() * 2
+
+    dual = dualize(Cached())
+    dual.cache.clear()
+    del dual.flag
+    torch._dynamo.reset()
+    x, v = torch.randn(2, 6, 4).double()
+    _, out_dot = torch.compile(lambda x, v: jvp(dual, (x,), (v,)), backend="aot_eager", fullgraph=True)(x, v)
+    torch.testing.assert_close(out_dot, 2 * v * x.cos(), rtol=1e-13, atol=1e-14)
 
 
 @compiles
