@@ -4,14 +4,11 @@ import pytest
 import torch
 from dualized import assert_same_jvp
 from foreign import NETWORKS, network
+from minimum import needs_compile_of_a_pass
 
 import mfkernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
-compiles = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12), reason="needs torch 2.12, see dualize/README.md"
-)
 
 
 def ready(name):
@@ -57,7 +54,7 @@ def signature(x):
     return tuple(x.shape), x.stride(), x.dtype
 
 
-@compiles
+@needs_compile_of_a_pass
 @pytest.mark.parametrize("name", ["LightningDiT-style", "diffusers DiT"])
 def test_compiled_whole(name):
     net, primals, tangents = ready(name)
@@ -82,7 +79,7 @@ def test_compiled_whole(name):
         torch.testing.assert_close(net.get_parameter(n).grad, g, **close)
 
 
-@compiles
+@needs_compile_of_a_pass
 def test_compiled_with_tables_in_plain_attributes():
     class Rotary(torch.nn.Module):
         def __init__(self):

@@ -24,6 +24,11 @@ class Wrapped(nn.Module):
         return self.fn(*args, **kwargs)
 
 
+def duals(*shapes, rows=2):
+    xs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    return [mfkernels.Dual(x, torch.randn_like(x)[:rows]) for x in xs]
+
+
 @contextlib.contextmanager
 def mha_operations():
     """nn.TransformerEncoderLayer in its own operations, for PyTorch's fused ones have no forward-mode rule."""
