@@ -5,7 +5,7 @@ the fastest backend that supports the call; else `reference`, plain PyTorch, whi
 request that a backend cannot serve is an error that says what is supported, never a silent detour.
 
 A request is a backend ("triton"), or one for a single op ("attention=cuda"), or several with commas between them
-("triton,attention=cuda").
+("triton,attention=cuda"). Attention's backward is chosen by itself: "attention_backward=cudnn".
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "rotary": ("triton",),
     "swiglu": ("triton",),
     "timestep_embedding": ("triton",),
+}
+
+# Parts of ops that are chosen under a name of their own: a request for every op says nothing of them.
+PARTS: dict[str, tuple[str, ...]] = {
+    "attention_backward": ("triton", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4"),
 }
 
 # Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
@@ -101,10 +106,16 @@ def _parsed(request: str | None, source: str) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for part in (request or "").split(","):
         op, _, name = part.strip().rpartition("=")
+        if op in PARTS:
+            if name not in PARTS[op]:
+                raise ValueError(f"{source}: {op} has the backends {', '.join(PARTS[op])}, got {name!r}")
+            wanted[op] = name
+            continue
         if request and name not in BACKENDS:
             raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
         if op and op not in OPS:
-            raise ValueError(f"{source}: expected one of the ops {', '.join(OPS)} before '=', got {op!r}")
+            expected = ", ".join((*OPS, *PARTS))
+            raise ValueError(f"{source}: expected one of the ops {expected} before '=', got {op!r}")
         if op and name not in ("reference", *OPS[op]):
             raise ValueError(f"{source}: {op} has the backends {', '.join(('reference', *OPS[op]))}, got {name!r}")
         if name:
@@ -117,8 +128,10 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Serve every call of the block (in all threads) by one backend.
 
     Args:
-        name: "reference", "triton" or "cuda"; "attention=cuda" for one op; several with commas between them; None
-            restores the automatic choice.
+        name: "reference", "triton" or "cuda"; "attention=cuda" for one op; "attention_backward=" and one of triton,
+            cudnn, flash, flash-attn-2, flash-attn-3 and flash-attn-4 for the backward of attention that its triton and
+            cuda forwards have; several with commas between them; None restores the automatic choice. What holds when
+            an op's forward is called holds for its backward too.
 
     Raises:
         ValueError: the name is unknown. Inside the block: `NotImplementedError` by ops that this backend does not have.
@@ -139,13 +152,18 @@ def requested_backend(op: str = "") -> str | None:
     return wanted.get(op, wanted.get(""))
 
 
+def requested_part(name: str) -> str | None:
+    """What the caller asked for by this name of `PARTS`, or None."""
+    return _parsed(_requested, "MFKERNELS_BACKEND").get(name) if _requested else None
+
+
 # What `choose` answered, by op, while `recorded_choices` is open.
 _record: dict[str, str] | None = None
 
 
 @contextmanager
 def recorded_choices() -> Iterator[dict[str, str]]:
-    """The backend that served each op of the block, by the op's name."""
+    """The backend that served each op of the block, and each of its parts, by name."""
     global _record
     before, _record = _record, {}
     try:
@@ -167,7 +185,11 @@ def choose(op: str, device: torch.device, supports: Mapping[str, Support], *, on
     Raises:
         NotImplementedError: the requested backend does not serve this call.
     """
-    backend = _choose(op, device, supports, on_request)
+    return recorded(op, _choose(op, device, supports, on_request))
+
+
+def recorded(op: str, backend: str) -> str:
+    """`backend`, which `recorded_choices` will tell for this op or part of one."""
     if _record is not None:
         _record[op] = backend
     return backend

@@ -1,8 +1,7 @@
-"""Attention's primal backward from (q, k, v, o, lse): two Triton kernels without atomics, and aten's own backwards."""
+"""Attention's primal backward from (q, k, v, o, lse): two Triton kernels without atomics."""
 
 # mypy: allow-untyped-defs
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -10,12 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels._torch import (
-    attention_backward_cpu,
-    attention_backward_cudnn,
-    attention_backward_flash,
-    attention_cudnn,
-)
 from mfkernels.attention.kernels import (
     LOG2_E,
     as_rows,
@@ -405,122 +398,3 @@ def attention_backward(
         config=dkdv_config,
     ).run()
     return dq, dk, dv
-
-
-def aten_backend(q: Tensor, k: Tensor, *, causal: bool) -> str | None:
-    """Which backward of aten serves this call: "cudnn", "flash", "cpu", or None where only the Triton one does.
-
-    By published figures cuDNN's is 1.3 to 1.6 times as fast as flash's on Hopper, but it is not deterministic; flash's
-    is made so by `torch.use_deterministic_algorithms`. Both take half precision only. Flash aligns a causal mask at the
-    bottom right, ours is at the top left: with unequal lengths neither is asked.
-    """
-    N_q, H, D = q.shape[1:]
-    N_kv, H_kv = k.shape[1:3]
-    if causal and N_q != N_kv:
-        return None
-    if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or D % 8 or D > 256:
-        return None
-    if torch.cuda.get_device_capability(q.device)[0] < 8:
-        return None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    cudnn = torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
-    if cudnn and not deterministic and D <= 128 and H_kv == H and N_q >= 64 and N_kv >= 64:
-        return "cudnn"
-    if torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available():
-        return "flash"
-    return None
-
-
-@functools.cache
-def _cudnn_lse_rank(device: torch.device) -> int:
-    """3 or 4: versions of torch differ in whether cuDNN's log-sum-exp ends in a dimension of one."""
-    x = torch.zeros((1, 1, 64, 64), device=device, dtype=torch.float16)
-    out = attention_cudnn(x, x, x, None, True, 0.0, False, False, scale=1.0)
-    return out[1].ndim
-
-
-def attention_backward_aten(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same gradients by aten's own backward, from our o and lse; `backend` is what `aten_backend` answers.
-
-    NOT YET RUN ON A GPU: "cudnn" and "flash" follow the schemas and sources of torch 2.11 and 2.13. "cpu", which shares
-    all the plumbing but the call itself, is tested.
-    """
-    dk_shape, group = k.shape, q.shape[2] // k.shape[2]
-    if group > 1:  # none of the three is documented to reduce dk and dv over a group of query heads
-        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)  # [B, N_kv, H, D]
-    # aten's layout is [B, H, N, D]; it works on [B, N, H, D] memory inside, so these views cost no copy.
-    do_, q_, k_, v_, o_ = (x.transpose(1, 2) for x in (do, q, k, v, o))  # [B, H, N, D]
-    N_q, N_kv = q.shape[1], k.shape[1]
-    if backend == "cpu":
-        lse = (
-            lse.transpose(1, 2).contiguous().transpose(1, 2)
-        )  # [B, H, N_q] in [B, N_q, H] memory, as its forward gives
-        gradients = attention_backward_cpu(
-            do_,
-            q_,
-            k_,
-            v_,
-            o_,
-            lse,
-            0.0,
-            causal,
-            scale=scale,
-        )
-    else:
-        no_dropout = torch.zeros((), device=q.device, dtype=torch.int64)
-        if backend == "cudnn":
-            gradients = attention_backward_cudnn(
-                do_,
-                q_,
-                k_,
-                v_,
-                o_,
-                lse.unsqueeze(-1) if _cudnn_lse_rank(q.device) == 4 else lse,
-                no_dropout,
-                no_dropout,
-                None,
-                None,
-                None,
-                N_q,
-                N_kv,
-                0.0,
-                causal,
-                scale=scale,
-            )
-        elif backend == "flash":
-            gradients = attention_backward_flash(
-                do_,
-                q_,
-                k_,
-                v_,
-                o_,
-                lse,
-                None,
-                None,
-                N_q,
-                N_kv,
-                0.0,
-                causal,
-                no_dropout,
-                no_dropout,
-                scale=scale,
-            )
-        else:
-            raise ValueError(f'backend: expected "cudnn", "flash" or "cpu", got {backend!r}')
-    dq, dk, dv = (x.transpose(1, 2) for x in gradients)  # [B, N, H, D]
-    if group > 1:
-        dk, dv = (x.unflatten(2, (dk_shape[2], group)).float().sum(3).to(q.dtype) for x in (dk, dv))
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable
+from ..backend import choose, requested_part, triton_unavailable
 from ..checks import autocast_enabled, check_number, check_operand, check_same, knows_autocast
 from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
 from . import cuda, reference
+from .backward import attention_backward_by, choose_backward
 from .limits import unsupported
-
-# PyTorch's own backward (cuDNN's or flash's) takes our o and lse. It is expected to be faster, but it has not been run
-# on a GPU: until it has, it is asked for, not chosen.
-_BACKWARD = os.environ.get("MFKERNELS_ATTENTION_BACKWARD", "triton")
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
 # torch.compile keeps each of them whole.
@@ -31,8 +27,12 @@ def _forward(
     scale: float,
     is_causal: bool,
     backend: str = "triton",
+    backward: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o (B, N_q, H, d), its tangent (B_t, N_q, H, d) with B_t = 0 where there is none, and lse (B, H, N_q) float32."""
+    """o (B, N_q, H, d), its tangent (B_t, N_q, H, d) with B_t = 0 where there is none, and lse (B, H, N_q) float32.
+
+    `backward` names the kernels that the backward of this call will take.
+    """
     if backend == "cuda":
         o, o_dot, lse = cuda.attention_forward(
             q,
@@ -62,7 +62,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton"):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton", backward="triton"):  # type: ignore[no-untyped-def]
     rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
     B, N_q, H, _d = q.shape
     return (
@@ -82,19 +82,12 @@ def _backward(
     lse: Tensor,
     scale: float,
     is_causal: bool,
+    backward: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .backward_kernels import aten_backend, attention_backward, attention_backward_aten
+    if backward != "triton":
+        return attention_backward_by(backward, do, q, k, v, o, lse, scale=scale, causal=is_causal)
+    from .backward_kernels import attention_backward
 
-    if _BACKWARD not in ("triton", "aten"):
-        raise ValueError(f"MFKERNELS_ATTENTION_BACKWARD: expected triton or aten, got {_BACKWARD!r}")
-    if _BACKWARD == "aten" and do.numel() > 0:
-        kernels = aten_backend(q, k, causal=is_causal)
-        if kernels is None:
-            raise NotImplementedError(
-                f"attention: MFKERNELS_ATTENTION_BACKWARD=aten cannot serve q {tuple(q.shape)}, k {tuple(k.shape)}, "
-                f"{q.dtype}, is_causal={is_causal} on {q.device}; unset it for the Triton backward, which can"
-            )
-        return attention_backward_aten(do, q, k, v, o, lse, scale=scale, causal=is_causal, backend=kernels)
     return attention_backward(
         do,
         q,
@@ -109,12 +102,12 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do, q, k, v, o, lse, scale, is_causal):  # type: ignore[no-untyped-def]
+def _(do, q, k, v, o, lse, scale, is_causal, backward="triton"):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, _, _, _, ctx.scale, ctx.is_causal, _ = inputs
+    q, k, v, _, _, _, ctx.scale, ctx.is_causal, _, ctx.backward = inputs
     o, o_dot, lse = output
     ctx.mark_non_differentiable(o_dot, lse)
     ctx.set_materialize_grads(False)
@@ -123,9 +116,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
     if do is None:
-        return (None,) * 9
+        return (None,) * 10
     q, k, v, o, lse = ctx.saved_tensors
-    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal), *(None,) * 6
+    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal, ctx.backward), *(None,) * 7
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -227,9 +220,19 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
         },
         on_request=("cuda",),  # it has not run on a GPU yet
     )
+    backward = "triton"
+    if torch.is_grad_enabled() and any(a.requires_grad for a in (qp, kp, vp)):
+        asked = requested_part("attention_backward")
+        if backend == "reference" and asked is not None:
+            raise NotImplementedError(
+                f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
+                "this call: ask for one of them too (their message says what they cannot do), or leave it out"
+            )
+        if backend != "reference":
+            backward = choose_backward(qp, kp, causal=is_causal)
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
-        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend)
+        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend, backward)
         return Dual(o, None if rows is None else o_dot) if dual else o
 
     o = reference.attention(qp, kp, vp, scale, is_causal)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", minversion="3.4")
 
-from mfkernels.attention.backward_kernels import aten_backend, attention_backward, attention_backward_aten
+from mfkernels.attention.backward_kernels import attention_backward
 from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
@@ -27,7 +27,6 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" 
 OUTPUT_BOUND = {torch.float16: 6.6e-4, torch.bfloat16: 5.3e-3, torch.float32: 1e-6}
 GRADIENT_BOUND = {torch.float16: 7.2e-4, torch.bfloat16: 5.8e-3, torch.float32: 1.1e-6}
 LSE_BOUND = 1.2e-7
-ATEN_BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1.1e-6}
 # At scores of +-80: float16 o_dot 6.8e-4, gradients 1.5e-3 (SDPA's: 1.6e-3); float32 o_dot 2.5e-6, gradients 1.0e-5
 # (SDPA's: 1.1e-5).
 LARGE_SCORE_OUTPUT_BOUND = {torch.float16: 1.4e-3, torch.bfloat16: 1.1e-2, torch.float32: 5e-6}
@@ -279,27 +278,6 @@ def test_backward_repeats_bit_for_bit() -> None:
 def test_tf32_on_request() -> None:
     primals, tangents = inputs(Case(17, 63, 64), torch.float32)
     check_forward(primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [case for case in CASES if not case.causal or case.N_q == case.N_kv], ids=str)
-def test_backward_of_aten(case: Case, dtype: torch.dtype) -> None:
-    """On a CPU this is aten's CPU twin, which shares with the GPU's two the layout, the groups and our o and lse."""
-    primals, _ = inputs(case, dtype)
-    backend = aten_backend(*primals[:2], causal=case.causal)
-    if backend is None:
-        pytest.skip("aten serves no such call here")
-
-    def backward(*args: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-        return attention_backward_aten(*args, backend=backend, **options)
-
-    check_backward(primals, case.D**-0.5, case.causal, bound=ATEN_BOUND[dtype], backward=backward)
-
-
-def test_aten_is_not_asked_for_its_other_causal_mask() -> None:
-    x, y = torch.zeros(1, 4, 2, 8), torch.zeros(1, 5, 2, 8)
-    assert aten_backend(x, y, causal=True) is None
-    assert aten_backend(x, x, causal=True) == "cpu"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])

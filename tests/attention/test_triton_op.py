@@ -171,26 +171,6 @@ def test_training_steps_give_the_reference_losses():
     assert losses["triton"] == pytest.approx(losses["reference"], rel=2e-5)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_pytorchs_own_backward_on_request(monkeypatch, is_causal):
-    """It takes our o and lse; on the CPU its twin of the GPU's kernels shows that they are what it expects."""
-    monkeypatch.setattr(op, "_BACKWARD", "aten")
-    inputs = packed(2, 17, 2, 24)
-    assert_dual(
-        lambda **kw: attention(**kw, is_causal=is_causal),
-        lambda **kw: oracle(**kw, is_causal=is_causal),
-        inputs,
-        duals="qkv",
-        dtype=torch.float32 if DEVICE == "cpu" else torch.float16,
-        bound=6.5e-7 if DEVICE == "cpu" else 1.5e-3,
-        device=DEVICE,
-    )
-    q, k, v = (a.requires_grad_() for a in torch.randn(3, 1, 5, 1, 8, device=DEVICE).unbind(0))
-    out = attention(q, k[:, :3], v[:, :3], is_causal=True)
-    with pytest.raises(NotImplementedError, match="MFKERNELS_ATTENTION_BACKWARD=aten cannot serve"):
-        out.sum().backward()
-
-
 def test_tf32_is_what_the_user_asked_pytorch_for():
     q, matmul = torch.zeros(1), torch.backends.cuda.matmul
     assert op._product_precision(q) == "ieee"
