@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from mfkernels.attention.limits import MAX_HEAD_DIM
+from mfkernels.backend import triton_unavailable
 from mfkernels.launch import (
     PACKAGE_TABLE,
     Config,
@@ -24,6 +26,7 @@ from mfkernels.launch import (
     triton_minor,
     user_table,
 )
+from mfkernels.timing import busy_time
 from mfkernels.tune_problems import (
     NOT_TUNED,
     Problem,
@@ -38,11 +41,13 @@ from mfkernels.tune_problems import (
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
 
 
-def measure(problem: Problem) -> tuple[Config, float] | None:
-    """The fastest candidate that runs and agrees with the first that ran, and its milliseconds."""
+def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] | None:
+    """The fastest candidate that runs and agrees with the first that ran, and its milliseconds.
+
+    A dry run measures nothing: it gives the first, and 0.
+    """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
-    from triton.testing import do_bench
 
     expected: list[torch.Tensor] | None = None
     best: tuple[Config, float] | None = None
@@ -58,7 +63,7 @@ def measure(problem: Problem) -> tuple[Config, float] | None:
             elif not all(map(_agree, results, expected)):
                 print(f"  {candidate}: its result differs, so it is not taken; please report this")
                 continue
-            milliseconds = float(do_bench(problem.run, return_mode="median"))
+            milliseconds = 0.0 if dry_run else 1e3 * busy_time(problem.run).seconds
         print(f"  {candidate}: {milliseconds:.4f} ms")
         if best is None or milliseconds < best[1]:
             best = candidate, milliseconds
@@ -133,6 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 1152], metavar="D")
     parser.add_argument("--hidden-widths", type=int, nargs="+", default=[2048, 2730, 3072, 4096, 4608], metavar="H")
+    parser.add_argument("--total", type=int, default=65536, metavar="T", help="tokens in a batch (default: 65536)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="begin no problem after so many seconds")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run and compare every candidate, measure and write nothing; without a GPU too, where TRITON_INTERPRET=1",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
     path = user_table()
@@ -144,31 +156,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("tokens", "widths", "hidden_widths"):
             if min(getattr(arguments, name)) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+        if arguments.total < 1:
+            raise ValueError(f"--total: expected at least 1, got {arguments.total}")
         unknown = sorted(set(arguments.ops or ()) - known)
         if unknown:
             raise ValueError(f"--ops: expected any of {', '.join(sorted(known))}, got {', '.join(unknown)}")
-        if not torch.cuda.is_available():
-            raise ValueError("it measures on a GPU, and torch.cuda.is_available() is False here")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if arguments.dry_run:
+            why_not = triton_unavailable(device)
+            if why_not is not None:
+                raise ValueError(why_not)
+        elif device.type == "cpu":
+            raise ValueError("it measures on a GPU, and torch.cuda.is_available() is False here; --dry-run needs none")
     except ValueError as error:
         print(f"mfkernels.tune: {error}", file=sys.stderr)
         return 2
+    if device.type == "cpu":
+        return _tune(arguments, path, device, {"arch": "cpu"})
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)
-    machine = {"arch": f"sm_{major}{minor}", "triton": triton_minor(), "dtype": arguments.dtype}
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # of forward and backward both, or busy_time cannot record them
+        return _tune(arguments, path, device, {"arch": f"sm_{major}{minor}"})
+
+
+def _tune(arguments: argparse.Namespace, path: Path, device: torch.device, machine: Mapping[str, str]) -> int:
+    machine = {**machine, "triton": triton_minor(), "dtype": arguments.dtype}
     sizes = (arguments.head_dims, arguments.widths, arguments.hidden_widths, arguments.tokens)
-    measured = 0
-    for problem in problems(*sizes, getattr(torch, arguments.dtype), device):
+    start, measured, left = time.monotonic(), 0, 0
+    for problem in problems(*sizes, getattr(torch, arguments.dtype), device, arguments.total):
         if arguments.ops and problem.op not in arguments.ops:
             continue
-        print(problem.op, *(f"{name}={bound}" for name, bound in problem.conditions.items()))
-        best = measure(problem)
+        if arguments.seconds is not None and time.monotonic() - start > arguments.seconds:
+            left += 1
+            continue
+        print(problem.op, *(f"{name}={bound}" for name, bound in problem.conditions.items()), flush=True)
+        best = measure(problem, dry_run=arguments.dry_run)
         if best is not None:
             row = {"op": problem.op, **machine, **problem.conditions}
             row |= {"config": dict(best[0]), "milliseconds": round(best[1], 4)}
-            # after each: an interrupted run keeps what it measured, and another tuner's rows stay
-            write_table(path, merge(read_table(path), [row]))
+            if not arguments.dry_run:
+                # after each: an interrupted run keeps what it measured, and another tuner's rows stay
+                write_table(path, merge(read_table(path), [row]))
             measured += 1
-    print(f"wrote {measured} rows to {path}")
+    if left:
+        print(f"left out {left} problems: {arguments.seconds:g} seconds were over")
+    print(f"ran {measured} problems, wrote nothing" if arguments.dry_run else f"wrote {measured} rows to {path}")
     return 0
 
 

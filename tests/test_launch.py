@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels import launch, tune
-from mfkernels.tune_problems import tile
+from mfkernels.timing import Timing
+from mfkernels.tune_problems import LOSS, tile
 
 REQUEST = {"op": "a", "arch": "sm_90", "triton": "3.6", "dtype": "bfloat16", "head_dim": 72, "tokens": 256}
 
@@ -127,6 +129,7 @@ def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> Non
         (["--head-dims", "264"], "[]", "--head-dims: expected multiples of 8"),
         (["--tokens", "0", "64"], "[]", "--tokens: expected at least 1, got [0, 64]"),
         (["--widths", "-3"], "[]", "--widths: expected at least 1, got [-3]"),
+        (["--total", "0"], "[]", "--total: expected at least 1, got 0"),
         (["--ops", "swiglu", "gelu"], "[]", "--ops: expected any of ada_layer_norm_backward"),
         ([], "[{", "launch.json is not JSON"),
     ],
@@ -147,9 +150,11 @@ def test_measured_rows_are_kept_one_by_one(cache_dir, monkeypatch) -> None:
     measured = {"p": (tile(64, 64, 4, 2), 1.0), "q": None, "r": (tile(32, 32, 4, 2), 2.0)}
     found = [tune.Problem(op, {"min_width": 65, "max_width": 256}, [], list) for op in ("p", "q", "r", "s")]
     monkeypatch.setattr(tune, "problems", lambda *_: iter(found))
-    monkeypatch.setattr(tune, "measure", lambda problem: measured[problem.op])
+    monkeypatch.setattr(tune, "measure", lambda problem, dry_run: measured[problem.op])
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name in ("stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
     with pytest.raises(KeyError, match="s"):
         tune.main([])
     rows = launch.read_table(cache_dir / "launch.json")
@@ -179,12 +184,26 @@ def test_the_fastest_candidate_that_runs_and_agrees_is_taken(monkeypatch, capsys
             raise OutOfResources(300_000, 232_448, "shared memory")
         return [torch.full((4,), 2.0 if name == 3 else 1.0)]
 
-    monkeypatch.setattr("triton.testing.do_bench", lambda fn, return_mode: fn() and {1: 3.0, 2: 2.0, 3: 1.0}[asked[-1]])
+    taken = {1: 3e-3, 2: 2e-3, 3: 1e-3}
+    monkeypatch.setattr(tune, "busy_time", lambda fn: Timing(fn() and taken[asked[-1]], "graph"))
     assert tune.measure(tune.Problem("p", {}, [{"BLOCK": name} for name in (4, 1, 2, 3)], run)) == ({"BLOCK": 2}, 2.0)
     said = capsys.readouterr().out
     assert "{'BLOCK': 4}: OutOfResources" in said
     assert "{'BLOCK': 3}: its result differs" in said
     assert tune.measure(tune.Problem("p", {}, [{"BLOCK": 4}], run)) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
+def test_a_dry_run_runs_every_candidate_and_writes_nothing(cache_dir, capsys) -> None:
+    sizes = ["--head-dims", "16", "--tokens", "16", "--widths", "24", "--hidden-widths", "40", "--total", "32"]
+    arguments = ["--dry-run", "--dtype", "float32", "--ops", "meanflow_loss", *sizes]
+    assert tune.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.count("0.0000 ms") == len(LOSS)
+    assert "ran 1 problems, wrote nothing" in said
+    assert not list(cache_dir.iterdir())
+    assert tune.main([*arguments, "--seconds", "0"]) == 0
+    assert "left out 1 problems: 0 seconds were over" in capsys.readouterr().out
 
 
 def test_new_rows_replace_those_of_the_same_conditions() -> None:

@@ -10,19 +10,19 @@ per-sample vectors are left out. With A = bytes of one (B, N, D) operand and s =
                                    2A (1 + s)     backward 4A     (da, h in; dh and a, which was not kept, out)
     meanflow_loss                  A (3 + s)      backward 2A     (u, v, du_dt in, u − u_tgt out; that in, du out)
 
-The ceiling is a large copy, timed in the same process. A contender that disagrees with float64 is not timed.
+The ceiling is a large copy, timed in the same process. One row is one way at one size: it is compared with float64
+first, and one that disagrees is not timed.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import copy_bytes, interleaved_seconds, median_ratio
+from measure import INTERPRETED, REHEARSAL, copy_bytes, measured, torch_compile
 from torch import Tensor
 
 from mfkernels import (
@@ -38,9 +38,9 @@ from mfkernels.testing import relative_error
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TOLERANCE = 1e-2 if GPU else 1e-5
-TOKENS = (256, 256) if GPU else (4, 32)  # B, N
-WIDTHS = (768, 1152, 2730) if GPU else (96,)
-ROUNDS = 20 if GPU else 3
+TOKENS = (256, 256) if GPU else (4, 5) if REHEARSAL else (4, 32)  # B, N
+WIDTHS = (768, 1152, 2730) if GPU else (40,) if REHEARSAL else (96,)
+ROUNDS = 1 if REHEARSAL else 3
 
 
 def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -74,6 +74,9 @@ OPS = {
     "gated_residual_ada_layer_norm": Op(gated_residual_ada_layer_norm, both, 2, 3, 4, 6),
 }
 every_case = pytest.mark.parametrize(("name", "D"), [(name, D) for name in OPS for D in WIDTHS])
+OURS, QUARTER, PRIMAL = "this library, every row", "this library, 25 % of rows", "this library, no tangent"
+REFERENCE = "reference backend, every row"
+EAGER_JVP, COMPILED_JVP = "eager torch.func.jvp", "compiled torch.func.jvp"
 
 
 def inputs(op: Op, D: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -91,7 +94,8 @@ def flat(out: object) -> list[Tensor]:
 
 
 @every_case
-def test_forward(name, D, device, figures, benchmark):
+@pytest.mark.parametrize("way", [OURS, QUARTER, PRIMAL, COMPILED_JVP, "compiled, no tangent", EAGER_JVP, REFERENCE])
+def test_forward(way, name, D, device, figures):
     op, B = OPS[name], TOKENS[0]
     primals = inputs(op, D, device)
     dots = inputs(op, D, device)  # in the layout of the primals, or compiled forward mode fails inside PyTorch (2.13)
@@ -106,29 +110,27 @@ def test_forward(name, D, device, figures, benchmark):
     def jvp(*a: Tensor) -> object:
         return torch.func.jvp(op.plain, a[: len(primals)], a[len(primals) :])
 
-    torch._dynamo.reset()
-    compiled, compiled_plain = (torch.compile(fn, dynamic=False) for fn in (jvp, op.plain))
+    torch.compiler.reset()
+    compiled, compiled_plain = (torch_compile(fn) for fn in (jvp, op.plain))
     moved = op.forward_passes * primals[0].nbytes
     ways = {
-        "this library, every row": (lambda: ours(B), 2 * moved),
-        "this library, 25 % of rows": (lambda: ours(B // 4), moved * (1 + (B // 4) / B)),
-        "this library, no tangent": (lambda: op.ours(*primals), moved),
-        "reference backend, every row": (on_reference, 2 * moved),
-        "eager torch.func.jvp": (lambda: jvp(*primals, *dots), 2 * moved),
-        "compiled torch.func.jvp": (lambda: compiled(*primals, *dots), 2 * moved),
+        OURS: (lambda: ours(B), 2 * moved),
+        QUARTER: (lambda: ours(B // 4), moved * (1 + (B // 4) / B)),
+        PRIMAL: (lambda: op.ours(*primals), moved),
+        REFERENCE: (on_reference, 2 * moved),
+        EAGER_JVP: (lambda: jvp(*primals, *dots), 2 * moved),
+        COMPILED_JVP: (lambda: compiled(*primals, *dots), 2 * moved),
         "compiled, no tangent": (lambda: compiled_plain(*primals), moved),
     }
-    wide = [x.double() for x in (*primals, *dots)]
-    wanted = flat(jvp(*wide))
-    for way in ("this library, every row", "reference backend, every row", "compiled torch.func.jvp"):
-        for got, want in zip(flat(ways[way][0]()), wanted, strict=True):
-            assert relative_error(got, want) < TOLERANCE, f"{way} is wrong: no figure"
-    report(figures, f"{name} forward, {DTYPE}", primals[0].shape, ways)
-    benchmark.pedantic(ways["this library, every row"][0], rounds=3)
+    wanted = flat(jvp(*(x.double() for x in (*primals, *dots))))
+    for got, want in zip(flat(ways[way][0]()), wanted, strict=False):  # primals first, then tangents where there are
+        check(got, want[: len(got)])
+    report(figures, f"{name} forward, {DTYPE}", primals[0].shape, way, ways)
 
 
 @every_case
-def test_backward(name, D, device, figures, benchmark):
+@pytest.mark.parametrize("way", ["this library", "compiled PyTorch", "eager PyTorch"])
+def test_backward(way, name, D, device, figures):
     op = OPS[name]
     leaves = [x.detach().requires_grad_() for x in inputs(op, D, device)]
     cotangents = [torch.randn_like(x) for x in flat(op.plain(*(x.detach() for x in leaves)))]
@@ -137,72 +139,95 @@ def test_backward(name, D, device, figures, benchmark):
         outs = flat(forward(*leaves))
         return lambda: torch.autograd.grad(outs, leaves, cotangents, retain_graph=True)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     ways = {
-        "this library": backward_of(op.ours),
-        "eager PyTorch": backward_of(op.plain),
-        "compiled PyTorch": backward_of(torch.compile(op.plain, dynamic=False)),
+        "this library": op.ours,
+        "eager PyTorch": op.plain,
+        "compiled PyTorch": torch_compile(op.plain),
     }
+    steps = {name: backward_of(ways[name]) for name in dict.fromkeys(("this library", way))}
     wide = [x.detach().double().requires_grad_() for x in leaves]
     wanted = torch.autograd.grad(flat(op.plain(*wide)), wide, [c.double() for c in cotangents])
-    for got, want in zip(ways["this library"](), wanted, strict=True):
-        assert relative_error(got, want) < TOLERANCE, "this library is wrong: no figure"
+    for got, want in zip(steps[way](), wanted, strict=True):
+        check(got, want)
     moved = op.backward_passes * leaves[0].nbytes
-    report(figures, f"{name} backward, {DTYPE}", leaves[0].shape, {way: (fn, moved) for way, fn in ways.items()})
-    benchmark.pedantic(ways["this library"], rounds=3)
+    report(figures, f"{name} backward, {DTYPE}", leaves[0].shape, way, {n: (fn, moved) for n, fn in steps.items()})
 
 
-@pytest.mark.skipif(not GPU, reason="the Triton kernel alone")
-@pytest.mark.parametrize("H", [4 * D for D in WIDTHS if D % 8 == 0] + [2730])
-def test_gelu(H, device, figures, benchmark):
-    from mfkernels.mlp.kernels import gelu_backward, gelu_forward
+HIDDEN = [4 * D for D in WIDTHS if D % 8 == 0] + [50 if REHEARSAL else 2730]
+only_kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="the Triton kernel alone, which needs a GPU")
 
-    B, N = TOKENS
-    h, h_dot, da = torch.randn(3, B * N, H, device=device, dtype=DTYPE)
-    bias = torch.randn(H, device=device, dtype=DTYPE)
+
+@only_kernels
+@pytest.mark.parametrize("H", HIDDEN)
+@pytest.mark.parametrize("way", [OURS, QUARTER, PRIMAL, COMPILED_JVP, EAGER_JVP])
+def test_gelu_forward(way, H, device, figures):
+    from mfkernels.mlp.kernels import gelu_forward
+
+    h, h_dot, _, bias = hidden(H, device)
 
     def plain(h: Tensor) -> Tensor:
         return F.gelu(h + bias, approximate="tanh")
+
+    def jvp(h: Tensor, h_dot: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(plain, (h,), (h_dot,))
+
+    torch.compiler.reset()
+    compiled = torch_compile(jvp)
+    quarter = h_dot[: len(h) // 4]
+    ways = {
+        OURS: (lambda: gelu_forward(h, bias, h_dot), 4 * h.nbytes),
+        QUARTER: (lambda: gelu_forward(h, bias, quarter), 2.5 * h.nbytes),
+        PRIMAL: (lambda: gelu_forward(h, bias, None), 2 * h.nbytes),
+        COMPILED_JVP: (lambda: compiled(h, h_dot), 4 * h.nbytes),
+        EAGER_JVP: (lambda: jvp(h, h_dot), 4 * h.nbytes),
+    }
+    few = slice(0, 4096)
+    wide = h[few].double() + bias.double()
+    wanted = torch.func.jvp(lambda h: F.gelu(h, approximate="tanh"), (wide,), (h_dot[few].double(),))
+    for got, want in zip(ways[way][0](), wanted, strict=True):
+        if got is not None:
+            check(got[few], want[: len(got)])
+    report(figures, f"gelu forward, {DTYPE}", h.shape, way, ways)
+
+
+@only_kernels
+@pytest.mark.parametrize("H", HIDDEN)
+@pytest.mark.parametrize("way", ["this library", "compiled PyTorch, a kept", "eager PyTorch, a kept"])
+def test_gelu_backward(way, H, device, figures):
+    from mfkernels.mlp.kernels import gelu_backward
+
+    h, _, da, bias = hidden(H, device)
 
     def backward(h: Tensor, da: Tensor) -> tuple[Tensor, Tensor]:
         dh = torch.ops.aten.gelu_backward(da, h + bias, approximate="tanh")
         return dh, dh.sum(0)
 
-    def jvp(h: Tensor, h_dot: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(plain, (h,), (h_dot,))
-
-    torch._dynamo.reset()
-    compiled, compiled_backward = (torch.compile(fn, dynamic=False) for fn in (jvp, backward))
-    quarter = h_dot[: B * N // 4]
+    torch.compiler.reset()
+    compiled = torch_compile(backward)
     ways = {
-        "this library, every row": (lambda: gelu_forward(h, bias, h_dot), 4 * h.nbytes),
-        "this library, 25 % of rows": (lambda: gelu_forward(h, bias, quarter), 2.5 * h.nbytes),
-        "this library, no tangent": (lambda: gelu_forward(h, bias, None), 2 * h.nbytes),
-        "compiled torch.func.jvp": (lambda: compiled(h, h_dot), 4 * h.nbytes),
-        "eager torch.func.jvp": (lambda: jvp(h, h_dot), 4 * h.nbytes),
-    }
-    rows = slice(0, 4096)
-    wide = h[rows].double() + bias.double()
-    wanted = torch.func.jvp(lambda h: F.gelu(h, approximate="tanh"), (wide,), (h_dot[rows].double(),))
-    for got, want in zip(gelu_forward(h, bias, h_dot), wanted, strict=True):
-        assert relative_error(got[rows], want) < TOLERANCE, "this library is wrong: no figure"
-    report(figures, f"gelu forward, {DTYPE}", h.shape, ways)
-
-    _, dh, dbias = gelu_backward(h, bias, da)
-    assert relative_error(dbias, dh.double().sum(0)) < TOLERANCE, "this library is wrong: no figure"
-    wanted_dh = torch.ops.aten.gelu_backward(da[rows].double(), wide, approximate="tanh")
-    assert relative_error(dh[rows], wanted_dh) < TOLERANCE, "this library is wrong: no figure"
-    ways = {
-        "this library": (lambda: gelu_backward(h, bias, da), 4 * h.nbytes),
+        "this library": (lambda: gelu_backward(h, bias, da)[1:], 4 * h.nbytes),
         "eager PyTorch, a kept": (lambda: backward(h, da), 3 * h.nbytes),
-        "compiled PyTorch, a kept": (lambda: compiled_backward(h, da), 3 * h.nbytes),
+        "compiled PyTorch, a kept": (lambda: compiled(h, da), 3 * h.nbytes),
     }
-    report(figures, f"gelu backward, {DTYPE}", h.shape, ways)
-    benchmark.pedantic(ways["this library"][0], rounds=3)
+    dh, dbias = ways[way][0]()
+    few = slice(0, 4096)
+    wide = h[few].double() + bias.double()
+    check(dh[few], torch.ops.aten.gelu_backward(da[few].double(), wide, approximate="tanh"))
+    check(dbias, dh.double().sum(0))
+    report(figures, f"gelu backward, {DTYPE}", h.shape, way, ways)
+
+
+def hidden(H: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, h_dot and da [B·N, H], and a bias [H]."""
+    B, N = TOKENS
+    h, h_dot, da = torch.randn(3, B * N, H, device=device, dtype=DTYPE)
+    return h, h_dot, da, torch.randn(H, device=device, dtype=DTYPE)
 
 
 @pytest.mark.parametrize("shape", [(1024, 4, 32, 32), (32, 3, 256, 256)] if GPU else [(8, 4, 8, 8)], ids=str)
-def test_meanflow_loss(shape, device, figures, benchmark):
+@pytest.mark.parametrize("way", ["this library", "compiled PyTorch", "eager PyTorch"])
+def test_meanflow_loss(way, shape, device, figures):
     u, v, du = torch.randn(3, *shape, device=device, dtype=DTYPE)
     t = torch.rand(shape[0], device=device)
     r, du = t * torch.rand_like(t), du[: shape[0] // 4]
@@ -218,8 +243,8 @@ def test_meanflow_loss(shape, device, figures, benchmark):
     def ours(u: Tensor, du: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Tensor:
         return meanflow_loss(u, du, v, t, r).per_sample
 
-    torch._dynamo.reset()
-    ways = {"this library": ours, "eager PyTorch": plain, "compiled PyTorch": torch.compile(plain, dynamic=False)}
+    torch.compiler.reset()
+    ways = {"this library": ours, "compiled PyTorch": torch_compile(plain), "eager PyTorch": plain}
     inputs = (u, du, v, t, r)
     wide = [a.detach().double() for a in inputs]
     wide[0].requires_grad_()
@@ -228,33 +253,35 @@ def test_meanflow_loss(shape, device, figures, benchmark):
     e = (wide[0] - target).square().flatten(1).sum(1)
     wanted = e / (e.detach() + 0.01)
     (wanted_du,) = torch.autograd.grad(wanted.sum(), wide[0])
-    steps = {}
-    for name, way in ways.items():
-        loss = way(*inputs)
-        (got,) = torch.autograd.grad(loss.sum(), u)
-        assert relative_error(loss, wanted) < TOLERANCE, f"{name} is wrong: no figure"
-        assert relative_error(got, wanted_du) < TOLERANCE, f"{name} is wrong: no figure"
-        steps[name] = (lambda way=way: torch.autograd.grad(way(*inputs).sum(), u), (5 + 0.25) * u.nbytes)
-    report(figures, f"meanflow_loss forward and backward, {DTYPE}", shape, steps)
-    benchmark.pedantic(steps["this library"][0], rounds=3)
+    loss = ways[way](*inputs)
+    check(loss, wanted)
+    check(torch.autograd.grad(loss.sum(), u)[0], wanted_du)
+    moved = (5 + 0.25) * u.nbytes
+    steps = {name: (lambda fn=fn: torch.autograd.grad(fn(*inputs).sum(), u), moved) for name, fn in ways.items()}
+    report(figures, f"meanflow_loss forward and backward, {DTYPE}", shape, way, steps)
+
+
+def check(got: Tensor, wanted: Tensor) -> None:
+    error = relative_error(got, wanted)
+    assert error < TOLERANCE, f"wrong by {error:.1e}, so it is not timed"
 
 
 def report(
-    figures: list[dict], table: str, size: Sequence[int], ways: dict[str, tuple[Callable[[], object], float]]
+    figures, table: str, size: Sequence[int], way: str, ways: dict[str, tuple[Callable[[], object], float]]
 ) -> None:
-    ceiling = copy_bytes()
-    times = interleaved_seconds({way: fn for way, (fn, _) in ways.items()}, rounds=ROUNDS, warmup=3)
-    base = next(iter(times.values()))
-    for way, (_, moved) in ways.items():
-        seconds = statistics.median(times[way])
-        figures.append(
-            {
-                "table": table,
-                "operand": "×".join(map(str, size)),
-                "way": way,
-                "ms": 1e3 * seconds,
-                "GB/s": moved / seconds / 1e9,
-                "of copy": moved / seconds / ceiling,
-                "× this library": median_ratio(times[way], base),
-            }
-        )
+    """Time `way` next to the first of `ways`."""
+    fn, moved = ways[way]
+    taken = measured(fn, next(iter(ways.values()))[0], rounds=ROUNDS)
+    figures.append(
+        {
+            "table": table,
+            "operand": "×".join(map(str, size)),
+            "way": way,
+            "ms": 1e3 * taken.seconds,
+            "GB/s": moved / taken.seconds / 1e9,
+            "of copy": moved / taken.seconds / copy_bytes(),
+            "× this library": taken.ratio,
+            "latency ms": 1e3 * taken.latency,
+            "timed by": taken.how,
+        }
+    )

@@ -1,6 +1,6 @@
-"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--batch B] [--rows 0.25] [--kappa K]`.
+"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--way mf] [--batch B] [--kappa K]`.
 
-Prints the kernels of a MeanFlow step (on a GPU; PyTorch's operators without one) by their own time, as a Markdown
+Prints the kernels of a step (on a GPU; PyTorch's operators without one) by their own time, as a Markdown
 table: calls, time, share. The step is that of test_whole_step.py.
 """
 
@@ -15,9 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # measure, peers
 
-from test_whole_step import DTYPE, GPU, MODELS, Step, Way, build
-
-from meanflow.objectives import MeanFlow
+from measure import REHEARSAL
+from test_whole_step import DTYPE, GPU, MODELS, WAYS, Step, build
 
 STEPS = 3
 
@@ -45,15 +44,16 @@ def table(step: Step, top: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=MODELS[0])
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rows", type=float, default=0.25, help="share of rows with r ≠ t")
+    parser.add_argument("--batch", type=int, default=256 if GPU else 4 if REHEARSAL else 32)
+    parser.add_argument(
+        "--way", choices=WAYS, default="mf", help="mf: MeanFlow, fm: flow matching, plain: a plain DiT's"
+    )
     parser.add_argument("--kappa", type=float, default=0.0, help="guidance")
     parser.add_argument("--top", type=int, default=25)
     chosen = parser.parse_args()
     device = torch.device("cuda" if GPU else "cpu")
-    objective = MeanFlow(ratio=chosen.rows, kappa=chosen.kappa, label_dropout=0.0)
-    step = Step(Way("MeanFlow", objective), build(chosen.model, device), chosen.batch, DTYPE)
-    print(f"{chosen.model}, batch {chosen.batch}, {chosen.rows:.0%} of rows, κ = {chosen.kappa}, {DTYPE}, {device}\n")
+    step = Step(WAYS[chosen.way], build(chosen.model, device), chosen.batch, DTYPE, chosen.kappa)
+    print(f"{WAYS[chosen.way].name}: {chosen.model}, batch {chosen.batch}, κ = {chosen.kappa}, {DTYPE}, {device}\n")
     print(table(step, chosen.top))
 
 

@@ -1,20 +1,23 @@
 """The whole training step next to its peers, and the one-step sampler.
 
 A step is what a trainer does: latents from pinned memory, draws, guidance, the dual pass, loss, backward, clipping,
-AdamW, averaging. On a GPU: DiT-B/4, B/2, L/2 and XL/2 on latents 32×32×4 under bfloat16 autocast, guidance off and on
-(ω = 1, κ = 0.5), at batch 32 and at one that fills the GPU. Without one the same code runs a small DiT in float32.
-The loss and the gradients of every way are compared with a float32 oracle's before it is timed.
+AdamW, averaging. On a GPU: DiT-B/2, B/4, L/2 and XL/2 on latents 32×32×4 under bfloat16 autocast, guidance off and on
+(ω = 1, κ = 0.5). Without one the same code runs a small DiT in float32. What users judge by is the first two rows: the
+flow-matching step of a plain DiT through SDPA, eager and compiled. One row is one way: its loss and gradients are
+compared with this library's eager step at the same batch, which at a batch of 16 is compared with a float32 oracle.
 
-    python -m pytest bench/step/test_whole_step.py -s --json FILE
+    python -m pytest bench/step/test_whole_step.py --json FILE
 
-BENCH_MODELS (names, with commas), BENCH_BATCHES (numbers or "fill"), BENCH_ROUNDS and BENCH_COMPILE (0 leaves the
-compiled ways out) choose less or more; BENCH_JAX is a Python that has JAX.
+BENCH_MODELS (names, with commas), BENCH_BATCHES (numbers or "fill": what should take 80 % of the GPU's memory),
+BENCH_WAYS (keys of WAYS), BENCH_GUIDANCE ("off", "on" or "off,on") and BENCH_ROUNDS choose less or more; BENCH_JAX is a
+Python that has JAX.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -24,33 +27,37 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import peers
 import pytest
 import torch
-from measure import flops_of, gemm_flops, interleaved_seconds, peak_bytes
+import torch.nn.functional as F
+from measure import REHEARSAL, flops_of, gemm_flops, interleaved_seconds, median_ratio, peak_bytes, torch_compile
 from torch import Tensor, nn
 
 from meanflow.models import create_model
 from meanflow.objectives import FlowMatching, MeanFlow
 from meanflow.sampling import sample
 from meanflow.training.ema import EMA
+from mfkernels import use_backend
 from mfkernels.testing import relative_error
+from mfkernels.timing import busy_time, latency
 
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 SMALL = {"input_size": 16, "hidden_size": 192, "depth": 4, "num_heads": 3, "patch_size": 2, "num_classes": 10}
-MODELS = os.environ.get("BENCH_MODELS", "DiT-B/4,DiT-B/2,DiT-L/2,DiT-XL/2" if GPU else "DiT").split(",")
-BATCHES = os.environ.get("BENCH_BATCHES", "32,fill" if GPU else "16").split(",")
+if REHEARSAL:
+    SMALL |= {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2}
+MODELS = os.environ.get("BENCH_MODELS", "DiT-B/2,DiT-B/4,DiT-L/2,DiT-XL/2" if GPU else "DiT").split(",")
+BATCHES = os.environ.get("BENCH_BATCHES", "256,32" if GPU else "16").split(",")
+GUIDANCE = {"off": 0.0, "on": 0.5}
+KAPPAS = [GUIDANCE[word] for word in os.environ.get("BENCH_GUIDANCE", "off,on").split(",")]
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "10" if GPU else "4"))
-COMPILE = os.environ.get("BENCH_COMPILE", "1" if GPU else "0") == "1"
 # Of loss and gradients. In bfloat16 they are a sieve for mistakes, not for rounding.
 BOUNDS = (5e-2, 2e-1) if GPU else (1e-5, 1e-5)
-CHECKED = 16  # samples in the comparison with the oracle
-COLUMNS = ("ms", "images/s", "× flow matching", "× its FLOPs", "of the GEMM ceiling", "peak GiB", "× its memory")
+CHECKED = 4 if REHEARSAL else 16  # samples in the comparison with the oracle
 
 Objective = MeanFlow | FlowMatching
 Loss = Callable[..., Tensor]  # (objective, net, x, y, draws)
@@ -78,27 +85,63 @@ def jvp_flash_attention() -> peers.Attention | None:
 @dataclass(frozen=True)
 class Way:
     name: str
-    objective: Objective
+    meanflow: bool = True  # or flow matching
+    share: float = 0.25  # of the rows, with r ≠ t
     loss: Loss = ours
     attend: peers.Attention | None = None  # of the plain network; None: the way runs this library's
+    mode: str | None = None  # of torch.compile; None: eager
+    backend: str | None = None  # what is asked for with `use_backend`
+
+    def objective(self, kappa: float) -> Objective:
+        if not self.meanflow:
+            return FlowMatching(label_dropout=0.0, norm_p=1.0)
+        return MeanFlow(omega=1.0, kappa=kappa, ratio=self.share, label_dropout=0.0)
+
+    @property
+    def reference(self) -> Way:
+        """This library's eager way to the same loss."""
+        return Way("", self.meanflow, self.share)
 
 
-def ways_of(kappa: float) -> list[Way]:
-    quarter = MeanFlow(omega=1.0, kappa=kappa, label_dropout=0.0)
-    ways = [
-        Way("flow matching, this library", FlowMatching(label_dropout=0.0, norm_p=1.0)),
-        Way("MeanFlow, this library (25 % of rows)", quarter),
-        Way("MeanFlow, this library (every row)", replace(quarter, ratio=1.0)),
-        Way("torch.func.jvp", quarter, func_jvp, peers.math_attention),
-    ]
-    if COMPILE:
-        for mode in ("default", "reduce-overhead"):
-            compiled = torch.compile(ours, fullgraph=True, dynamic=False, mode=mode)
-            ways.append(Way(f"MeanFlow, this library (25 %), compiled: {mode}", quarter, compiled))
-        flash, compiled = jvp_flash_attention(), torch.compile(func_jvp, fullgraph=True, dynamic=False)
-        name = "torch.compile of torch.func.jvp" + ("" if flash is None else ", jvp-flash-attention")
-        ways.append(Way(name, quarter, compiled, flash or peers.math_attention))
-    return ways
+sdpa = F.scaled_dot_product_attention
+# The most telling first. Where the automatic choice of backends is not taken, it is because no GPU has run them yet.
+WAYS: dict[str, Way] = {
+    "plain": Way("flow matching, plain DiT through SDPA", meanflow=False, attend=sdpa),
+    "plain-compiled": Way("flow matching, plain DiT, compiled", meanflow=False, attend=sdpa, mode="default"),
+    "fm": Way("flow matching, this library", meanflow=False),
+    "mf": Way("MeanFlow, this library (25 % of rows)"),
+    "mf-compiled": Way("MeanFlow, this library (25 %), compiled", mode="default"),
+    "fm-compiled": Way("flow matching, this library, compiled", meanflow=False, mode="default"),
+    "jvp-compiled": Way(
+        "torch.compile of torch.func.jvp",
+        loss=func_jvp,
+        attend=jvp_flash_attention() or peers.math_attention,
+        mode="default",
+    ),
+    "mf-all": Way("MeanFlow, this library (every row)", share=1.0),
+    "jvp": Way("torch.func.jvp", loss=func_jvp, attend=peers.math_attention),
+    "mf-graphs": Way("MeanFlow, this library (25 %), compiled: reduce-overhead", mode="reduce-overhead"),
+    "mf-cudnn": Way("MeanFlow (25 %), attention_backward=cudnn", backend="triton,attention_backward=cudnn"),
+    "mf-flash": Way("MeanFlow (25 %), attention_backward=flash", backend="triton,attention_backward=flash"),
+    "mf-cuda": Way("MeanFlow (25 %), attention=cuda", backend="triton,attention=cuda"),
+}
+if jvp_flash_attention() is not None:
+    WAYS["jvp-compiled"] = replace(WAYS["jvp-compiled"], name="torch.compile of torch.func.jvp, jvp-flash-attention")
+# Flow matching has no guidance, and what is compared with it there is the plain step without
+GUIDED = ("plain", "plain-compiled", "mf", "mf-compiled", "jvp-compiled", "jvp")
+# on a CPU the compiler takes minutes
+DEFAULT_WAYS = ",".join(
+    key for key, way in WAYS.items() if GPU or REHEARSAL or (way.mode is None and way.backend is None)
+)
+CHOSEN = os.environ.get("BENCH_WAYS", DEFAULT_WAYS).split(",")
+CASES = [
+    pytest.param(model, batch, kappa, key, id=f"{model}-{batch}-{'guided' if kappa else 'not guided'}-{key}")
+    for model in MODELS
+    for batch in BATCHES
+    for kappa in KAPPAS
+    for key in WAYS
+    if key in CHOSEN and (kappa == 0 or key in GUIDED)
+]
 
 
 def plain_like(net: nn.Module) -> peers.PlainDiT:
@@ -115,6 +158,7 @@ def plain_like(net: nn.Module) -> peers.PlainDiT:
     return plain
 
 
+@functools.lru_cache(maxsize=1)
 def build(name: str, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     net = create_model(name, **(SMALL if name == "DiT" else {}))
@@ -127,11 +171,14 @@ def build(name: str, device: torch.device) -> nn.Module:
 class Step:
     """One training step of a way, with an optimiser and an average of its own; `dtype` is autocast's, or float32."""
 
-    def __init__(self, way: Way, net: nn.Module, batch: int, dtype: torch.dtype) -> None:
+    def __init__(self, way: Way, net: nn.Module, batch: int, dtype: torch.dtype, kappa: float) -> None:
         self.way, self.dtype, self.device = way, dtype, next(net.parameters()).device
+        self.objective = way.objective(kappa)
         self.net = net if way.attend is None else plain_like(net).to(self.device)
         if way.attend is not None:
             self.net.attend = way.attend
+        mode = way.mode
+        self.loss_of = way.loss if mode is None else torch_compile(way.loss, fullgraph=True, mode=mode)
         trained = [p for p in self.net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=GPU)
         self.ema = EMA(self.net, 0.9999)
@@ -143,10 +190,11 @@ class Step:
 
     def loss(self) -> Tensor:
         x, y = (a.to(self.device, non_blocking=True) for a in self.data)
-        draws = self.way.objective.draw(x.shape, generator=self.generator, device=self.device)
+        draws = self.objective.draw(x.shape, generator=self.generator, device=self.device)
         half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext():
-            return self.way.loss(self.way.objective, self.net, x, y, draws)
+        asked = contextlib.nullcontext() if self.way.backend is None else use_backend(self.way.backend)
+        with torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext(), asked:
+            return self.loss_of(self.objective, self.net, x, y, draws)
 
     def __call__(self) -> None:
         self.loss().backward()
@@ -156,6 +204,7 @@ class Step:
         self.ema.update(self.net, 1)
 
     def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
+        self.generator.manual_seed(4)
         loss = self.loss()
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in self.net.parameters() if p.requires_grad])
@@ -163,25 +212,36 @@ class Step:
         return loss.detach(), gradients
 
 
-def check(way: Way, net: nn.Module) -> None:
-    oracle = replace(way, loss=func_jvp, attend=peers.math_attention)
-    wanted = Step(oracle, net, CHECKED, torch.float32).loss_and_gradients()
-    got = Step(way, net, CHECKED, DTYPE).loss_and_gradients()
-    for value, reference, bound in zip(got, wanted, BOUNDS, strict=True):
+def check(step: Step, net: nn.Module, batch: int, kappa: float) -> None:
+    """The step against this library's eager one at its batch, so that what is compiled is compiled once."""
+    reference = step.way.reference
+    agree(step, Step(reference, net, batch, DTYPE, kappa).loss_and_gradients())
+    if (net, reference, kappa) not in CHECKED_WAYS:
+        oracle = replace(reference, loss=func_jvp, attend=peers.math_attention)
+        wanted = Step(oracle, net, CHECKED, torch.float32, kappa).loss_and_gradients()
+        agree(Step(reference, net, CHECKED, DTYPE, kappa), wanted)
+        CHECKED_WAYS.add((net, reference, kappa))
+
+
+CHECKED_WAYS: set[tuple[nn.Module, Way, float]] = set()
+
+
+def agree(step: Step, wanted: tuple[Tensor, Tensor]) -> None:
+    for value, reference, bound in zip(step.loss_and_gradients(), wanted, BOUNDS, strict=True):
         error = relative_error(value, reference)
-        assert error < bound, f"{way.name} is wrong by {error:.1e}, so it is not timed"
+        assert error < bound, f"{step.way.name or 'this library, eager,'} is wrong by {error:.1e}, so it is not timed"
 
 
-def jax_step(net: nn.Module, batch: int, kappa: float) -> dict | None:
-    """jax_step.py's answer, run by the Python of BENCH_JAX (default: this one); None where that has no JAX."""
+def jax_step(net: nn.Module, batch: int, kappa: float) -> dict:
+    """jax_step.py's answer, run by the Python of BENCH_JAX (default: this one); its loss and gradient are checked."""
     python = os.environ.get("BENCH_JAX", sys.executable)
     if subprocess.run([python, "-c", "import jax"], capture_output=True).returncode != 0:
-        return None
+        pytest.skip(f"{python} has no JAX")
     answers = []
     for size, half, rounds in ((CHECKED, False, 1), (batch, GPU, ROUNDS)):
-        step = Step(Way("", MeanFlow(kappa=kappa, label_dropout=0.0)), net, size, torch.float32)
+        step = Step(WAYS["mf"], net, size, torch.float32, kappa)
         x, y = (a.to(step.device) for a in step.data)
-        draws = step.way.objective.draw(x.shape, generator=step.generator, device=step.device)
+        draws = step.objective.draw(x.shape, generator=step.generator, device=step.device)
         case = {
             "x": x,
             "e": draws.noise,
@@ -196,124 +256,147 @@ def jax_step(net: nn.Module, batch: int, kappa: float) -> dict | None:
             np.savez(f"{folder}/case.npz", sizes=sizes, kappa=kappa, half=half, **arrays)
             command = [python, str(Path(__file__).with_name("jax_step.py")), f"{folder}/case.npz", str(rounds)]
             done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"jax_step.py failed:\n{done.stderr[-2000:]}")
+        assert done.returncode == 0, f"jax_step.py failed: {done.stderr[-2000:]}"
         answers.append(json.loads(done.stdout))
         if len(answers) == 1:
-            loss, gradients = Step(step.way, net, size, torch.float32).loss_and_gradients()
+            loss, gradients = step.loss_and_gradients()
             for got, wanted in ((answers[0]["loss"], loss), (answers[0]["gradient_norm"], gradients.norm())):
                 assert abs(got / float(wanted) - 1) < 1e-4, "JAX's step is another one, so it is not timed"
     return answers[1]
 
 
-def step_flops(way: Way, net: nn.Module, batch: int) -> float:
+def step_flops(way: Way, net: nn.Module, batch: int, kappa: float) -> float:
     """What a step of this kind has to compute: this library's, counted on four samples of meta tensors."""
-    meta = copy.deepcopy(net).to("meta")
+    meta, objective = copy.deepcopy(net).to("meta"), way.objective(kappa)
     x = torch.empty(4, net.in_channels, net.input_size, net.input_size, device="meta")  # [B, C, H, W]
     y = torch.empty(4, dtype=torch.long, device="meta")  # [B]
-    draws = way.objective.draw(x.shape, device="meta")
-    return flops_of(lambda: ours(way.objective, meta, x, y, draws).backward()) * batch / 4
+    draws = objective.draw(x.shape, device="meta")
+    with use_backend("reference"):
+        return flops_of(lambda: ours(objective, meta, x, y, draws).backward()) * batch / 4
 
 
-def filling(way: Way, net: nn.Module) -> int:
-    """The power of two, up to 1024, whose step should take at most 80 % of the GPU's memory."""
+@functools.lru_cache(maxsize=1)
+def filling(net: nn.Module, kappa: float) -> int:
+    """The power of two, up to 1024, whose MeanFlow step should take at most 80 % of the GPU's memory."""
     if not GPU:
         return 32
-    less, more = (peak_bytes(Step(way, net, batch, DTYPE)) for batch in (8, 32))
+    less, more = (peak_bytes(Step(WAYS["mf"], net, batch, DTYPE, kappa)) for batch in (8, 32))
     room = 0.8 * torch.cuda.get_device_properties(0).total_memory - less
     return min(1024, 2 ** int(math.log2(max(32, 24 * room / max(more - less, 1)))))
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.5], ids=["guidance off", "guidance on"])
-@pytest.mark.parametrize("name", MODELS)
-def test_whole_step(name, kappa, device, figures, benchmark):
-    net = build(name, device)
-    ways = ways_of(kappa)
-    for asked in BATCHES:
-        batch = filling(ways[1], net) if asked == "fill" else int(asked)
-        table = f"Whole step: {name}, {'guided' if kappa else 'not guided'}, {DTYPE}, batch {batch}"
-        base: dict[str, float] = {}  # the first way's figures
-
-        def report(way: str, seconds: float, memory: float, flops: float, table=table, batch=batch, base=base) -> None:
-            if not base:
-                base.update(seconds=seconds, memory=memory, flops=flops)
-            values = (
-                1e3 * seconds,
-                batch / seconds,
-                seconds / base["seconds"],
-                flops / base["flops"],
-                flops / seconds / gemm_flops(DTYPE),
-                memory / 2**30,
-                memory / base["memory"],
-            )
-            figures.append({"table": table, "way": way, **dict(zip(COLUMNS, values, strict=True))})
-
-        for way in ways:
-            torch.compiler.reset()
-            step = None
-            try:
-                check(way, net)
-                step = Step(way, net, batch, DTYPE)
-                taken = interleaved_seconds({"step": step}, rounds=ROUNDS, warmup=3)["step"]
-                # a CUDA graph took its memory when it was recorded
-                memory = math.nan if "reduce-overhead" in way.name else peak_bytes(step)
-                report(way.name, statistics.median(taken), memory, step_flops(way, net, batch))
-            except Exception as error:  # the first way is what the others are measured by, and ours must be right
-                if way is ways[0] or isinstance(error, AssertionError):
-                    raise
-                why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-                figures.append({"table": table, "way": way.name, **dict.fromkeys(COLUMNS, why)})
-                print(f"{table}: {way.name}: {error}")
-            step = None
-            if GPU:
-                torch.cuda.empty_cache()
-        jax = jax_step(net, batch, kappa)  # last: if it fails, the rows above are there
-        if jax is not None:
-            # its allocator takes the GPU's memory beforehand, so nothing comparable is to be had
-            way, seconds = f"JAX {jax['jax']}, jax.jvp", statistics.median(jax["seconds"])
-            report(way, seconds, math.nan, step_flops(ways[1], net, batch))
-    benchmark.pedantic(Step(ways[1], net, 8, DTYPE), rounds=1)
+@functools.lru_cache(maxsize=1)
+def base_of(net: nn.Module, batch: int) -> tuple[Step, int, float]:
+    """What every row is compared with in its own process, the plain eager step; its peak memory and its FLOPs."""
+    step = Step(WAYS["plain"], net, batch, DTYPE, 0.0)
+    step()
+    return step, peak_bytes(step), step_flops(step.way, net, batch, 0.0)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_sampler(name, device, figures, benchmark):
-    """One network evaluation an image: throughput, and the latency of a single image, also from a CUDA graph."""
-    net = build(name, device).eval()
+def ratio_to_compiled(rows: list[dict], table: str, ratio: float) -> float | None:
+    """To the compiled plain step: the quotient of the two ratios to the eager one, each taken in turns with it."""
+    name = WAYS["plain-compiled"].name
+    found = [row["× plain"] for row in rows if row["table"] == table and row.get("way") == name]
+    return ratio / found[-1] if found else None
 
-    def draw(noise: Tensor, y: Tensor) -> Tensor:
+
+@pytest.mark.parametrize(("model", "asked", "kappa", "key"), CASES)
+def test_whole_step(model, asked, kappa, key, device, figures):
+    way = WAYS[key]
+    torch.compiler.reset()
+    net = build(model, device)
+    batch = filling(net, kappa) if asked == "fill" else int(asked)
+    base, base_memory, base_flops = base_of(net, batch)
+    step = Step(way, net, batch, DTYPE, kappa)
+    check(step, net, batch, kappa)
+    taken = interleaved_seconds({"plain": base, "way": step}, rounds=ROUNDS, warmup=3)
+    seconds, ratio = statistics.median(taken["way"]), median_ratio(taken["way"], taken["plain"])
+    memory = None if way.mode == "reduce-overhead" else peak_bytes(step)  # a CUDA graph took its before
+    flops = step_flops(way, net, batch, kappa)
+    table = table_of(model, batch, kappa)
+    figures.append(
+        {
+            "table": table,
+            "way": way.name,
+            "ms": 1e3 * seconds,
+            "images/s": batch / seconds,
+            "× plain": ratio,
+            "× plain, compiled": ratio_to_compiled(figures.rows(), table, ratio),
+            "× its FLOPs": flops / base_flops,
+            "of the GEMM ceiling": flops / seconds / gemm_flops(DTYPE),
+            "peak GiB": memory and memory / 2**30,
+            "× its memory": memory and memory / base_memory,
+        }
+    )
+
+
+def table_of(model: str, batch: int, kappa: float) -> str:
+    return f"Whole step: {model}, {'guided' if kappa else 'not guided'}, {DTYPE}, batch {batch}"
+
+
+@pytest.mark.parametrize("kappa", KAPPAS, ids=lambda kappa: "guided" if kappa else "not guided")
+@pytest.mark.parametrize("model", MODELS)
+def test_jax(model, kappa, device, figures):
+    """The same step in JAX, in a process of its own; its allocator takes memory beforehand, so none is told."""
+    net = build(model, device)
+    batch = int(BATCHES[0])
+    jax = jax_step(net, batch, kappa)
+    seconds = statistics.median(jax["seconds"])
+    base = base_of(net, batch)[0]
+    ratio = seconds / statistics.median(interleaved_seconds({"plain": base}, rounds=ROUNDS)["plain"])
+    table = table_of(model, batch, kappa)
+    figures.append(
+        {
+            "table": table,
+            "way": f"JAX {jax['jax']}, jax.jvp",
+            "ms": 1e3 * seconds,
+            "images/s": batch / seconds,
+            "× plain": ratio,
+            "× plain, compiled": ratio_to_compiled(figures.rows(), table, ratio),
+        }
+    )
+
+
+SAMPLES = (1, 4) if REHEARSAL else (1, 256 if GPU else 16)
+
+
+@pytest.mark.parametrize("batch", SAMPLES)
+@pytest.mark.parametrize("model", MODELS)
+def test_sampler(model, batch, device, figures):
+    """One network evaluation an image: how long the device is busy, and the time of a call, also from a CUDA graph."""
+    net = build(model, device)
+    noise = torch.randn(batch, net.in_channels, net.input_size, net.input_size, device=device)  # [B, C, H, W]
+    y = torch.zeros(batch, dtype=torch.long, device=device)  # [B]
+
+    def draw() -> Tensor:
         with torch.autocast(device.type, DTYPE) if GPU else contextlib.nullcontext():
             return sample(net, noise, y)
 
-    for batch in (1, 256 if GPU else 16):
-        noise = torch.randn(batch, net.in_channels, net.input_size, net.input_size, device=device)  # [B, C, H, W]
-        y = torch.zeros(batch, dtype=torch.long, device=device)  # [B]
-        ways = {"eager": partial(draw, noise, y)}
-        if GPU:
-            ways["CUDA graph"] = graphed(ways["eager"])
-        for way, taken in interleaved_seconds(ways, rounds=ROUNDS, warmup=3).items():
-            figures.append(
-                {
-                    "table": f"One-step sampling: {name}, {DTYPE}",
-                    "batch": batch,
-                    "way": way,
-                    "ms": 1e3 * statistics.median(taken),
-                    "images/s": batch / statistics.median(taken),
-                }
-            )
-    benchmark.pedantic(ways["eager"], rounds=1)
+    busy = busy_time(draw)
+    for way in ("eager", "CUDA graph") if GPU else ("eager",):
+        alone = latency(draw if way == "eager" else graphed(draw))
+        figures.append(
+            {
+                "table": f"One-step sampling: {model}, {DTYPE}",
+                "batch": batch,
+                "way": way,
+                "ms": 1e3 * busy.seconds,
+                "images/s": batch / (busy.seconds if way == "CUDA graph" else max(busy.seconds, alone)),
+                "latency ms": 1e3 * alone,
+                "timed by": busy.how,
+            }
+        )
 
 
 def graphed(fn: Callable[[], Tensor]) -> Callable[[], None]:
     """`fn`, whose inputs stay where they are, recorded into a CUDA graph; its replay is compared with `fn` first."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
+    stream = torch.cuda.current_stream()  # the row's own
+    for _ in range(3):
+        fn()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         out = fn()
     graph.replay()
-    assert relative_error(out, fn()) < 1e-2, "the replay differs, so it is not timed"
+    error = relative_error(out, fn())
+    assert error < 1e-2, f"the replay differs by {error:.1e}, so it is not timed"
     return graph.replay

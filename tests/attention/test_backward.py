@@ -99,7 +99,7 @@ def test_a_request_that_cannot_be_served_is_an_error_where_a_gradient_is_wanted(
         attention(q, k, v)
     with (
         pytest.raises(
-            ValueError, match="name: attention_backward has the backends triton, cudnn, flash, .* got 'cuda'"
+            ValueError, match=r"name: attention_backward has the backends triton, cudnn, flash, .* got 'cuda'"
         ),
         use_backend("attention_backward=cuda"),
     ):
