@@ -1,9 +1,18 @@
 """Compiles mfkernels._C (csrc/) where CUDA's nvcc is at hand; everything else is in pyproject.toml.
 
-MFKERNELS_CUDA        unset: compile if there is an nvcc that can; 0: never; 1: it is an error if it cannot be done
-MFKERNELS_CUDA_ARCHS  architectures to compile for, as "sm_90a" (the default: all that csrc has kernels for)
-CUDA_HOME             where the toolkit is, if nvcc is not on the PATH
-MAX_JOBS              compilers at a time; CXX, CXXFLAGS: the host's compiler and more flags for it
+MFKERNELS_CUDA           unset: compile if there is an nvcc that can; 0: never; 1: it is an error if it cannot be done
+MFKERNELS_CUDA_ARCHS     architectures to compile for, as "sm_90a" (the default: all that csrc has kernels for)
+MFKERNELS_CUDA_WATCHDOG  1: a kernel that waits for over a second stops with an error (csrc/hopper/mbarrier.cuh); for
+                         tests of a new kernel or a new GPU
+CUDA_HOME                where the toolkit is, if nvcc is not on the PATH
+MAX_JOBS                 compilers at a time; CXX, CXXFLAGS: the host's compiler and more flags for it
+
+Without pip and with any setuptools, or none, from the repository root:
+
+    python -c "import setup; setup.build_in_place()"
+
+compiles the extension into mfkernels/, where Python finds it with this folder on its PYTHONPATH. It needs nvcc, a C++
+compiler, ninja and pybind11.
 """
 
 from __future__ import annotations
@@ -15,12 +24,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for kind in ("*.cu", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
 KERNELS_FOR = ("sm_90a",)
 
@@ -48,12 +55,20 @@ def architectures() -> list[str]:
     return chosen
 
 
+def watchdog() -> bool:
+    wish = os.environ.get("MFKERNELS_CUDA_WATCHDOG", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"MFKERNELS_CUDA_WATCHDOG: expected 0 or 1 (or nothing), got {wish!r}")
+    return wish == "1"
+
+
 def compiler() -> Path | None:
     """nvcc, where the CUDA extension is to be compiled."""
     wish = os.environ.get("MFKERNELS_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"MFKERNELS_CUDA: expected 0 or 1 (or nothing), got {wish!r}")
     chosen = architectures()
+    watchdog()  # a wish that makes no sense is an error even where nothing is compiled
     if wish == "0":
         return None
     nvcc, reason = find_nvcc(), None
@@ -87,6 +102,7 @@ def flags(toolkit: Path) -> dict[str, list[str]]:
             *(f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}" for arch in archs),
             f"-Xcompiler={','.join(host)}",
             *includes,
+            *(["-DMF_WATCHDOG"] if watchdog() else []),
         ],
         "cxx": [
             "-std=c++17",
@@ -110,45 +126,63 @@ def ninja_path(path: str | Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-class NinjaBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        import ninja
+def build(target: Path, sources: Sequence[str] = SOURCES) -> None:
+    """Compiles the sources (paths within the repository) and links them as `target`."""
+    import ninja
 
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # not setuptools' temporary folder: a second install compiles only what has changed
-        folder = ROOT / "build" / "csrc"
-        folder.mkdir(parents=True, exist_ok=True)
-        nvcc = compiler()
-        assert nvcc is not None
-        options = {name: shell(*values) for name, values in flags(toolkit_of(nvcc)).items()}
-        cxx = shell(*shlex.split(os.environ.get("CXX", "c++")))
-        lines = [
-            "rule nvcc",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            f"  command = {shell(nvcc)} {options['nvcc']} -MD -MF $out.d -c $in -o $out",
-            "rule cxx",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            f"  command = {cxx} {options['cxx']} -MD -MF $out.d -c $in -o $out",
-            "rule link",
-            f"  command = {shell(nvcc)} {options['link']} $in -o $out",
-        ]
-        objects = []
-        for source in ext.sources:
-            objects.append(source.replace("/", "_") + ".o")
-            rule = "nvcc" if source.endswith(".cu") else "cxx"
-            lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
-        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        jobs = os.environ.get("MAX_JOBS")
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]
-        if subprocess.run(command).returncode != 0:
-            sys.exit("the CUDA extension did not compile; MFKERNELS_CUDA=0 installs without it")
+    nvcc = compiler()
+    if nvcc is None:
+        sys.exit("the CUDA extension was not compiled")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # not setuptools' temporary folder: a second install compiles only what has changed
+    folder = ROOT / "build" / "csrc"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {name: shell(*values) for name, values in flags(toolkit_of(nvcc)).items()}
+    cxx = shell(*shlex.split(os.environ.get("CXX", "c++")))
+    lines = [
+        "rule nvcc",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        f"  command = {shell(nvcc)} {options['nvcc']} -MD -MF $out.d -c $in -o $out",
+        "rule cxx",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        f"  command = {cxx} {options['cxx']} -MD -MF $out.d -c $in -o $out",
+        "rule link",
+        f"  command = {shell(nvcc)} {options['link']} $in -o $out",
+    ]
+    objects = []
+    for source in sources:
+        objects.append(source.replace("/", "_") + ".o")
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        lines.append(f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}")
+    lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = os.environ.get("MAX_JOBS")
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    if subprocess.run(command).returncode != 0:
+        sys.exit("the CUDA extension did not compile; MFKERNELS_CUDA=0 installs without it")
 
 
-setup(
-    ext_modules=[Extension("mfkernels._C", SOURCES)] if compiler() is not None else [],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def build_in_place() -> Path:
+    target = ROOT / "mfkernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build(target)
+    return target
+
+
+def main() -> None:
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+
+    class NinjaBuild(build_ext):
+        def build_extension(self, ext: Extension) -> None:
+            build(Path(self.get_ext_fullpath(ext.name)).resolve(), ext.sources)
+
+    setup(
+        ext_modules=[Extension("mfkernels._C", SOURCES)] if compiler() is not None else [],
+        cmdclass={"build_ext": NinjaBuild},
+    )
+
+
+if __name__ == "__main__":  # so it is called in a build by pip, too
+    main()

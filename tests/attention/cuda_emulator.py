@@ -23,11 +23,20 @@ SOURCES = [*KERNELS, CSRC / "attention" / "forward.cpp", CSRC / "bindings.cpp", 
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
 
 
+def find_compiler() -> str | None:
+    return shutil.which("c++")
+
+
 def compiler() -> str:
-    found = shutil.which("c++")
+    found = find_compiler()
     if found is None:
         pytest.skip("no C++ compiler (c++) for the emulator")
     return found
+
+
+def command(source: Path, target: Path, *flags: str, csrc: Path = CSRC) -> list[str]:
+    """Compiles one CUDA source file for the host: a program, or with -shared a library."""
+    return [compiler(), *FLAGS, *flags, f"-I{EMULATOR}", f"-I{csrc}", "-x", "c++", str(source), "-o", str(target)]
 
 
 @functools.cache

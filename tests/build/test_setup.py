@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,19 @@ import pytest
 pytest.importorskip("setuptools")
 
 ROOT = Path(__file__).parents[2]
+WATCHDOG = "MFKERNELS_CUDA_WATCHDOG"
+
+
+def python(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Code, or a script and its arguments."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MFKERNELS_CUDA", "CUDA_"))}
+    what = arguments if arguments[0].endswith(".py") else ("-c", *arguments)
+    command = [sys.executable, *what]
+    return subprocess.run(command, cwd=folder, env={**inherited, **environment}, capture_output=True, text=True)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MFKERNELS_CUDA", "CUDA_"))}
-    command = [sys.executable, "setup.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
+    return python("setup.py", *arguments, **environment)
 
 
 def fake_nvcc(folder: Path, archs: str) -> str:
@@ -30,15 +39,13 @@ def fake_nvcc(folder: Path, archs: str) -> str:
 HAS_EXTENSION = """
 import runpy, setuptools
 setuptools.setup = lambda **kw: print(len(kw["ext_modules"]))
-runpy.run_path("setup.py")
+runpy.run_path("setup.py", run_name="__main__")
 """
 
 
 def extensions(**environment: str) -> tuple[int, str]:
     """How many extensions setup.py asks for, and what it says."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MFKERNELS_CUDA", "CUDA_"))}
-    command = [sys.executable, "-c", HAS_EXTENSION]
-    done = subprocess.run(command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True)
+    done = python(HAS_EXTENSION, **environment)
     assert done.returncode == 0, done.stderr
     return int(done.stdout), done.stderr
 
@@ -66,6 +73,7 @@ def test_a_toolkit_that_is_too_old(tmp_path: Path) -> None:
     ("environment", "words"),
     [
         ({"MFKERNELS_CUDA": "yes"}, "MFKERNELS_CUDA: expected 0 or 1 (or nothing), got 'yes'"),
+        ({"MFKERNELS_CUDA_WATCHDOG": "on"}, "MFKERNELS_CUDA_WATCHDOG: expected 0 or 1 (or nothing), got 'on'"),
         ({"MFKERNELS_CUDA_ARCHS": "sm_70"}, "MFKERNELS_CUDA_ARCHS: expected any of sm_90a, got 'sm_70'"),
     ],
 )
@@ -75,11 +83,40 @@ def test_wishes_that_make_no_sense_are_errors(environment: dict[str, str], words
     assert words in done.stderr
 
 
+@pytest.mark.parametrize(("wish", "on"), [({}, False), ({WATCHDOG: "0"}, False), ({WATCHDOG: "1"}, True)])
+def test_the_watchdog_is_off_unless_asked_for(wish: dict[str, str], on: bool) -> None:
+    pytest.importorskip("pybind11")
+    code = "import pathlib, setup; print(*setup.flags(pathlib.Path('toolkit'))['nvcc'])"
+    done = python(code, **wish)
+    assert done.returncode == 0, done.stderr
+    assert ("-DMF_WATCHDOG" in done.stdout.split()) == on
+
+
+def test_without_setuptools(tmp_path: Path) -> None:
+    """`import setup` and its `build_in_place` need none: that of a machine without a registry may be too old."""
+    (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(tmp_path)!r}\n")
+    ninja = tmp_path / "ninja"
+    ninja.write_text('#!/bin/sh\nshift\ngrep "link csrc" "$1/build.ninja"\n')
+    ninja.chmod(0o755)
+    root = tmp_path / "copy"  # the plan is written there
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copy(ROOT / "setup.py", root)
+    code = "import sys; sys.modules['setuptools'] = None; import setup; print(setup.build_in_place())"
+    environment = {"PATH": fake_nvcc(tmp_path, "compute_90\\n"), "PYTHONPATH": str(tmp_path)}
+    done = python(code, folder=root, **environment)
+    assert done.returncode == 0, done.stderr
+    target = str(root / "mfkernels" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    planned, said = done.stdout.splitlines()
+    assert planned.startswith(f"build {target}: link ")
+    assert said == target
+    done = python(code, folder=root, MFKERNELS_CUDA="0", **environment)
+    assert done.returncode != 0
+    assert "the CUDA extension was not compiled" in done.stderr
+
+
 def test_every_source_is_compiled_and_shipped() -> None:
     """A new kernel file needs no list: setup.py and MANIFEST.in take what is in csrc/."""
-    code = (
-        "import runpy, setuptools; setuptools.setup = lambda **kw: None; print(*runpy.run_path('setup.py')['SOURCES'])"
-    )
+    code = "import setup; print(*setup.SOURCES)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     on_disk = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cpp")}
     assert set(done.stdout.split()) == on_disk
