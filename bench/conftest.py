@@ -183,10 +183,10 @@ def _own_stream() -> Iterator[None]:
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):
             delattr(sys, name)  # of the row before, if it failed: they hold its tensors
-    gc.collect()
     if not torch.cuda.is_available():
         yield
         return
+    gc.collect()
     torch.cuda.empty_cache()
     with torch.cuda.stream(torch.cuda.Stream()):
         yield

@@ -1,76 +1,136 @@
 #!/usr/bin/env bash
-# Everything a GPU has to say, in one command: bench/gpu.sh OUT [PART...]
-# Installs the package beside the torch that is there, runs the tests on the GPU and the benchmarks, and writes logs and
-# figures (JSON with date, versions and shapes) into the folder OUT, and all of it once more as OUT/all.tgz. WHEELS: a
-# folder of wheels for what is missing, on a machine without a registry. Parts, in this order, all by default:
-#   cuda                               the CUDA kernels on their own, then under compute-sanitizer
-#   tests                              all tests
-#   attention dit_block modern_block   the kernels against their peers and floors
-#   step whole                         a step's forward and backward; whole steps of DiT-B/4 to XL/2, profiles, sampler
+# Everything a GPU has to say, in parts of less than ten minutes: bench/gpu.sh [--rehearse] OUT [PART...]
+#   kernels   python -m mfkernels.check; the CUDA kernel's pieces one by one, then its ragged cases; the tests that use a
+#             GPU; attention and the elementwise ops next to peers and ceilings; compute-sanitizer
+#   step      whole steps of DiT-B/2 at batch 256 next to a plain DiT's through SDPA, eager and compiled, and the JVP peers;
+#             where the time goes; attention's launches tuned, and the step with what was found
+#   sizes     B/2 with CUDA graphs, other backwards of attention and its CUDA forward; B/4, XL/2, L/2; the sampler
+#   jax       the same step in JAX, whose compiler takes minutes: only where it is named
+# The most telling comes first, in the order of the parts and within each. A part ends by itself after BENCH_SECONDS (540),
+# whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every stage. Nothing is
+# installed: the package runs from here, and PYTHONPATH may name a folder with what the machine lacks.
+# --rehearse runs every stage on a CPU, in small, with Triton's interpreter and the emulator; its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out="${1:?usage: bench/gpu.sh OUT [PART...]}"
+usage="usage: bench/gpu.sh [--rehearse] OUT [kernels] [step] [sizes] [jax]"
+rehearse=
+if [ "${1:-}" = --rehearse ]; then rehearse=1 && shift; fi
+case "${1:-}" in "" | -*) echo "$usage" >&2 && exit 2 ;; esac
+mkdir -p "$1" && out="$(cd "$1" && pwd)" || exit 2
 shift
-parts=" ${*:-cuda tests attention dit_block modern_block step whole} "
-mkdir -p "$out"
-
-install() {  # MFKERNELS_CUDA
-    MFKERNELS_CUDA="$1" python3 -m pip install -q --no-deps --no-build-isolation -e . 2>&1 |
-        tee -a "$out/install.log" | tail -n 3
-}
-if [ -n "${WHEELS:-}" ]; then  # a folder of wheels, for a machine without a registry
-    python3 -m pip install -q --no-index --find-links "$WHEELS" tyro pytest-benchmark pytest-xdist
-fi
-install 1 || install 0 || exit 1  # without the CUDA kernels rather than not at all
-python3 - <<'PY' | tee "$out/machine.txt"
-import torch, triton
-assert torch.cuda.is_available(), "no CUDA device"
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
-PY
-
-# Warnings that only a GPU gives (TF32, cuBLAS contexts) are for the logs. SIGINT: pytest then still writes its figures.
-run() {  # seconds, arguments of pytest
-    timeout -s INT -k 20 "$1" python3 -m pytest "${@:2}" -W default -p no:cacheprovider 2>&1
-}
-bench() {  # name of the figures, arguments of pytest
-    run 300 "${@:2}" -s --json "$out/$1.json" | tee "$out/$1.log" | tail -n 60
-}
-asked() { [[ "$parts" == *" $1 "* ]]; }
-
-# The CUDA kernels on their own first, whatever is asked for: one that hangs or is wrong is ended here, and then takes
-# nothing else with it.
-ignore=()
-parallel=()
-if timeout -k 10 60 python3 bench/attention/ragged.py 2>&1 | tee "$out/cuda.log"; then
-    if asked cuda && command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck synccheck; do
-            timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 1 python3 bench/attention/ragged.py \
-                >"$out/sanitizer_$tool.log" 2>&1
-            echo "compute-sanitizer $tool: exit code $?" | tee -a "$out/cuda.log"
-        done
-    elif asked cuda; then
-        echo "no compute-sanitizer on this machine" | tee -a "$out/cuda.log"
-    fi
-else
-    ignore=(--ignore tests/attention/test_cuda_kernels.py)
-    rm -f mfkernels/_C*.so  # the benchmarks run every backend that is there
-fi
-
-if asked tests; then
-    python3 -c "import xdist" 2>/dev/null && parallel=(-n 8 --dist loadfile)
-    run 540 tests "${parallel[@]}" "${ignore[@]}" -p no:benchmark --continue-on-collection-errors | tee "$out/tests.log" | tail -n 15
-fi
-for what in attention dit_block modern_block; do
-    if asked "$what"; then bench "$what" "bench/$what"; fi
+for part in "$@"; do
+    case "$part" in kernels | step | sizes | jax) ;; *) echo "no part $part; $usage" >&2 && exit 2 ;; esac
 done
-if asked step; then bench step bench/step/test_step.py; fi
-if asked whole; then
-    for model in DiT-B/4 DiT-B/2 DiT-L/2 DiT-XL/2; do  # one at a time: what has been measured is kept
-        BENCH_MODELS="$model" BENCH_COMPILE=0 bench "whole_step_${model//\//_}" bench/step/test_whole_step.py
-        BENCH_MODELS="$model" BENCH_BATCHES=fill bench "whole_step_compiled_${model//\//_}" \
-            bench/step/test_whole_step.py -k whole_step
-        timeout 120 python3 bench/step/profile_step.py "$model" >"$out/profile_${model//\//_}.md" 2>&1
-    done
+if [ $# = 0 ]; then set -- kernels step sizes ${rehearse:+jax}; fi
+
+python="${PYTHON:-python3}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# the plugins that are needed alone: what else a machine has takes seconds to load, and warns
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+pytest=("$python" -m pytest -p xdist -p pytest_timeout -p no:cacheprovider -W default)
+row_seconds="${BENCH_ROW_SECONDS:-90}"
+workers=8       # for the tests
+emulator=()     # for the CUDA kernels
+triton=()       # for what a GPU would serve by Triton anyway
+if [ -n "$rehearse" ]; then
+    export BENCH_REHEARSAL=1 BENCH_ROUNDS=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+    workers=1 emulator=(--emulator) triton=(env MFKERNELS_BACKEND=triton)
 fi
-if [ -f "$out/attention.json" ]; then python3 bench/attention/plot.py "$out/attention.json"; fi
-tar czf "$out/all.tgz" --exclude all.tgz -C "$out" .
+pack() { tar czf "$out/.all" --exclude all.tgz --exclude .all -C "$out" . && mv "$out/.all" "$out/all.tgz"; }
+
+# stage NAME SECONDS COMMAND...: ends with its part at the latest, and goes on with the next stage whatever happens
+stage() {
+    local name="$1" limit="$2" left=$((deadline - SECONDS)) start=$SECONDS code=
+    shift 2
+    echo "=== $part: $name" | tee -a "$out/$part.log"
+    if [ "$left" -lt 10 ]; then
+        code="left out: the part's time is over"
+    else
+        # SIGINT: Python still ends in order
+        timeout -s INT -k 10 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$out/$part.log" | tail -n 80
+        code="exit code ${PIPESTATUS[0]}"
+    fi
+    printf '%s\t%s\t%s\t%s s\n' "$part" "$name" "$code" "$((SECONDS - start))" | tee -a "$out/stages.tsv"
+    pack
+    [ "$code" = "exit code 0" ]
+}
+
+# bench NAME SECONDS COMMAND...: a run of pytest whose figures go to OUT/NAME.json. One process runs the rows one by one;
+# where a row hangs or kills it, another process goes on with the next row.
+bench() {
+    local name="$1" limit="$2"
+    shift 2
+    stage "$name" "$limit" "$@" --json "$out/$name.json" -n 1 --max-worker-restart 1000 --timeout "$row_seconds" \
+        --timeout-method thread -p no:logging --tb short
+}
+whole_step=("${pytest[@]}" bench/step/test_whole_step.py::test_whole_step)
+
+build() {  # 1 or 0: with or without the watchdog; without the CUDA kernels rather than with old ones
+    if [ -n "$rehearse" ]; then return; fi
+    stage "build, watchdog: $1" 120 env MFKERNELS_CUDA_WATCHDOG="$1" "$python" -c "import setup; setup.build_in_place()" ||
+        rm -f mfkernels/_C*.so
+}
+
+kernels() {
+    local tests tool sanitizer=() few=() tools=(memcheck racecheck synccheck)
+    mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
+    if [ -n "$rehearse" ]; then
+        few=(--ops gated_residual) tools=(memcheck) tests=(tests/timestep_embedding/test_triton_op.py)
+    fi
+    build 1
+    stage check 90 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
+    stage bringup 100 "$python" bench/attention/bringup.py "${emulator[@]}"
+    stage ragged 60 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
+    stage tests 140 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 --timeout-method thread \
+        --continue-on-collection-errors --tb line
+    build 0
+    bench kernels 220 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward} \
+        bench/dit_block/test_ops.py
+    # what may hang comes last
+    bench cuda 60 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_forward_by_cuda
+    for tool in "${tools[@]}"; do
+        if [ -z "$rehearse" ]; then
+            sanitizer=(compute-sanitizer --tool "$tool" --kernel-name kns=ForwardKernel --error-exitcode 1)
+        fi
+        stage "sanitizer, $tool" 60 "${sanitizer[@]}" "$python" bench/attention/ragged.py "${emulator[@]}" --only 2
+    done
+}
+
+step() {
+    export BENCH_STEPS="
+        DiT-B/2:256:off:plain,plain-compiled,fm,mf,mf-compiled,fm-compiled,jvp-compiled,mf-all,jvp
+        DiT-B/2:256:on:plain,mf,jvp"
+    bench step 360 "${whole_step[@]}"
+    stage profile 60 "$python" bench/step/profile_step.py --ways mf plain
+    local ops=(attention_forward attention_forward_primal attention_backward_dq attention_backward_dkdv)
+    local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 80)
+    if [ -n "$rehearse" ]; then
+        tuned=(--dry-run --ops "${ops[1]}" --head-dims 8 --tokens 9 --total 9 --dtype float32)
+    fi
+    export MFKERNELS_CACHE_DIR="$out/tuned" BENCH_STEPS="DiT-B/2:256:off:fm,mf"
+    stage tune 110 "$python" -m mfkernels.tune "${tuned[@]}"
+    bench step_tuned 60 "${whole_step[@]}"
+    unset MFKERNELS_CACHE_DIR
+}
+
+sizes() {
+    export BENCH_STEPS="
+        DiT-B/2:256:off:plain,mf,mf-cudnn,mf-flash,mf-cuda
+        DiT-B/4:256:off:plain,fm,mf,plain-compiled,mf-compiled
+        DiT-XL/2:128:off:plain,fm,mf,plain-compiled,mf-compiled
+        DiT-B/4:32:off:plain,fm,mf,plain-compiled,mf-compiled
+        DiT-L/2:128:off:plain,fm,mf
+        DiT-B/2:256:off:mf-graphs"
+    bench sizes 530 "${whole_step[@]}" bench/step/test_whole_step.py::test_sampler
+}
+
+jax() {
+    export BENCH_STEPS="DiT-B/2:256:off:mf DiT-B/4:256:off:mf"
+    row_seconds=300 bench jax 530 "${pytest[@]}" bench/step/test_whole_step.py::test_jax
+}
+
+for part in "$@"; do
+    deadline=$((SECONDS + ${BENCH_SECONDS:-540}))
+    "$part"
+done
+echo "done: $out/all.tgz"

@@ -24,7 +24,7 @@ def torch_compile(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`fn` by `torch.compile`; in a rehearsal it is traced and run, without the minutes of a compiler."""
     if REHEARSAL:
         options.pop("mode", None)
-        options["backend"] = "aot_eager"
+        options["backend"] = "eager"
     return torch.compile(fn, dynamic=False, **options)
 
 

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--way mf] [--batch B] [--kappa K]`.
+"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--ways mf plain] [--batch B] [--kappa K]`.
 
 Prints the kernels of a step (on a GPU; PyTorch's operators without one) by their own time, as a Markdown
 table: calls, time, share. The step is that of test_whole_step.py.
@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # measure, peers
 
-from measure import REHEARSAL
-from test_whole_step import DTYPE, GPU, MODELS, WAYS, Step, build
+from test_whole_step import BATCH, DTYPE, GPU, MODELS, WAYS, Step, build
 
 STEPS = 3
 
@@ -44,17 +43,18 @@ def table(step: Step, top: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=MODELS[0])
-    parser.add_argument("--batch", type=int, default=256 if GPU else 4 if REHEARSAL else 32)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument(
-        "--way", choices=WAYS, default="mf", help="mf: MeanFlow, fm: flow matching, plain: a plain DiT's"
+        "--ways", nargs="+", choices=WAYS, default=["mf"], help="mf: MeanFlow, fm: flow matching, plain: a plain DiT's"
     )
     parser.add_argument("--kappa", type=float, default=0.0, help="guidance")
     parser.add_argument("--top", type=int, default=25)
     chosen = parser.parse_args()
     device = torch.device("cuda" if GPU else "cpu")
-    step = Step(WAYS[chosen.way], build(chosen.model, device), chosen.batch, DTYPE, chosen.kappa)
-    print(f"{WAYS[chosen.way].name}: {chosen.model}, batch {chosen.batch}, κ = {chosen.kappa}, {DTYPE}, {device}\n")
-    print(table(step, chosen.top))
+    net = build(chosen.model, device)
+    for way in (WAYS[key] for key in chosen.ways):
+        print(f"{way.name}: {chosen.model}, batch {chosen.batch}, κ = {chosen.kappa}, {DTYPE}, {device}\n")
+        print(table(Step(way, net, chosen.batch, DTYPE, chosen.kappa), chosen.top) + "\n")
 
 
 if __name__ == "__main__":
