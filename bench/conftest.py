@@ -3,6 +3,8 @@
 A row that fails, runs out of memory or hangs costs itself alone: with `-n 1 --timeout SECONDS --timeout-method thread`
 (pytest-xdist, pytest-timeout) the process that hangs ends and another one goes on with the next row. What has no figure
 is in the table "Not measured", with the reason.
+
+PyTorch is imported where it is used: pytest-xdist's first process does without, and starts seconds earlier.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-torch.backends.cudnn.allow_tf32 = False  # the peers' convolutions in float32: they are checked against float64
+if TYPE_CHECKING:
+    import torch
 
 NOT_MEASURED = "Not measured"
 
@@ -43,16 +46,20 @@ class Figures:
     def append(self, row: dict) -> None:
         with self.path.with_name(self.path.name + ".lock").open("w") as lock:  # pytest's process writes what failed
             fcntl.flock(lock, fcntl.LOCK_EX)
-            write(self.path, [*self.rows(), row])
+            told = self.told()
+            write(self.path, [*told.get("figures", []), row], told.get("environment"))
+
+    def told(self) -> dict:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def rows(self) -> list[dict]:
-        return json.loads(self.path.read_text())["figures"] if self.path.exists() else []
+        return self.told().get("figures", [])
 
 
-def write(path: Path, rows: list[dict]) -> None:
+def write(path: Path, rows: list[dict], about: dict | None = None) -> None:
     """The environment and the rows, replaced in one step: whoever reads it has a whole file."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps({"environment": environment(), "figures": rows}, indent=2) + "\n")
+    new.write_text(json.dumps({"environment": about or environment(), "figures": rows}, indent=2) + "\n")
     new.replace(path)
 
 
@@ -123,6 +130,8 @@ def _reason(report: pytest.TestReport) -> str:
 
 
 def environment() -> dict:
+    import torch
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -174,12 +183,17 @@ def _cell(value: object) -> str:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
+    import torch
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def _own_stream() -> Iterator[None]:
     """A backward runs on its forward's stream: on one of our own it can be recorded into a CUDA graph and timed."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False  # the peers' convolutions in float32: they are checked against float64
     for name in ("last_type", "last_value", "last_traceback", "last_exc"):
         if hasattr(sys, name):
             delattr(sys, name)  # of the row before, if it failed: they hold its tensors
@@ -195,6 +209,8 @@ def _own_stream() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A process whose GPU no longer answers (an illegal address, a trap) ends; pytest-xdist starts another one."""
+    import torch
+
     result = yield
     if in_worker(item.config) and torch.cuda.is_available():
         try:

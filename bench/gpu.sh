@@ -75,10 +75,10 @@ kernels() {
     local tests tool sanitizer=() few=() tools=(memcheck racecheck synccheck)
     mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
     if [ -n "$rehearse" ]; then
-        few=(--ops gated_residual) tools=(memcheck) tests=(tests/timestep_embedding/test_triton_op.py)
+        few=(--ops timestep_embedding) tools=(memcheck) tests=(tests/timestep_embedding/test_triton_op.py)
     fi
     build 1
-    stage check 90 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
+    stage check 110 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
     stage bringup 100 "$python" bench/attention/bringup.py "${emulator[@]}"
     stage ragged 60 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
     stage tests 140 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 --timeout-method thread \

@@ -1,7 +1,7 @@
-"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--ways mf plain] [--batch B] [--kappa K]`.
+"""Where a training step's time goes: `python bench/step/profile_step.py [MODEL] [--ways mf plain] [--batch B]`.
 
-Prints the kernels of a step (on a GPU; PyTorch's operators without one) by their own time, as a Markdown
-table: calls, time, share. The step is that of test_whole_step.py.
+Prints the kernels of a step (on a GPU; PyTorch's operators without one) by their own time, as a Markdown table: calls,
+time, share. The steps are those of test_whole_step.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""bench/gpu.sh, rehearsed on a CPU: every stage runs, and what goes wrong in a row costs that row alone."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", minversion="3.4")
+
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+PLANTED = {
+    "test_backward[SDPA-4x9x1x16]": ("hang", "its process hung or died"),
+    "test_forward[eager torch.func.jvp-gated_residual-40]": ("fail", "AssertionError: planted"),
+    "test_whole_step[DiT-4-not guided-jvp]": ("memory", "out of memory"),
+    "test_whole_step[DiT-4-not guided-mf-graphs]": ("die", "its process hung or died"),
+}
+# what a CPU cannot serve is told, too
+NOT_HERE = ("cuda", "cudnn", "flash-attn", "jvp-flash-attention", "test_jax")
+
+
+def gpu_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MFKERNELS_"))}
+    environment |= {"PYTHON": sys.executable, **variables}
+    return subprocess.run([ROOT / "bench" / "gpu.sh", *arguments], env=environment, capture_output=True, text=True)
+
+
+def figures(path: Path) -> list[dict]:
+    told = json.loads(path.read_text())
+    assert told["environment"]["rehearsal"] == "no figure means anything"
+    return told["figures"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    out, absent = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("absent")
+    for name in ("tyro", "diffusers"):  # the GPU machine lacks them
+        (absent / f"{name}.py").write_text('raise ImportError("absent")\n')
+    done = gpu_sh(
+        "--rehearse",
+        str(out),
+        PYTHONPATH=f"{absent}:{SUPPORT}",
+        PYTEST_ADDOPTS="-p planted",
+        PLANTED=",".join(f"{kind}:{name}" for name, (kind, _) in PLANTED.items()),
+        BENCH_ROW_SECONDS="20",
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return out
+
+
+def test_every_stage_runs_and_everything_is_packed(out):
+    stages = [line.split("\t")[:3] for line in (out / "stages.tsv").read_text().splitlines()]
+    spoilt = {("kernels", "kernels"), ("step", "step"), ("sizes", "sizes")}
+    assert [(part, name) for part, name, _ in stages] == [
+        ("kernels", "check"),
+        ("kernels", "bringup"),
+        ("kernels", "ragged"),
+        ("kernels", "tests"),
+        ("kernels", "kernels"),
+        ("kernels", "cuda"),
+        ("kernels", "sanitizer, memcheck"),
+        ("step", "step"),
+        ("step", "profile"),
+        ("step", "tune"),
+        ("step", "step_tuned"),
+        ("sizes", "sizes"),
+        ("jax", "jax"),
+    ]
+    for part, name, said in stages:
+        assert said == f"exit code {int((part, name) in spoilt)}", (part, name)
+    with tarfile.open(out / "all.tgz") as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert names >= {path.name for path in out.iterdir()} - {"all.tgz"}
+    assert json.loads((out / "check.json").read_text())["ok"] is True
+
+
+@pytest.mark.parametrize("name", ["kernels", "cuda", "step", "step_tuned", "sizes", "jax"])
+def test_what_is_spoilt_is_named_and_every_other_row_is_there(out, name):
+    rows = figures(out / f"{name}.json")
+    not_measured = {row["row"]: row["why"] for row in rows if row["table"] == "Not measured"}
+    expected = {row for row in not_measured if any(word in row for word in NOT_HERE)}
+    spoilt = {
+        row: why for row, why in not_measured.items() for end in PLANTED if row.endswith(end) and why == PLANTED[end][1]
+    }
+    assert not_measured.keys() == expected | spoilt.keys()
+    assert len(spoilt) == {"kernels": 2, "step": 1, "sizes": 1}.get(name, 0)
+    measured = {"kernels": 50, "cuda": 0, "step": 11, "step_tuned": 2, "sizes": 5, "jax": 0}[name]
+    assert len(rows) - len(not_measured) == measured
+
+
+def test_a_part_ends_by_its_own_deadline(tmp_path):
+    done = gpu_sh("--rehearse", str(tmp_path), "jax", BENCH_SECONDS="9")
+    assert done.returncode == 0
+    assert "jax\tjax\tleft out: the part's time is over" in (tmp_path / "stages.tsv").read_text()
+    done = gpu_sh("--rehearse", str(tmp_path), "sizes", BENCH_SECONDS="10")  # pytest has barely begun
+    assert done.returncode == 0
+    assert "sizes\tsizes\texit code 124" in (tmp_path / "stages.tsv").read_text()
+
+
+def test_mistakes_are_told(tmp_path):
+    for arguments, told in (([], "usage"), (["--rehearse"], "usage"), ([str(tmp_path), "kernel"], "no part kernel")):
+        done = gpu_sh(*arguments)
+        assert done.returncode == 2
+        assert told in done.stderr
