@@ -36,7 +36,7 @@ if [ -n "$rehearse" ]; then
     export BENCH_REHEARSAL=1 BENCH_ROUNDS=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
     workers=1 emulator=(--emulator) triton=(env MFKERNELS_BACKEND=triton)
 fi
-pack() { tar czf "$out/.all" --exclude all.tgz --exclude .all -C "$out" . && mv "$out/.all" "$out/all.tgz"; }
+pack() { (cd "$out" && tar czf .all --exclude all.tgz -- * && mv .all all.tgz); }
 
 # stage NAME SECONDS COMMAND...: ends with its part at the latest, and goes on with the next stage whatever happens
 stage() {

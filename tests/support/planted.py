@@ -1,4 +1,4 @@
-"""A pytest plugin that spoils tests: PLANTED="hang:NAME,fail:NAME,memory:NAME,die:NAME", where a NAME ends a test's id."""
+"""A pytest plugin that spoils tests: PLANTED="hang:NAME,fail:NAME,memory:NAME,die:NAME"; a NAME ends a test's id."""
 
 import os
 import signal
