@@ -20,7 +20,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m pytest bench -s
+	$(BIN)/python -m pytest bench
 
 # torch first, pinned: an unpinned one may pull gigabytes of a newer build
 $(VENV)/.demo: pyproject.toml constraints.txt

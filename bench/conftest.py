@@ -98,8 +98,11 @@ class Failures:
         self.told: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if (report.failed or report.skipped) and report.nodeid not in self.told:
-            self.told.add(report.nodeid)  # a process that has to end after a failure is told of once more
+        if report.nodeid in self.told:
+            return  # its process has ended after it, see pytest_runtest_protocol
+        if report.when == "call" or not report.passed:
+            self.told.add(report.nodeid)
+        if report.failed or report.skipped:
             self.figures.append({"table": NOT_MEASURED, "row": _short(report.nodeid), "why": _reason(report)})
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -206,15 +209,20 @@ def _own_stream() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside pytest-timeout's
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A process whose GPU no longer answers (an illegal address, a trap) ends; pytest-xdist starts another one."""
+    """A row ends when the GPU has done its work. A process that cannot go on ends; pytest-xdist starts another one."""
     import torch
 
+    from mfkernels import timing
+
     result = yield
-    if in_worker(item.config) and torch.cuda.is_available():
+    usable = not timing.recording_failed
+    if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
-        except RuntimeError:
-            os._exit(70)
+        except RuntimeError:  # an illegal address, a trap
+            usable = False
+    if not usable and in_worker(item.config):
+        os._exit(70)
     return result

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything a GPU has to say, in parts of less than ten minutes: bench/gpu.sh [--rehearse] OUT [PART...]
+# Everything a GPU has to say, in parts of less than ten minutes each: bench/gpu.sh [--rehearse] OUT [PART...]
 #   kernels   python -m mfkernels.check; the CUDA kernel's pieces one by one, then its ragged cases; the tests that use a
 #             GPU; attention and the elementwise ops next to peers and ceilings; compute-sanitizer
 #   step      whole steps of DiT-B/2 at batch 256 next to a plain DiT's through SDPA, eager and compiled, and the JVP peers;
 #             where the time goes; attention's launches tuned, and the step with what was found
-#   sizes     B/2 with CUDA graphs, other backwards of attention and its CUDA forward; B/4, XL/2, L/2; the sampler
+#   sizes     the sampler; B/4, XL/2, L/2; other backwards of attention, CUDA graphs, its CUDA forward
 #   jax       the same step in JAX, whose compiler takes minutes: only where it is named
-# The most telling comes first, in the order of the parts and within each. A part ends by itself after BENCH_SECONDS (540),
-# whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every stage. Nothing is
-# installed: the package runs from here, and PYTHONPATH may name a folder with what the machine lacks.
+# The most telling comes first, in the order of the parts and within each; what may hang comes last. A part ends by itself
+# after BENCH_SECONDS (540), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every
+# stage. Without a part's name, the first three run, 27 minutes at most. Nothing is installed: the package runs from here,
+# and PYTHONPATH may name a folder with what the machine lacks.
 # --rehearse runs every stage on a CPU, in small, with Triton's interpreter and the emulator; its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,7 +29,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # the plugins that are needed alone: what else a machine has takes seconds to load, and warns
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 pytest=("$python" -m pytest -p xdist -p pytest_timeout -p no:cacheprovider -W default)
-row_seconds="${BENCH_ROW_SECONDS:-90}"
+row_seconds="${BENCH_ROW_SECONDS:-180}"  # a network is compiled in one or two minutes
 workers=8       # for the tests
 emulator=()     # for the CUDA kernels
 triton=()       # for what a GPU would serve by Triton anyway
@@ -46,9 +47,10 @@ stage() {
     if [ "$left" -lt 10 ]; then
         code="left out: the part's time is over"
     else
-        # SIGINT: Python still ends in order
-        timeout -s INT -k 10 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$out/$part.log" | tail -n 80
-        code="exit code ${PIPESTATUS[0]}"
+        # SIGINT: Python still ends in order. No pipe: something that cannot be ended would keep it open
+        timeout -s INT -k 10 "$((limit < left ? limit : left))" "$@" >>"$out/$part.log" 2>&1
+        code="exit code $?"
+        tail -n 80 "$out/$part.log"
     fi
     printf '%s\t%s\t%s\t%s s\n' "$part" "$name" "$code" "$((SECONDS - start))" | tee -a "$out/stages.tsv"
     pack
@@ -67,8 +69,8 @@ whole_step=("${pytest[@]}" bench/step/test_whole_step.py::test_whole_step)
 
 build() {  # 1 or 0: with or without the watchdog; without the CUDA kernels rather than with old ones
     if [ -n "$rehearse" ]; then return; fi
-    stage "build, watchdog: $1" 120 env MFKERNELS_CUDA_WATCHDOG="$1" "$python" -c "import setup; setup.build_in_place()" ||
-        rm -f mfkernels/_C*.so
+    rm -f mfkernels/_C*.so
+    stage "build, watchdog: $1" 100 env MFKERNELS_CUDA_WATCHDOG="$1" "$python" -c "import setup; setup.build_in_place()"
 }
 
 kernels() {
@@ -77,16 +79,16 @@ kernels() {
     if [ -n "$rehearse" ]; then
         few=(--ops timestep_embedding) tools=(memcheck) tests=(tests/timestep_embedding/test_triton_op.py)
     fi
+    row_seconds="${BENCH_ROW_SECONDS:-60}"
     build 1
-    stage check 110 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
-    stage bringup 100 "$python" bench/attention/bringup.py "${emulator[@]}"
-    stage ragged 60 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
-    stage tests 140 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 --timeout-method thread \
+    stage check 100 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
+    stage bringup 75 "$python" bench/attention/bringup.py "${emulator[@]}"
+    stage ragged 45 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
+    stage tests 110 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 --timeout-method thread \
         --continue-on-collection-errors --tb line
+    bench attention 170 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward}
+    bench ops 110 "${triton[@]}" "${pytest[@]}" bench/dit_block/test_ops.py
     build 0
-    bench kernels 220 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward} \
-        bench/dit_block/test_ops.py
-    # what may hang comes last
     bench cuda 60 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_forward_by_cuda
     for tool in "${tools[@]}"; do
         if [ -z "$rehearse" ]; then
@@ -98,9 +100,11 @@ kernels() {
 
 step() {
     export BENCH_STEPS="
-        DiT-B/2:256:off:plain,plain-compiled,fm,mf,mf-compiled,fm-compiled,jvp-compiled,mf-all,jvp
-        DiT-B/2:256:on:plain,mf,jvp"
-    bench step 360 "${whole_step[@]}"
+        DiT-B/2:256:off:plain,fm,mf,plain-compiled,mf-compiled
+        DiT-B/2:256:on:plain,mf
+        DiT-B/2:128:off:plain,mf,jvp
+        DiT-B/2:256:off:fm-compiled,mf-all,jvp-compiled"
+    bench step 380 "${whole_step[@]}"
     stage profile 60 "$python" bench/step/profile_step.py --ways mf plain
     local ops=(attention_forward attention_forward_primal attention_backward_dq attention_backward_dkdv)
     local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 80)
@@ -115,22 +119,28 @@ step() {
 
 sizes() {
     export BENCH_STEPS="
-        DiT-B/2:256:off:plain,mf,mf-cudnn,mf-flash,mf-cuda
-        DiT-B/4:256:off:plain,fm,mf,plain-compiled,mf-compiled
-        DiT-XL/2:128:off:plain,fm,mf,plain-compiled,mf-compiled
-        DiT-B/4:32:off:plain,fm,mf,plain-compiled,mf-compiled
-        DiT-L/2:128:off:plain,fm,mf
-        DiT-B/2:256:off:mf-graphs"
-    bench sizes 530 "${whole_step[@]}" bench/step/test_whole_step.py::test_sampler
+        DiT-B/4:256:off:plain,fm,mf
+        DiT-XL/2:64:off:plain,fm,mf
+        DiT-B/2:256:off:mf-cudnn,mf-flash
+        DiT-B/4:32:off:plain,fm,mf
+        DiT-L/2:64:off:plain,fm,mf
+        DiT-B/4:256:off:plain-compiled,mf-compiled
+        DiT-B/2:256:off:mf-graphs
+        DiT-XL/2:64:off:plain-compiled,mf-compiled"
+    bench sizes 500 "${pytest[@]}" bench/step/test_whole_step.py::test_{sampler,whole_step}
+    compgen -G 'mfkernels/_C*.so' >/dev/null || build 0
+    export BENCH_STEPS="DiT-B/2:256:off:mf-cuda"
+    bench sizes_cuda 60 "${whole_step[@]}"
 }
 
 jax() {
     export BENCH_STEPS="DiT-B/2:256:off:mf DiT-B/4:256:off:mf"
-    row_seconds=300 bench jax 530 "${pytest[@]}" bench/step/test_whole_step.py::test_jax
+    row_seconds=300
+    bench jax 530 "${pytest[@]}" bench/step/test_whole_step.py::test_jax
 }
 
 for part in "$@"; do
     deadline=$((SECONDS + ${BENCH_SECONDS:-540}))
-    "$part"
+    ("$part")  # what it exports is its own
 done
 echo "done: $out/all.tgz"

@@ -131,7 +131,8 @@ def use_backend(name: str | None) -> Iterator[None]:
         name: "reference", "triton" or "cuda"; "attention=cuda" for one op; "attention_backward=" and one of triton,
             cudnn, flash, flash-attn-2, flash-attn-3 and flash-attn-4 for the backward of attention that its triton and
             cuda forwards have; several with commas between them; None restores the automatic choice. What holds when
-            an op's forward is called holds for its backward too.
+            an op's forward is called holds for its backward too; a checkpoint calls the forward again in the backward,
+            so that has to be in the block as well.
 
     Raises:
         ValueError: the name is unknown. Inside the block: `NotImplementedError` by ops that this backend does not have.

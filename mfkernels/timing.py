@@ -11,6 +11,10 @@ import torch
 
 LEAST_CALLS, MOST_CALLS = 20, 400  # back to back, in one measurement
 
+# Whether a recording has failed in this process. PyTorch's allocator may then take itself to be recording for ever:
+# memory is not given back, and later recordings fail. A program that goes on for long should do so in a new process.
+recording_failed = False
+
 
 class Timing(NamedTuple):
     """Seconds of one call, and how they were taken: "graph", "events" or "clock"."""
@@ -34,6 +38,7 @@ def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: i
         milliseconds: of device time a round, about.
         rounds: how many rounds.
     """
+    global recording_failed
     if not torch.cuda.is_available():
         fn()
         return Timing(latency(fn, milliseconds=milliseconds), "clock")
@@ -55,6 +60,7 @@ def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: i
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what CUDA says of a call that cannot be recorded
+            recording_failed = True
             torch.cuda.synchronize()  # an error that stays is raised here
             how = "events"
             taken = [_milliseconds(fn, calls) for _ in range(rounds)]

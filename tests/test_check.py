@@ -141,6 +141,26 @@ def test_bad_arguments(argv, capsys):
     assert f"mfkernels.check: {argv[0]}: " in capsys.readouterr().err
 
 
+def test_a_mistake_in_the_environment_is_one_of_the_arguments(monkeypatch, capsys):
+    monkeypatch.setattr("mfkernels.backend._requested", "bogus")
+    assert run.main(["--ops", "mlp"]) == 2
+    assert "mfkernels.check: MFKERNELS_BACKEND: expected one of" in capsys.readouterr().err
+
+
+def test_what_was_found_before_an_interruption_is_told(monkeypatch, tmp_path, capsys):
+    def interrupted(asked, *_):
+        yield asked[0], jobs.Outcome("small", {"primal": (1e-9, 1e-8)})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_jobs", interrupted)
+    path = tmp_path / "check.json"
+    assert run.main(["--ops", "mlp", "--json", str(path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped before the end: 1 checks, all right"
+    told = json.loads(path.read_text())
+    assert told["ok"] is False
+    assert sum(row["checks"] for row in told["rows"]) == 1
+
+
 def small_case(ours, formula=lambda x: 2 * x):
     return Case("small", lambda generator: {"x": random(generator, 4, 9)}, ["x"], ours, formula)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import attention_backward_cpu, attention_backward_cudnn, attention_backward_flash, attention_cudnn
-from ..backend import recorded, requested_part
+from ..backend import recorded
 from .cuda import as_boxes
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq [B, N_q, H, d]; dk, dv [B, N_kv, H_kv, d]
@@ -30,15 +30,14 @@ PACKAGES: dict[str, tuple[str, str, range]] = {
 DETERMINISTIC = "torch.use_deterministic_algorithms is on, and it adds up its gradients in any order"
 
 
-def choose_backward(q: Tensor, k: Tensor, *, causal: bool) -> str:
-    """The backward that serves this call: what the caller asked for, or our own.
+def choose_backward(asked: str, q: Tensor, k: Tensor, *, causal: bool) -> str:
+    """The backward of this name, which is recorded as chosen.
 
     Others' are expected to be faster on long sequences, but have not been measured: they are asked for, not chosen.
 
     Raises:
-        NotImplementedError: the one that was asked for cannot serve the call.
+        NotImplementedError: it cannot serve the call.
     """
-    asked = requested_part("attention_backward") or "triton"
     why_not = unsupported(asked, q, k, causal=causal)
     if why_not is not None:
         raise NotImplementedError(f"attention: attention_backward={asked} cannot serve this call: {why_not}")
@@ -66,6 +65,7 @@ def unsupported(name: str, q: Tensor, k: Tensor, *, causal: bool) -> str | None:
         return f"q: expected float16 or bfloat16, got {q.dtype}"
     if d % 8 != 0 or d > 256:
         return f"q: expected a head dim that is a multiple of 8 up to 256, got {d}"
+    major, minor = torch.cuda.get_device_capability(q.device)
     if name == "cudnn":
         if torch.are_deterministic_algorithms_enabled():
             return DETERMINISTIC
@@ -80,11 +80,12 @@ def unsupported(name: str, q: Tensor, k: Tensor, *, causal: bool) -> str | None:
     if name == "flash":
         if not (torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.is_flash_attention_available()):
             return "this PyTorch has no flash attention, or torch.backends.cuda.enable_flash_sdp(False) was called"
+        if d > 192 and (major, minor) not in ((8, 0), (9, 0), (10, 0)):
+            return f"q: expected a head dim up to 192 on compute capability {major}.{minor}, got {d}"
         return None
     package, module, served = PACKAGES[name]
     if not _installed(module):
         return f"the package {package} is not installed: pip install {package}"
-    major, minor = torch.cuda.get_device_capability(q.device)
     if major not in served:
         return f"device: expected compute capability {served[0]}.x to {served[-1]}.x, got {major}.{minor}"
     return None

@@ -220,16 +220,15 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
         },
         on_request=("cuda",),  # it has not run on a GPU yet
     )
-    backward = "triton"
-    if torch.is_grad_enabled() and any(a.requires_grad for a in (qp, kp, vp)):
-        asked = requested_part("attention_backward")
-        if backend == "reference" and asked is not None:
+    backward, asked = "triton", requested_part("attention_backward")
+    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
+    if asked is not None and torch.is_grad_enabled():
+        if backend == "reference":
             raise NotImplementedError(
                 f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
                 "this call: ask for one of them too (their message says what they cannot do), or leave it out"
             )
-        if backend != "reference":
-            backward = choose_backward(qp, kp, causal=is_causal)
+        backward = choose_backward(asked, qp, kp, causal=is_causal)
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
         o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend, backward)

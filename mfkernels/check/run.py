@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..backend import OPS
+from ..backend import OPS, requested_backend
 from .cases import cases_of
 from .jobs import DTYPES, Job, Outcome, Timed, answer, backends, missing, this_device
 from .processes import Answer, Lost, run_jobs
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: f
         unknown = sorted(set(arguments.ops or ()) - set(OPS))
         if unknown:
             raise ValueError(f"--ops: expected any of {', '.join(OPS)}, got {', '.join(unknown)}")
+        requested_backend()  # a mistake in MFKERNELS_BACKEND
         write_json(arguments.json, about, [], done=False)
     except (OSError, ValueError) as error:
         words = f"--json: {error}" if isinstance(error, OSError) else str(error)
@@ -85,15 +86,19 @@ def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: f
 
     # Those that compile longest first. Times are taken alone, of what is right, with every kernel compiled.
     first = sorted(jobs, key=lambda job: (job.backend.name == "reference", job.op != "attention"))
-    run(first, processes_for(device))
-    right = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
-    named = {(job.op, job.backend.name, job.dtype): job for job in jobs}
-    timed = [replace(named[row.op, row.backend, row.dtype], part="", timed=True) for row in right]
-    # the interpreter's time says nothing
-    run([job for job in timed if device.type == "cuda" or job.backend.name == "reference"], 1)
-    write_json(arguments.json, about, list(rows.values()), done=True)
+    stopped = False
+    try:
+        run(first, processes_for(device))
+        right = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
+        named = {(job.op, job.backend.name, job.dtype): job for job in jobs}
+        timed = [replace(named[row.op, row.backend, row.dtype], part="", timed=True) for row in right]
+        # the interpreter's time says nothing
+        run([job for job in timed if device.type == "cuda" or job.backend.name == "reference"], 1)
+    except KeyboardInterrupt:
+        stopped = True
+    write_json(arguments.json, about, list(rows.values()), done=not stopped)
     print(table(list(rows.values())))
     if device.type == "cuda" and "triton" in missing(device):
         print(f"not checked: Triton's kernels: {missing(device)['triton']}")
-    print(summary(list(rows.values())))
-    return 1 if any(row.failures for row in rows.values()) else 0
+    print(("stopped before the end: " if stopped else "") + summary(list(rows.values())))
+    return 1 if stopped or any(row.failures for row in rows.values()) else 0

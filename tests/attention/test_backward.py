@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from op_checks import forward_ad
 from test_kernels import CASES, DEVICE, DTYPES, Case, check_backward, draw, inputs
 from test_op import oracle, packed
 
@@ -77,6 +78,28 @@ def test_it_is_chosen_by_the_call_of_the_forward(monkeypatch, is_causal, compile
     assert chosen == {"attention": "triton", "attention_backward": "flash"}
 
 
+@pytest.mark.parametrize("transform", [torch.func.jvp, forward_ad])
+def test_forward_mode_keeps_the_choice(transform, monkeypatch):
+    served: list[str] = []
+    own = backward.attention_backward_by
+    monkeypatch.setattr(op, "attention_backward_by", lambda name, *a, **o: served.append(name) or own(name, *a, **o))
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    primals = tuple(torch.randn(2, 9, 2, 8, device=DEVICE, dtype=dtype).requires_grad_() for _ in range(3))
+    tangents = tuple(torch.randn_like(a) for a in primals)
+    with use_backend("triton,attention_backward=flash"):
+        out, _ = transform(attention, primals, tangents)
+    got = torch.autograd.grad(out.square().sum(), primals)
+    assert served == ["flash"]
+    wide = [a.detach().double().requires_grad_() for a in primals]
+    for mine, theirs in zip(got, torch.autograd.grad(oracle(*wide).square().sum(), wide), strict=True):
+        assert relative_error(mine, theirs) <= (1e-6 if DEVICE == "cpu" else 3e-3)
+    with (
+        use_backend("triton,attention_backward=cudnn" if DEVICE == "cpu" else "reference,attention_backward=cudnn"),
+        pytest.raises(NotImplementedError, match="attention_backward=cudnn"),
+    ):
+        transform(attention, primals, tangents)
+
+
 def test_the_operator_of_the_backward_obeys_pytorchs_rules():
     primals, _ = inputs(Case(9, 9, 8, B=2), torch.float32)
     with torch.no_grad():
@@ -88,8 +111,8 @@ def test_a_request_that_cannot_be_served_is_an_error_where_a_gradient_is_wanted(
     q, k, v = torch.randn(3, 1, 5, 1, 8, device=DEVICE)
     wanted = "attention: attention_backward=flash cannot serve this call: is_causal: expected as many keys as queries"
     with use_backend("triton,attention_backward=flash"):
-        attention(q, k[:, :3], v[:, :3], is_causal=True)  # no gradient, no backward
-        q.requires_grad_()
+        with torch.no_grad():
+            attention(q, k[:, :3], v[:, :3], is_causal=True)  # no gradient, no backward
         with pytest.raises(NotImplementedError, match=wanted):
             attention(q, k[:, :3], v[:, :3], is_causal=True)
     with (
@@ -144,6 +167,12 @@ def test_what_each_of_them_serves(hopper, monkeypatch):
     assert all(unsupported(name, *call(), causal=False) is None for name in PACKAGES)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert unsupported("flash-attn-2", *call(), causal=False) is None
+    assert unsupported("flash", *call((2, 64, 4, 256)), causal=False) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    assert "head dim up to 192 on compute capability 8.9, got 256" in unsupported(
+        "flash", *call((2, 64, 4, 256)), causal=False
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert unsupported("flash-attn-3", *call(), causal=False) == (
         "device: expected compute capability 9.x to 9.x, got 8.0"
     )
