@@ -80,4 +80,5 @@ def describe(device: str | None = None) -> str:
                 lines += [f"    {op:<32}{backend}" for op, backend in sorted(served_by(place, dtype).items())]
             except (NotImplementedError, ValueError) as error:
                 lines.append(f"    {error}")
+    lines += ["", "`python -m mfkernels.check` compares every op of this machine with float64."]
     return "\n".join(lines)

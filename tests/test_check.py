@@ -12,7 +12,7 @@ from mfkernels.check.cases import CASES, Case, attention_case, random, timed_cas
 
 pytest.importorskip("triton", minversion="3.4")
 
-DEVICE = jobs.this_device()
+MACHINE = jobs.this_device()
 REFERENCE = jobs.Backend("reference", "reference", own=False)
 TRITON = jobs.Backend("triton", "triton", own=True)
 
@@ -88,7 +88,7 @@ def test_right_ops_pass_and_the_file_says_what_was_measured(tmp_path, capsys):
         assert row["failures"] == []
         assert 0 < row["worst"]["ratio"] <= 1
         assert row["worst"]["quantity"] in ("primal", "tangent", "d_t")
-        timed = row["dtype"] != "float64" and (row["backend"] == "reference" or DEVICE.type == "cuda")
+        timed = row["dtype"] != "float64" and (row["backend"] == "reference" or MACHINE.type == "cuda")
         assert (row["microseconds"] is not None) == timed
         if timed:
             assert min(row["microseconds"].values()) > 0
@@ -166,7 +166,7 @@ def small_case(ours, formula=lambda x: 2 * x):
 
 
 def checked(case, dtype="float32", op="swiglu", backend=REFERENCE, rows=2):
-    return jobs.checked(jobs.Job(op, backend, dtype, str(DEVICE)), case, rows, "small")
+    return jobs.checked(jobs.Job(op, backend, dtype, str(MACHINE)), case, rows, "small")
 
 
 def test_the_bound_is_twice_plain_pytorchs_error_and_a_floor():
@@ -224,9 +224,9 @@ def test_an_element_that_is_not_written_is_wrong():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the interpreter")
+@pytest.mark.skipif(MACHINE.type == "cuda", reason="of the interpreter")
 def test_attentions_backwards_are_rows_of_their_own():
-    found = {backend.name: backend for backend in jobs.backends("attention", DEVICE)}
+    found = {backend.name: backend for backend in jobs.backends("attention", MACHINE)}
     assert list(found) == ["reference", "triton", "triton, backward flash"]
     case = attention_case(2, 33, 1, 16, causal=True)
     for name, backend in found.items():

@@ -46,7 +46,7 @@ def out(tmp_path_factory) -> Path:
         PYTHONPATH=f"{absent}:{SUPPORT}",
         PYTEST_ADDOPTS="-p planted",
         PLANTED=",".join(f"{kind}:{name}" for name, (kind, _) in PLANTED.items()),
-        BENCH_ROW_SECONDS="15",
+        BENCH_ROW_SECONDS="25",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return out
