@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -144,6 +145,7 @@ def environment() -> dict:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        **({"nvidia-smi": _clocks()} if gpu else {}),
         **({"rehearsal": "no figure means anything"} if os.environ.get("BENCH_REHEARSAL") == "1" else {}),
     }
 
@@ -154,6 +156,17 @@ def _triton_version() -> str | None:
 
         return triton.__version__
     return None
+
+
+def _clocks() -> dict[str, str]:
+    """Driver, clocks and power as nvidia-smi tells them, in the middle of the first row's work."""
+    asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()
+        if told:
+            return dict(zip(asked, (cell.strip() for cell in told[0].split(",")), strict=False))
+    return {}
 
 
 def _processor() -> str:

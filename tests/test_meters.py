@@ -12,7 +12,7 @@ import torch
 
 from mfkernels import ada_layer_norm, mlp
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.4")
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {"gemm", "attention", "elementwise"}
