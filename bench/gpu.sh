@@ -77,7 +77,7 @@ kernels() {
     local tests tool few=()
     mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
     if [ -n "$rehearse" ]; then
-        few=(--ops timestep_embedding) tests=(tests/timestep_embedding/test_triton_op.py)
+        few=(--ops timestep_embedding) tests=(tests/test_timing.py)
     fi
     row_seconds="${BENCH_ROW_SECONDS:-60}"
     build 1
