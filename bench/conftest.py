@@ -159,7 +159,7 @@ def _triton_version() -> str | None:
 
 
 def _clocks() -> dict[str, str]:
-    """Driver, clocks and power as nvidia-smi tells them, in the middle of the first row's work."""
+    """Driver, clocks and power as nvidia-smi tells them, right after the first row's work."""
     asked = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):

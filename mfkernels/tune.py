@@ -26,7 +26,7 @@ from mfkernels.launch import (
     triton_minor,
     user_table,
 )
-from mfkernels.timing import busy_time
+from mfkernels.timing import Timing, busy_time
 from mfkernels.tune_problems import (
     NOT_TUNED,
     Problem,
@@ -51,6 +51,7 @@ def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] 
 
     expected: list[torch.Tensor] | None = None
     best: tuple[Config, float] | None = None
+    how: str | None = None  # the first was timed
     for candidate in problem.candidates:
         with forced_config(problem.op, candidate):
             try:
@@ -63,7 +64,12 @@ def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] 
             elif not all(map(_agree, results, expected)):
                 print(f"  {candidate}: its result differs, so it is not taken; please report this")
                 continue
-            milliseconds = 0.0 if dry_run else 1e3 * busy_time(problem.run).seconds
+            taken = Timing(0.0, "not timed") if dry_run else busy_time(problem.run)
+        how = how or taken.how
+        if taken.how != how:  # a time with Python's in it is not one without
+            print(f"  {candidate}: timed by {taken.how} where the first was by {how}, so it is not taken")
+            continue
+        milliseconds = 1e3 * taken.seconds
         print(f"  {candidate}: {milliseconds:.4f} ms")
         if best is None or milliseconds < best[1]:
             best = candidate, milliseconds

@@ -206,6 +206,14 @@ def test_a_dry_run_runs_every_candidate_and_writes_nothing(cache_dir, capsys) ->
     assert "left out 1 problems: 0 seconds were over" in capsys.readouterr().out
 
 
+def test_times_taken_in_two_ways_are_not_compared(monkeypatch, capsys) -> None:
+    times = iter([Timing(3e-3, "graph"), Timing(1e-3, "events"), Timing(2e-3, "graph")])
+    monkeypatch.setattr(tune, "busy_time", lambda fn: next(times))
+    problem = tune.Problem("p", {}, [{"BLOCK": name} for name in (1, 2, 3)], lambda: [torch.ones(4)])
+    assert tune.measure(problem) == ({"BLOCK": 3}, 2.0)
+    assert "{'BLOCK': 2}: timed by events where the first was by graph" in capsys.readouterr().out
+
+
 def test_new_rows_replace_those_of_the_same_conditions() -> None:
     old = [{**row(1, arch="sm_90"), "milliseconds": 2.0}, row(2)]
     assert tune.merge(old, [row(3, arch="sm_90")]) == [row(2), row(3, arch="sm_90")]
