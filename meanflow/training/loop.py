@@ -404,10 +404,9 @@ class Trainer:
         """What the first of the processes says at once when it is asked to stop."""
         if not self.accelerator.is_main_process:
             return ""
-        step = self.step + 1
-        if self.accelerator.num_processes > 1:  # they agree there
-            step = min(-(-step // self.config.log_every) * self.config.log_every, self.config.steps)
-        return f"{name}: the run stops after step {step} and saves a checkpoint. Once more: it stops at once, unsaved"
+        alone = self.accelerator.num_processes == 1
+        when = "the step at hand" if alone else f"a multiple of log_every = {self.config.log_every} steps"
+        return f"{name}: the run stops after {when} and saves a checkpoint. Once more: it stops at once, unsaved"
 
     def _second_signal(self, name: str, saved_at: int) -> str:
         """What is lost when it stops at once."""
