@@ -1,0 +1,14 @@
+"""Killed runs, as `tests/support/kills.py` kills them by the hundred."""
+
+import subprocess
+import sys
+
+from minimum import needs_sharding
+
+
+@needs_sharding
+def test_killed_runs_of_one_process_of_ddp_and_of_fsdp_end_with_the_same_curve():
+    command = [sys.executable, "-m", "kills", "6", "--seed", "11"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["one", "ddp", "fsdp"]
