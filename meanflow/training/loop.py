@@ -93,7 +93,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
                 f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
                 "--strategy ddp or --strategy fsdp"
             )
-    world = world_size()
+    world_size()  # raises before accelerate would wait for processes that are not there
     # where PyTorch sees no GPU, accelerate starts no group by itself: each process would be a run of its own
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = PartialState(cpu=cpu).device
@@ -109,9 +109,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:  # a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
-    if accelerator.num_processes != world:
+    if accelerator.num_processes != world_size():  # which accelerate sets for mpirun's processes
         raise UsageError(
-            f"WORLD_SIZE: {world} processes are announced, and accelerate found {accelerator.num_processes} on "
+            f"WORLD_SIZE: {world_size()} processes are announced, and accelerate found {accelerator.num_processes} on "
             f"{device}; expected as many (`meanflow info` shows what PyTorch sees)"
         )
     torch_version = tuple(map(int, torch.__version__.split(".")[:2]))
