@@ -426,12 +426,15 @@ class Trainer:
         """
         try:
             yield
+        except TrainingError:
+            raise
         except RuntimeError as error:
-            words = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
-            communication = isinstance(error, torch.distributed.DistError) or any(
-                w in str(error).lower() for w in words
+            words, said = (
+                ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl"),
+                str(error).lower(),
             )
-            if self.accelerator.num_processes == 1 or not communication:
+            collective = isinstance(error, torch.distributed.DistError) or any(word in said for word in words)
+            if self.accelerator.num_processes == 1 or not collective:
                 raise
             path = self.last_checkpoint()
             raise TrainingError(
