@@ -46,6 +46,16 @@ from .schedule import learning_rate
 from .signals import StopSignals
 
 
+COLLECTIVE = (
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "gloo",
+    "nccl",
+)  # errors that say this
+
+
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why and where its last good checkpoint is."""
 
@@ -429,11 +439,8 @@ class Trainer:
         except TrainingError:
             raise
         except RuntimeError as error:
-            words, said = (
-                ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl"),
-                str(error).lower(),
-            )
-            collective = isinstance(error, torch.distributed.DistError) or any(word in said for word in words)
+            said = str(error).lower()
+            collective = isinstance(error, torch.distributed.DistError) or any(word in said for word in COLLECTIVE)
             if self.accelerator.num_processes == 1 or not collective:
                 raise
             path = self.last_checkpoint()
