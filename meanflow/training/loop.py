@@ -45,7 +45,6 @@ from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, trai
 from .schedule import learning_rate
 from .signals import StopSignals
 
-
 COLLECTIVE = (
     "connection closed",
     "connection reset",
