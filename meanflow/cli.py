@@ -319,7 +319,13 @@ def evaluate(args: Sequence[str]) -> int:
     guidance = _guidance(options, loaded)
     config = read_config(folder / "config.yaml")
     channels, side, _ = loaded.image_shape
-    data = load_data(options.data or config.data, image_size=side, grey=channels == 1, held_out=config.held_out)
+    data = load_data(
+        options.data or config.data,
+        image_size=side,
+        grey=channels == 1,
+        held_out=config.held_out,
+        skip_unreadable=config.skip_unreadable,
+    )
     figures, sampler = evaluate_network(
         loaded,
         data,
@@ -330,6 +336,9 @@ def evaluate(args: Sequence[str]) -> int:
         device=device,
     )
     report = report_figures(figures, sampler)
+    if data.left_out is not None and data.left_out.reasons:
+        report |= data.left_out.figures()
+        _say(data.left_out.summary())
     _say_report(report)
     standard = Evaluate(run=options.run, device=options.device)
     asked = dataclasses.replace(options, omega=None, t_min=None, t_max=None)

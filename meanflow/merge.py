@@ -80,7 +80,7 @@ def _without_effect(config: TrainConfig) -> dict[str, str]:
     if not (config.model.startswith("iMF-DiT") or is_factory(config.model)):
         idle |= dict.fromkeys(("aux_head_depth", "prefix_tokens"), f"an iMF-DiT, got model {config.model}")
     if config.data == "digits":
-        idle |= dict.fromkeys(("image_size", "grey"), "a folder of images, got data digits")
+        idle |= dict.fromkeys(("image_size", "grey", "skip_unreadable"), "a folder of images, got data digits")
     if not config.compile:
         idle["compile_mode"] = "compile"
     return idle

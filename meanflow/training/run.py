@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate.utils import gather_object
 from torch import nn
 
 from ..data import ImageData, load_data, located
@@ -176,7 +177,13 @@ def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, over
         read_log(folder / "log.jsonl")
         changes = changed_values(config, saved)
     accelerator = make_accelerator(config, folder)
-    data = load_data(config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out)
+    data = load_data(
+        config.data,
+        image_size=config.image_size,
+        grey=config.grey,
+        held_out=config.held_out,
+        skip_unreadable=config.skip_unreadable,
+    )
     if not len(data.train):
         raise UsageError(f"held_out: {config.held_out} leaves nothing to train on")
 
@@ -201,6 +208,8 @@ def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, over
                 _say_start(trainer, changes)
         accelerator.wait_for_everyone()
         result = trainer.run()
+        if data.left_out is not None:  # each process has met its own
+            data.left_out.add_named(gather_object(list(data.left_out.reasons.items())))
         if accelerator.is_main_process:
             save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
             current = read_report(folder).get("steps") == result.step
@@ -209,6 +218,8 @@ def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, over
             reported = not config.evaluate or current
             if result.signal is None and not (finished and reported):
                 _finish(trainer, result, started)
+            if data.left_out is not None and data.left_out.reasons:
+                print(data.left_out.summary(), file=sys.stderr, flush=True)
         accelerator.wait_for_everyone()
         return result
     finally:
@@ -228,6 +239,8 @@ def _keep_process_group() -> None:
 def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """One line of what is trained on what, and for a resumed run one of what is new. On stderr, as all progress is."""
     data, config = trainer.data, trainer.config
+    if data.left_out is not None:
+        data.left_out.name_new()
     images = f"{len(data.train)} images in {data.num_classes} class{'es' if data.num_classes > 1 else ''}"
     kept = f", {len(data.held_out)} kept apart" if data.held_out is not None else ""
     skipped = f", {data.skipped} other file{'s' if data.skipped > 1 else ''} skipped" if data.skipped else ""
@@ -271,6 +284,7 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **(data.left_out.figures() if data.left_out is not None else {}),
     }
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
@@ -343,7 +357,10 @@ def evaluate_network(
         seed=seed,
         device=device,
     )  # [n, C, H, W]
-    return evaluate_images(images, labels, data), sampler
+    evaluation = evaluate_images(images, labels, data)
+    if data.left_out is not None:
+        data.left_out.name_new()
+    return evaluation, sampler
 
 
 def report_figures(figures: Evaluation, sampler: str) -> dict[str, Any]:
