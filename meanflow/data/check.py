@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,7 +38,7 @@ class FolderCheck:
         total = sum(self.classes.values())
         others = f", {self.skipped} other file{'s' if self.skipped > 1 else ''}" if self.skipped else ""
         yield f"{self.folder}: {total} images in {len(self.classes)} class{'es' * (len(self.classes) > 1)}{others}"
-        shown = dict(sorted(self.classes.items())[:SHOWN])
+        shown = dict(islice(self.classes.items(), SHOWN))
         width = max(map(len, shown))
         yield from (f"  {name:<{width}}  {count}" for name, count in shown.items())
         if len(self.classes) > SHOWN:

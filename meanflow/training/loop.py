@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import mix, shard
-from ..errors import UsageError
+from ..errors import TrainingError, UsageError
 from ..models import config_of
 from ..objectives import Draws
 from .build import build_model, build_objective
@@ -41,10 +41,6 @@ from .log import RunLog
 from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and where its last good checkpoint is."""
 
 
 @dataclass(frozen=True)

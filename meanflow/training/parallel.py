@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -20,6 +19,9 @@ from mfkernels._torch import tree_map_only
 from ..errors import UsageError
 from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput
 from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
