@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict, get_type_hints
 import numpy as np
 import torch
 import tyro
-from accelerate import PartialState
 from PIL import Image
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
@@ -29,6 +28,7 @@ from .errors import UsageError
 from .files import replaced
 from .merge import merged
 from .presets import PRESETS, preset_name
+from .processes import is_first, world_size
 from .training.config import TrainConfig
 from .training.config_file import PRESET, read_config, read_values
 from .training.loop import TrainingError, check_device
@@ -433,7 +433,7 @@ def _parse(cls: type[Any], args: Sequence[str], *, prog: str, default: Any = Non
 
 
 def _say(text: str) -> None:
-    if PartialState().is_main_process:
+    if is_first():
         print(text, flush=True)
 
 
@@ -442,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     One of several processes (torchrun, accelerate launch) whose program this is (`argv` is None) ends here.
     """
-    if argv is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if argv is None and os.environ.get("WORLD_SIZE", "1") != "1":
         _run_and_leave(sys.argv[1:])
     return _run(list(sys.argv[1:] if argv is None else argv))
 
@@ -462,9 +462,14 @@ def _run(argv: list[str]) -> int:
         return 0
     options = parser.parse_args(argv[:1])
     try:
+        if options.command not in ("train", "info") and world_size() > 1:
+            raise UsageError(
+                f"WORLD_SIZE: this command works in one process, and {world_size()} were started; start it without "
+                "torchrun"
+            )
         return COMMANDS[options.command](argv[1:])
-    except KeyboardInterrupt:
-        code, words = 130, "interrupted"
+    except KeyboardInterrupt as error:
+        code, words = 130, str(error) or "interrupted"
     except TrainingError as error:
         code, words = 1, str(error)
     except (UsageError, OSError) as error:  # OSError: what the disk or its permissions refuse

@@ -23,6 +23,13 @@ def replaced(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(folder: Path, *names: str) -> None:
+    """Remove what `replaced` left of the files `names` in `folder` where a process was killed in it."""
+    for path in map(Path, names):
+        for partial in folder.glob(f".{path.stem}.*.partial{path.suffix}"):
+            partial.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file at once."""
     with replaced(path) as partial:

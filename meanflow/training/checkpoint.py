@@ -70,10 +70,11 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint into `folder` and remove all but the newest `keep`.
+    """Write a checkpoint into `folder`, which then holds the newest `keep`.
 
-    It is written beside its place and renamed when every byte is on disk: a crash leaves the previous ones whole. The
-    main process calls this, or all do where the checkpoint is spread.
+    It is written beside its place and renamed when every byte is on disk: a crash leaves the previous ones whole. What
+    is not kept goes first, so that the disk needs room for `keep`, but for two where that is one: the last whole
+    checkpoint stays until the new one is. The main process calls this, or all do where the checkpoint is spread.
     """
     main = PartialState().is_main_process
     final = folder / f"step_{checkpoint.step:08d}"
@@ -81,6 +82,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_older(folder, final, keep=max(1, keep - 1))
         partial.mkdir()
     if checkpoint.spread:
         PartialState().wait_for_everyone()  # for the folder
@@ -110,9 +112,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(final)
     os.replace(partial, final)
     _sync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _remove_older(folder, final, keep=keep - 1)
     return final
+
+
+def _remove_older(folder: Path, final: Path, *, keep: int) -> None:
+    """Remove all checkpoints but `final` and the newest `keep` of the others."""
+    others = [path for path in list_checkpoints(folder) if path != final]
+    for old in others[: max(0, len(others) - keep)]:
+        shutil.rmtree(old)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove checkpoints that were begun and not finished; none may be in the making."""
+    for partial in folder.glob(".step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_shares(path: Path, shares: dict[str, Tensor]) -> None:

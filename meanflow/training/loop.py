@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..data.order import mix, shard
 from ..errors import TrainingError, UsageError
 from ..models import config_of
 from ..objectives import Draws
+from ..processes import world_size
 from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
@@ -33,6 +35,7 @@ from .checkpoint import (
     load_weights,
     optimizer_tensors,
     parameter_of,
+    remove_partial,
     save_checkpoint,
 )
 from .config import TrainConfig
@@ -86,12 +89,15 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
                 f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
                 "--strategy ddp or --strategy fsdp"
             )
-    device = PartialState(cpu=config.device == "cpu").device
+    world = world_size()
+    # where PyTorch sees no GPU, accelerate starts no group by itself: each process would be a run of its own
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    device = PartialState(cpu=cpu).device
     if config.precision in ("tf32", "fp16") and device.type != "cuda":  # accelerate would train in float32
         raise UsageError(f"precision: {config.precision} is a format of NVIDIA GPUs, and this run's device is {device}")
     try:
         accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            cpu=cpu,
             mixed_precision=config.precision if config.precision in AUTOCAST else "no",
             gradient_accumulation_steps=config.accumulate,
             log_with="tensorboard" if config.tensorboard else None,
@@ -99,6 +105,11 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:  # a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
+    if accelerator.num_processes != world:
+        raise UsageError(
+            f"WORLD_SIZE: {world} processes are announced, and accelerate found {accelerator.num_processes} on "
+            f"{device}; expected as many (`meanflow info` shows what PyTorch sees)"
+        )
     torch_version = tuple(map(int, torch.__version__.split(".")[:2]))
     if is_sharded(config, accelerator) and accelerator.device.type == "cpu" and torch_version < (2, 7):
         raise UsageError(f"strategy: fsdp on a CPU: expected torch 2.7 or newer, found {torch.__version__}")
@@ -246,10 +257,23 @@ class Trainer:
         self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint of the current step; every process takes part."""
+        """Write a checkpoint of the current step; every process takes part.
+
+        Raises:
+            TrainingError: the disk does not take it; the last checkpoint is as it was.
+        """
         saved = self._held(seconds)
         if saved.spread or self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
+            try:
+                save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
+            except OSError as error:  # a full disk
+                if self.accelerator.is_main_process:
+                    remove_partial(self.checkpoints)
+                path = self.last_checkpoint()
+                cure = f", and --resume --name {self.config.name} goes on from {path}" if path else ""
+                raise TrainingError(
+                    f"the checkpoint of step {self.step} could not be written: {error}. Mend that{cure}"
+                ) from error
         self.accelerator.wait_for_everyone()
 
     def _held(self, seconds: float = 0.0) -> Checkpoint:
@@ -292,7 +316,7 @@ class Trainer:
         """Train up to the last step, or until SIGINT or SIGTERM; either way the end is in a checkpoint.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or a checkpoint cannot be written.
             UsageError: an image cannot be read; with one process what was trained is in a checkpoint.
         """
         config, first = self.config, self.step
@@ -337,7 +361,7 @@ class Trainer:
             self.save(self.seconds + time.perf_counter() - begun)
             saved_at = self.step
 
-        with StopSignals() as signals:
+        with StopSignals(self._first_signal, lambda name: self._second_signal(name, saved_at)) as signals:
             try:
                 while self.step < config.steps and not self._stop(signals):
                     pending.append(self._train_step(batches))
@@ -359,11 +383,6 @@ class Trainer:
                 if self.step > saved_at and self.accelerator.num_processes == 1:
                     checkpoint()
                 raise
-            except RuntimeError as error:
-                lost = self._lost_peer(error)
-                if lost is None:
-                    raise
-                raise lost from error
             finally:
                 log.close()
             early = self.step < config.steps
@@ -377,18 +396,45 @@ class Trainer:
             signal=signals.received if early else None,
         )
 
-    def _lost_peer(self, error: RuntimeError) -> TrainingError | None:
-        """What to say where another process of the run is gone; None for other errors."""
-        words = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
-        communication = isinstance(error, torch.distributed.DistError) or any(w in str(error).lower() for w in words)
-        if self.accelerator.num_processes == 1 or not communication:
-            return None
+    def _first_signal(self, name: str) -> str:
+        """What the first of the processes says at once when it is asked to stop."""
+        if not self.accelerator.is_main_process:
+            return ""
+        alone = self.accelerator.num_processes == 1
+        when = "the step at hand" if alone else f"a multiple of log_every = {self.config.log_every} steps"
+        return f"{name}: the run stops after {when} and saves a checkpoint. Once more: it stops at once, unsaved"
+
+    def _second_signal(self, name: str, saved_at: int) -> str:
+        """What is lost when it stops at once."""
         path = self.last_checkpoint()
-        return TrainingError(
-            f"process {self.accelerator.process_index} of {self.accelerator.num_processes} lost another one after step "
-            f"{self.step}, so the run ends; what that process said last is the cause. "
-            + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
-        )
+        lost = f"step {self.step} is" if self.step == saved_at + 1 else f"steps {saved_at + 1} to {self.step} are"
+        if self.step == saved_at:
+            lost = "the step at hand is"
+        go_on = f"--resume --name {self.config.name} goes on from {path}" if path else "there is no checkpoint yet"
+        return f"stopped by a second {name} after step {self.step}: {lost} lost; {go_on}"
+
+    @contextmanager
+    def naming_lost_processes(self) -> Iterator[None]:
+        """Context in which the failure of a collective tells that another process of the run is gone.
+
+        Raises:
+            TrainingError: it is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            words = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
+            communication = isinstance(error, torch.distributed.DistError) or any(
+                w in str(error).lower() for w in words
+            )
+            if self.accelerator.num_processes == 1 or not communication:
+                raise
+            path = self.last_checkpoint()
+            raise TrainingError(
+                f"process {self.accelerator.process_index} of {self.accelerator.num_processes} lost another one after "
+                f"step {self.step} of {self.config.steps}, so the run ends; what that process said last is the cause. "
+                + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
+            ) from error
 
     def last_checkpoint(self) -> Path | None:
         found = list_checkpoints(self.checkpoints)

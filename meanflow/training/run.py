@@ -11,30 +11,33 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import yaml
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from ..data import ImageData, load_data, located
 from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
-from ..files import write_text
-from .checkpoint import list_checkpoints
+from ..files import remove_partials, write_text
+from .checkpoint import list_checkpoints, remove_partial
 from .config import TrainConfig
 from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
 from .network import LoadedNetwork, generate, load_network
+from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import image_grid, save_loss_curve, save_picture
 
 RUNS = Path("runs")
+WRITTEN = ("config.yaml", "log.jsonl", "loss.png", "samples.png", "report.json")  # in a run folder
 GRID_ROWS, GRID_COLUMNS = 10, 10
 OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # rows of an iMF-DiT's grid, and of its report
 EVALUATION_SAMPLES = 2000
@@ -44,10 +47,12 @@ def run_folder(name: str) -> Path:
     """runs/NAME under the working directory.
 
     Raises:
-        UsageError: the name is not one of a folder.
+        UsageError: the name is not one of a folder, or runs/ is a file.
     """
     if not re.fullmatch(r"[\w][\w.\-]*", name):
         raise UsageError(f"name: expected letters, digits, '_', '-' and '.', got {name!r}")
+    if RUNS.exists() and not RUNS.is_dir():
+        raise UsageError(f"{RUNS.absolute()} is a file; expected a folder, which runs are written to")
     return RUNS / name
 
 
@@ -59,15 +64,13 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | Non
     """
     if resume and overwrite:
         raise UsageError("resume, overwrite: choose one of them")
-    if RUNS.exists() and not RUNS.is_dir():
-        raise UsageError(f"{RUNS.absolute()} is a file; expected a folder, which runs are written to")
     if resume:
         found = list_checkpoints(folder / "checkpoints")
         if not found:
             what = "has no checkpoint" if folder.exists() else "does not exist"
             raise UsageError(f"resume: {folder} {what}; start the run without --resume")
         return found[-1]
-    if folder.exists():
+    if folder.exists() and not _is_stillborn(folder):
         if not overwrite:
             raise UsageError(
                 f"{folder} exists already. Choose another name with --name NAME, continue it with --resume, or replace "
@@ -76,6 +79,11 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | Non
         if not (folder / "config.yaml").is_file():
             raise UsageError(f"overwrite: {folder} does not look like a run (no config.yaml), so it is left alone")
     return None
+
+
+def _is_stillborn(folder: Path) -> bool:
+    """Whether a run was killed before its config.yaml was written."""
+    return folder.is_dir() and all(entry.match(".config.*.partial.yaml") for entry in folder.iterdir())
 
 
 def changed_values(config: TrainConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -170,13 +178,47 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
 def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
     started = time.perf_counter()
     folder = run_folder(config.name)
-    checkpoint = prepare_folder(folder, resume=resume, overwrite=overwrite)
+    accelerator = make_accelerator(config, folder)
+    try:
+        with owned_by_all(folder, accelerator):
+            checkpoint = prepare_folder(folder, resume=resume, overwrite=overwrite)
+            return _run_owned(config, folder, checkpoint, accelerator, started, preset=preset, overwrite=overwrite)
+    finally:
+        _keep_process_group()
+        accelerator.end_training()  # closes TensorBoard and the process group
+
+
+@contextmanager
+def owned_by_all(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Own the run for all its processes; where the first one cannot, each raises its UsageError."""
+    with ExitStack() as stack:
+        refusal = [""]
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(owned(folder))
+            except UsageError as error:
+                refusal = [str(error)]
+        broadcast_object_list(refusal)
+        if refusal[0]:
+            raise UsageError(refusal[0])
+        yield
+
+
+def _run_owned(
+    config: TrainConfig,
+    folder: Path,
+    checkpoint: Path | None,
+    accelerator: Accelerator,
+    started: float,
+    *,
+    preset: str | None,
+    overwrite: bool,
+) -> TrainResult:
     saved, report, changes = {PRESET: preset}, {}, {}
     if checkpoint is not None:  # damage is told before anything is written
         saved, report = read_values(folder / "config.yaml"), read_report(folder)
         read_log(folder / "log.jsonl")
         changes = changed_values(config, saved)
-    accelerator = make_accelerator(config, folder)
     data = load_data(
         config.data,
         image_size=config.image_size,
@@ -190,41 +232,77 @@ def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, over
     def on_samples(net: nn.Module, step: int) -> None:
         save_samples(net, config, data, folder / "samples.png", device=accelerator.device)
 
-    try:
-        fresh = dataclasses.replace(config, init=None) if resume else config  # a checkpoint has all weights
-        trainer = Trainer(fresh, data, folder, accelerator, on_samples)
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-            # as if the sessions had followed without a break
-            started -= trainer.seconds + report.get("seconds", 0.0) - report.get("training_seconds", 0.0)
-        finished = trainer.step >= config.steps
+    fresh = config if checkpoint is None else dataclasses.replace(config, init=None)  # a checkpoint has all weights
+    trainer = Trainer(fresh, data, folder, accelerator, on_samples)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        # as if the sessions had followed without a break
+        started -= trainer.seconds + report.get("seconds", 0.0) - report.get("training_seconds", 0.0)
+    finished = trainer.step >= config.steps
+    with trainer.naming_lost_processes():
+        before = None
         if accelerator.is_main_process:
-            if folder.exists() and overwrite:
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not finished:  # else config.yaml keeps the values that the run was trained with
-                values = {PRESET: saved.get(PRESET), **config.to_dict(), "data": located(config.data)}
-                write_text(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False))
-                _say_start(trainer, changes)
+            before = _begin(trainer, {PRESET: saved.get(PRESET)}, changes, overwrite=overwrite)
         accelerator.wait_for_everyone()
-        result = trainer.run()
+        try:
+            result = trainer.run()
+        except Exception:
+            if before is not None and trainer.last_checkpoint() == checkpoint:
+                write_text(folder / "config.yaml", before)  # what this session was asked for led nowhere
+            raise
         if data.left_out is not None:  # each process has met its own
             data.left_out.add_named(gather_object(list(data.left_out.reasons.items())))
         if accelerator.is_main_process:
-            save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
-            current = read_report(folder).get("steps") == result.step
-            if not current:  # of a checkpoint that is no longer the newest
-                (folder / "report.json").unlink(missing_ok=True)
-            reported = not config.evaluate or current
-            if result.signal is None and not (finished and reported):
-                _finish(trainer, result, started)
+            _end(trainer, result, started, finished=finished)
             if data.left_out is not None and data.left_out.reasons:
                 print(data.left_out.summary(), file=sys.stderr, flush=True)
         accelerator.wait_for_everyone()
         return result
-    finally:
-        _keep_process_group()
-        accelerator.end_training()  # closes TensorBoard and the process group
+
+
+def _begin(
+    trainer: Trainer, values: Mapping[str, Any], changes: Mapping[str, tuple[Any, Any]], *, overwrite: bool
+) -> str | None:
+    """Make the run folder ready, and say what is trained; returns the config.yaml of a resumed run as it was."""
+    config, folder = trainer.config, trainer.folder
+    resumed = trainer.step > 0
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    if trainer.step >= config.steps:  # config.yaml keeps the values that the run was trained with
+        return None
+    path = folder / "config.yaml"
+    before = path.read_text() if resumed else None
+    written = {**values, **config.to_dict(), "data": located(config.data)}
+    write_text(path, yaml.safe_dump(written, sort_keys=False))
+    _say_start(trainer, changes)
+    return before
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this run had begun to write. Only its owner may do this."""
+    remove_partials(folder, *WRITTEN)
+    remove_partial(folder / "checkpoints")
+
+
+def _end(trainer: Trainer, result: TrainResult, started: float, *, finished: bool) -> None:
+    """loss.png, and samples.png and report.json of a run that is at its last step, unless they are there."""
+    config, folder = trainer.config, trainer.folder
+    save_loss_curve(read_log(folder / "log.jsonl"), folder / "loss.png")
+    current = read_report(folder).get("steps") == result.step
+    if not current:  # of a checkpoint that is no longer the newest
+        (folder / "report.json").unlink(missing_ok=True)
+    reported = not config.evaluate or current
+    if result.signal is not None or (finished and reported):
+        return
+    try:
+        _finish(trainer, result, started)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"all {result.step} steps are saved, samples.png and report.json are not written; --resume --name "
+            f"{config.name} writes them"
+        ) from None
 
 
 def _keep_process_group() -> None:

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from minimum import needs_sharding
 from safetensors.torch import load_file
 
+from meanflow.cli import main
 from meanflow.errors import UsageError
 from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, load_network, run_training
 from meanflow.training.checkpoint import cure_for_damage
@@ -62,7 +64,7 @@ def write(config: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def processes(config: TrainConfig, world: int):
+def processes(config: TrainConfig, world: int, *flags: str):
     """The processes of a run, without a launcher that would end them all."""
     path = write(config)
     with socket.socket() as free:
@@ -72,7 +74,7 @@ def processes(config: TrainConfig, world: int):
     for rank in range(world):
         there = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         there |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "meanflow", "train", "--config", path]
+        command = [sys.executable, "-m", "meanflow", "train", "--config", path, *flags]
         started.append(
             subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | there
@@ -201,3 +203,90 @@ def test_a_process_that_dies_takes_the_others_down(strategy):
     assert "--resume" in err
     state = max(Path("runs/dies/checkpoints").glob("step_*/state.json"))
     assert json.loads(state.read_text())["step"] % 20 == 0
+
+
+def test_where_there_is_no_gpu_auto_is_one_run_on_the_cpu():
+    config = dataclasses.replace(TINY, name="auto", device="auto", steps=2)
+    said, logged = launch("torchrun", 2, config)
+    assert said.count("Trained 2 steps") == 1
+    assert logged.count("1797 images") == 1
+    assert len(curve("auto", "loss")) == 2
+    run_training(dataclasses.replace(config, name="one"))
+    assert curve("auto", "loss") == pytest.approx(curve("one", "loss"), rel=4e-7)
+
+
+def test_a_run_in_use_is_refused_in_every_process_of_another_group():
+    config = dataclasses.replace(TINY, name="owned", steps=100_000)
+    with processes(config, 2) as first:
+        log = Path("runs/owned/log.jsonl")
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline and first[0].poll() is None and not read_log(log):
+            time.sleep(0.05)
+        with processes(config, 2, "--overwrite") as second:
+            for process in second:
+                _, err = process.communicate(timeout=100)
+                assert process.returncode == 2, err
+                assert f"runs/owned is in use: process {first[0].pid} on" in err
+                assert "Traceback" not in err
+        assert read_log(log)
+        for process in first:
+            process.send_signal(signal.SIGINT)
+        outs = [process.communicate(timeout=60) for process in first]
+    assert [process.returncode for process in first] == [130, 130], outs
+    assert [err.count("SIGINT: the run stops after a multiple of log_every = 1 steps") for _, err in outs] == [1, 0]
+    assert "meanflow train --resume --name owned" in outs[0][0]
+
+
+def test_a_process_that_dies_after_the_last_step_is_named():
+    """While the first process writes the report, the others wait for it."""
+    config = dataclasses.replace(TINY, name="late", steps=2, evaluate=True, omega=1.0, kappa=0.0)
+    with processes(config, 2) as (first, second):
+        done = Path("runs/late/samples.png")
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline and first.poll() is None and not done.exists():
+            time.sleep(0.01)
+        second.send_signal(signal.SIGKILL)
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == 1, err
+    assert "process 0 of 2 lost another one after step 2 of 2" in err
+    assert "Traceback" not in err
+    assert Path("runs/late/report.json").exists()
+
+
+@pytest.mark.parametrize("command", ["sample runs/x", "evaluate runs/x", "convert a.npz --out b.safetensors"])
+def test_what_one_process_does_is_refused_in_several(monkeypatch, capsys, command):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(command.split()) == 2
+    assert "WORLD_SIZE: this command works in one process, and 2 were started" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: expected a number of processes, got 'two'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a number of processes, got '0'"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: 2 processes are announced, but RANK and LOCAL_RANK of this one is not"),
+    ],
+)
+def test_an_environment_that_is_no_launchers_is_named(monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        run_training(TINY)
+    assert not Path("runs").exists()
+
+
+def test_processes_that_accelerate_does_not_find_are_an_error(monkeypatch):
+    """An accelerator of which accelerate makes no group, such as a Mac's."""
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: None)
+    PartialState._reset_state()
+    try:
+        with pytest.raises(UsageError, match="WORLD_SIZE: 2 processes are announced, and accelerate found 1 on cpu"):
+            run_training(dataclasses.replace(TINY, device="auto"))
+    finally:
+        PartialState._reset_state()
+    assert not Path("runs").exists()

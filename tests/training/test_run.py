@@ -16,6 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from minimum import needs_compile
 from safetensors.torch import load_file
+from tiny_runs import TINY, losses, stop_after
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -39,29 +40,6 @@ from meanflow.training import (
 from meanflow.training.log import read_log
 from meanflow.training.run import tensor_float32
 
-TINY = TrainConfig(
-    data="digits",
-    name="tiny",
-    model="DiT",
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    patch_size=4,
-    ratio=0.5,
-    omega=1.0,
-    kappa=0.3,
-    steps=6,
-    batch_size=8,
-    lr=1e-2,
-    warmup_steps=2,
-    schedule="cosine",
-    device="cpu",
-    log_every=1,
-    checkpoint_every=3,
-    sample_every=0,
-    evaluate=False,
-)
-
 HALF_LOSS = 4e-4  # relative, against float32; measured 1.9e-4
 
 
@@ -75,18 +53,9 @@ def _own_folder(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def losses(name: str) -> list[float]:
-    return [row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")]
-
-
 def trainer(config: TrainConfig, data: ImageData | None = None) -> Trainer:
     folder = Path("runs") / config.name
     return Trainer(config, data or load_digits_data(), folder, make_accelerator(config, folder))
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """A run that is interrupted after so many steps."""
-    monkeypatch.setattr(Trainer, "_stop", lambda self, signals: self.step >= steps)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
