@@ -1,4 +1,4 @@
-"""Argument checks that networks, objectives and samplers share; none reads a value of a tensor on a GPU."""
+"""Checks that several parts share, of arguments first of all; none reads a value of a tensor on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mfkernels._torch import is_transformed
+
+from .errors import UsageError
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -88,3 +90,11 @@ def num_classes_of(net: Any) -> int | None:
             return n
         net = getattr(net, "module", None)
     return None
+
+
+def check_device(name: str) -> None:
+    """Raise where a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
+        )

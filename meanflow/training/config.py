@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+
+RUNS = Path("runs")
+EVALUATION_SAMPLES = 2000
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
+from ..checks import check_device
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import mix, shard
 from ..errors import TrainingError, UsageError
@@ -64,14 +65,6 @@ class TrainResult:
     images_per_second: float
     checkpoint: Path | None
     signal: int | None
-
-
-def check_device(name: str) -> None:
-    """Raise where a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
-        )
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:

@@ -27,7 +27,7 @@ from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
 from ..files import remove_partials, write_text
 from .checkpoint import list_checkpoints, remove_partial
-from .config import TrainConfig
+from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
@@ -36,11 +36,9 @@ from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import image_grid, save_loss_curve, save_picture
 
-RUNS = Path("runs")
 WRITTEN = ("config.yaml", "log.jsonl", "loss.png", "samples.png", "report.json")  # in a run folder
 GRID_ROWS, GRID_COLUMNS = 10, 10
 OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # rows of an iMF-DiT's grid, and of its report
-EVALUATION_SAMPLES = 2000
 
 
 def run_folder(name: str) -> Path:
