@@ -418,7 +418,10 @@ def info(args: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
-    """Read every image of a folder as training would, and name those that cannot be read. Exit code 1 if there are any."""
+    """Read every image of a folder as training would, and name those that cannot be read.
+
+    The exit code is 0 if every image can be read, 1 if not.
+    """
 
     folder: Positional[Path]  # one sub-folder per class
     image_size: int = TrainConfig.image_size  # side in pixels that images are scaled to

@@ -50,11 +50,12 @@ class FolderCheck:
             yield "every image can be read"
             return
         empty = [name for name, count in self.readable.items() if count == 0]
-        yield f"{len(self.unreadable)} of {total} images cannot be read" + (
-            f", none of {', '.join(empty[:SHOWN])}{', …' if len(empty) > SHOWN else ''}: training needs one of each class"
-            if empty
-            else "; `meanflow train --skip-unreadable` leaves them out"
-        )
+        words = f"{len(self.unreadable)} of {total} images cannot be read"
+        if empty:
+            names = ", ".join(empty[:SHOWN]) + (", …" if len(empty) > SHOWN else "")
+            yield f"{words}; none of {names}, and training needs one of each class"
+        else:
+            yield f"{words}; `meanflow train --skip-unreadable` leaves them out"
 
 
 def check_folder(folder: Path, *, image_size: int, grey: bool = False) -> FolderCheck:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,11 +54,11 @@ def read_image(path: Path, size: int, *, grey: bool) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
-def _is_deep(image: Image.Image) -> bool:
+def _is_deep(image: ImageFile.ImageFile) -> bool:
     """Whether an image that is not decoded yet has more than 8 bits a channel: of colours Pillow keeps the upper 8."""
     if image.mode.startswith(("I", "F")):
         return True
-    if image.format == "TIFF" and any(bits > 8 for bits in image.tag_v2.get(BITS_PER_SAMPLE, ())):
+    if any(bits > 8 for bits in getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, ())):
         return True
     for tile in image.tile:  # what Pillow's decoders are told: 'zip', …, 'RGB;16B' of a PNG; 'ppm', …, ('RGB', 65535)
         decoder, arguments = tile[0], tile[3]

@@ -19,9 +19,7 @@ from .left_out import LeftOut
 from .order import StepOrder, StepSampler
 
 
-def load_data(
-    data: str, *, image_size: int, grey: bool, held_out: float, skip_unreadable: bool = False
-) -> ImageData:
+def load_data(data: str, *, image_size: int, grey: bool, held_out: float, skip_unreadable: bool = False) -> ImageData:
     """The data set called "digits", or the folder of images at that path.
 
     Args:
