@@ -482,6 +482,11 @@ class Trainer:
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
             what = f"the loss is {value[0]:g} and the gradient norm {value[2]:g} at step {at}"
+            batch = self.data.train.images(self.order.batch(at - 1).tolist())  # read anew: no step waits for this
+            if not batch.isfinite().all():
+                raise TrainingError(
+                    f"training stopped because {what}: its batch has images with values that are not finite; mend those"
+                )
             path = self.last_checkpoint()
             where = (
                 f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
