@@ -1,13 +1,18 @@
-"""Argument checks that networks, objectives and samplers share; none reads a value of a tensor on a GPU."""
+"""Checks that several parts share, of arguments first of all; none reads a value of a tensor on a GPU."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mfkernels._torch import is_transformed
+
+from .errors import UsageError
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -16,6 +21,30 @@ def check_floating(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+
+
+def can_read(x: Tensor) -> bool:
+    """Whether the values of `x` are to be had at once. A GPU would have to be waited for; a compiler, `torch.vmap` and
+    fake tensors have none to give."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor and not is_transformed(x)
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """`x` has neither NaN nor infinity, where its values can be read."""
+    if x.numel() == 0 or not can_read(x):
+        return
+    low, high = (float(a) for a in x.detach().aminmax())  # NaN if there is one
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"{name}: expected finite values, got {high if low > -math.inf else low}")
+
+
+def check_label_range(y: Tensor, net: Any) -> None:
+    """`y` is in the range of labels that `net` says it has, where its values can be read."""
+    last = num_classes_of(net)
+    if last is not None and y.numel() and can_read(y):
+        low, high = (int(a) for a in y.aminmax())
+        if low < 0 or high > last:
+            raise ValueError(f'y: expected labels in [0, {last}], where {last} is "no label", got {low} to {high}')
 
 
 def check_labels(y: Any, batch: int, of: str) -> None:
@@ -61,3 +90,11 @@ def num_classes_of(net: Any) -> int | None:
             return n
         net = getattr(net, "module", None)
     return None
+
+
+def check_device(name: str) -> None:
+    """Raise where a GPU is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
+        )

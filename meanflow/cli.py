@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, convert, info."""
+"""The command line: train, sample, evaluate, convert, data, info."""
 
 from __future__ import annotations
 
@@ -11,40 +11,26 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypedDict, get_type_hints
 
-import numpy as np
-import torch
 import tyro
-from PIL import Image
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from mfkernels.backend import requested_backend
-
 from . import __version__
-from .data import load_data
-from .errors import UsageError
+from .errors import TrainingError, UsageError
 from .files import replaced
 from .merge import merged
+from .output import survives_its_readers
 from .presets import PRESETS, preset_name
 from .processes import is_first, world_size
-from .training.config import TrainConfig
+from .training.config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .training.config_file import PRESET, read_config, read_values
-from .training.loop import TrainingError, check_device
-from .training.network import LoadedNetwork, generate, load_network
-from .training.pictures import image_grid, save_picture
-from .training.run import (
-    EVALUATION_SAMPLES,
-    RUNS,
-    evaluate_network,
-    prepare_folder,
-    read_report,
-    report_figures,
-    run_folder,
-    run_training,
-    update_report,
-)
+
+if TYPE_CHECKING:
+    from .training.network import LoadedNetwork
+
+# PyTorch takes two seconds and matplotlib one, so each command imports what it needs.
 
 Flag = FlagCreatePairsOff[bool]
 # Not `Literal[…] | None`: tyro would take the word "None" for a preset.
@@ -107,6 +93,8 @@ def train(args: Sequence[str]) -> int:
     config = merged(base, file, asked.settings, path=asked.config)
     if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
         _parse(Train, ["--help"], prog="train", default=Train(settings=config))
+    from .training.run import read_report, run_folder, run_training
+
     result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
     folder = run_folder(config.name)
     if result.signal is not None:
@@ -126,6 +114,8 @@ def train(args: Sequence[str]) -> int:
 
 def _saved_run(word: str | None, given: dict[str, Any], *, overwrite: bool) -> tuple[TrainConfig, str | None]:
     """What the run to resume was started with, and its preset; `word` is the preset that was asked for."""
+    from .training.run import prepare_folder, run_folder
+
     of_preset = PRESETS[preset_name(word, given.get("objective"))] if word else TrainConfig()
     folder = run_folder(given.get("name", of_preset.name))
     prepare_folder(folder, resume=True, overwrite=overwrite)
@@ -160,6 +150,12 @@ class Sample:
 def sample_command(args: Sequence[str]) -> int:
     """Draw images from a trained network"""
     options = _parse(Sample, args, prog="sample")
+    import numpy as np
+    import torch
+
+    from .training.network import generate, load_network
+    from .training.pictures import image_grid, save_picture
+
     _check_at_least(1, options, "count", "steps")
     _check_finite(options, "guidance_scale", "omega")
     _check_out(options.out)
@@ -219,6 +215,8 @@ def _check_finite(options: Any, *names: str) -> None:
 
 def _check_backend() -> None:
     """Raise where MFKERNELS_BACKEND names none."""
+    from mfkernels.backend import requested_backend
+
     try:
         requested_backend()
     except ValueError as error:
@@ -233,6 +231,8 @@ def _check_out(path: Path) -> None:
         raise UsageError(f"out: no folder {path.absolute().parent}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UsageError(f"out: cannot write {path}: the folder {path.absolute().parent} is read-only")
+    from PIL import Image
+
     formats = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix != ".npy" and path.suffix.lower() not in formats:
         raise UsageError(f"out: cannot write {path}: expected the suffix of a picture, such as .png, or .npy")
@@ -284,6 +284,10 @@ def _source(text: str) -> Path:
 
 
 def _device(name: str) -> str:
+    import torch
+
+    from .checks import check_device
+
     check_device(name)
     return "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
 
@@ -307,6 +311,10 @@ class Evaluate:
 def evaluate(args: Sequence[str]) -> int:
     """Class accuracy and Frechet distance of a run"""
     options = _parse(Evaluate, args, prog="evaluate")
+    from .data import load_data
+    from .training.network import load_network
+    from .training.run import evaluate_network, report_figures, update_report
+
     _check_at_least(2, options, "samples")
     _check_at_least(1, options, "steps")
     _check_finite(options, "omega")
@@ -319,7 +327,13 @@ def evaluate(args: Sequence[str]) -> int:
     guidance = _guidance(options, loaded)
     config = read_config(folder / "config.yaml")
     channels, side, _ = loaded.image_shape
-    data = load_data(options.data or config.data, image_size=side, grey=channels == 1, held_out=config.held_out)
+    data = load_data(
+        options.data or config.data,
+        image_size=side,
+        grey=channels == 1,
+        held_out=config.held_out,
+        skip_unreadable=config.skip_unreadable,
+    )
     figures, sampler = evaluate_network(
         loaded,
         data,
@@ -330,6 +344,9 @@ def evaluate(args: Sequence[str]) -> int:
         device=device,
     )
     report = report_figures(figures, sampler)
+    if data.left_out is not None and data.left_out.reasons:
+        report |= data.left_out.figures()
+        _say(data.left_out.summary())
     _say_report(report)
     standard = Evaluate(run=options.run, device=options.device)
     asked = dataclasses.replace(options, omega=None, t_min=None, t_max=None)
@@ -371,9 +388,9 @@ class Convert:
 
 def convert_command(args: Sequence[str]) -> int:
     """Weights of other programs as a safetensors file"""
+    options = _parse(Convert, args, prog="convert")
     from .weight_files import convert_file
 
-    options = _parse(Convert, args, prog="convert")
     if options.out.is_dir():
         raise UsageError(f"out: expected a file, got the folder {options.out}")
     if options.out.exists() and not options.overwrite:
@@ -391,12 +408,38 @@ class Info:
 
 def info(args: Sequence[str]) -> int:
     """Versions, devices, and which backend serves which operation"""
+    options = _parse(Info, args, prog="info")
     from .diagnosis import describe
 
-    options = _parse(Info, args, prog="info")
     _check_backend()
     print(describe(None if options.device == "auto" else _device(options.device)))
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataCheck:
+    """Read every image of a folder as training would, and name those that cannot be read.
+
+    The exit code is 0 if every image can be read, 1 if not.
+    """
+
+    folder: Positional[Path]  # one sub-folder per class
+    image_size: int = TrainConfig.image_size  # side in pixels that images are scaled to
+    grey: Flag = False  # one grey channel instead of RGB
+
+
+def data_command(args: Sequence[str]) -> int:
+    """Read every image of a folder: meanflow data check FOLDER"""
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"check": DataCheck}, args=list(args), prog="meanflow data", description=data_command.__doc__
+    )
+    _check_at_least(1, options, "image_size")
+    from .data.check import check_folder
+
+    found = check_folder(options.folder.expanduser(), image_size=options.image_size, grey=options.grey)
+    for line in found.lines():
+        _say(line)
+    return 1 if found.unreadable else 0
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -404,6 +447,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample_command,
     "evaluate": evaluate,
     "convert": convert_command,
+    "data": data_command,
     "info": info,
 }
 
@@ -413,6 +457,7 @@ LESS = {
     "train": "a smaller --batch-size, a larger --accumulate, or --checkpoint-blocks all",
     "sample": "a smaller --count, or fewer --labels",
     "evaluate": "fewer --samples",
+    "data": "a smaller --image-size",
     "convert": "nothing here can; use a machine with more",
     "info": "--device cpu",
 }
@@ -429,7 +474,8 @@ def _say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 training failed, 2 a mistake to mend, 130 after Ctrl-C.
+    """Run a command; returns the exit code: 0 done, 1 training failed (or `data check` found something), 2 a mistake
+    to mend, 130 after Ctrl-C, 141 where nobody reads the output any more.
 
     One of several processes (torchrun, accelerate launch) whose program this is (`argv` is None) ends here.
     """
@@ -439,6 +485,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    with survives_its_readers():
+        return _command(argv)
+
+
+def _command(argv: list[str]) -> int:
     commands = "\n".join(f"  {name:<10}{function.__doc__}" for name, function in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="meanflow",
@@ -474,6 +525,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or "DefaultCPUAllocator" in str(error)  # PyTorch's on a CPU is a plain RuntimeError
 

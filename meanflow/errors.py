@@ -1,4 +1,4 @@
-"""The one error that means "the user can mend this"."""
+"""Errors that the command line reports in words, without a traceback."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,7 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and where its last good checkpoint is."""

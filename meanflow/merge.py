@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
-from .models import is_factory
 from .training.config import TrainConfig
 
 # They belong to the model that a preset names: another model has its own.
@@ -70,6 +69,8 @@ def _unasked(base: TrainConfig, name: str) -> tuple[Any, Any]:
 
 def _without_effect(config: TrainConfig) -> dict[str, str]:
     """Values that change nothing in this run, and what they belong to."""
+    from .models import is_factory  # PyTorch
+
     idle = {
         name: f"objective {' or '.join(objectives)}, got objective {config.objective}"
         for name, objectives in OBJECTIVES.items()
@@ -80,7 +81,7 @@ def _without_effect(config: TrainConfig) -> dict[str, str]:
     if not (config.model.startswith("iMF-DiT") or is_factory(config.model)):
         idle |= dict.fromkeys(("aux_head_depth", "prefix_tokens"), f"an iMF-DiT, got model {config.model}")
     if config.data == "digits":
-        idle |= dict.fromkeys(("image_size", "grey"), "a folder of images, got data digits")
+        idle |= dict.fromkeys(("image_size", "grey", "skip_unreadable"), "a folder of images, got data digits")
     if not config.compile:
         idle["compile_mode"] = "compile"
     return idle

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfkernels.checks import check_number
 
-from .checks import check_floating, check_labels, check_velocity, num_classes_of
+from .checks import check_floating, check_label_range, check_labels, check_velocity
 from .objectives.meanflow import net_num_classes
 
 
@@ -41,12 +41,7 @@ def _check(net: Any, noise: Tensor, y: Tensor) -> None:
     if noise.ndim == 0:
         raise ValueError("noise: expected (B, …), got a single number")
     check_labels(y, noise.shape[0], "noise")
-    # on a GPU the labels would have to be waited for; a compiler does not read them either
-    last = num_classes_of(net)
-    if last is not None and len(y) and y.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(a) for a in y.aminmax())
-        if low < 0 or high > last:
-            raise ValueError(f'y: expected labels in [0, {last}], where {last} is "no label", got {low} to {high}')
+    check_label_range(y, net)
 
 
 @torch.no_grad()

@@ -64,6 +64,9 @@ attention_backward_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_atte
 attention_backward_flash = lookup("torch:ops.aten._scaled_dot_product_flash_attention_backward", _KERNELS)
 attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _KERNELS)
 
+# Whether a tensor is one of `torch.func`'s own, of whose values vmap gives none: `torch.func.debug_unwrap` is newer.
+is_transformed = lookup("torch:_C._functorch.is_functorch_wrapped_tensor", "checks of values within torch.func")
+
 
 def before_compile(module: Any) -> Any:
     """The module that `torch.compile` wrapped in `module`; None if it did not, or if it keeps it elsewhere."""

@@ -44,7 +44,7 @@ def no_training(monkeypatch):
         asked.append(config)
         raise TrainingError("not in this test")
 
-    monkeypatch.setattr(cli, "run_training", refuse)
+    monkeypatch.setattr("meanflow.training.run.run_training", refuse)
     return asked
 
 
@@ -241,7 +241,7 @@ def test_mistakes_on_the_command_line_end_with_code_2(capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "data check"])
 def test_every_option_has_a_line_of_help(capsys, command):
     assert run(f"{command} --help") == 0
     text = capsys.readouterr().out
@@ -249,6 +249,9 @@ def test_every_option_has_a_line_of_help(capsys, command):
         assert "values to start from. digits: 8x8" in " ".join(text.replace("│", " ").split())
         for name in ("preset", "--config", "--resume", "--overwrite", "--objective", "average velocity"):
             assert name in text
+    if command == "data":
+        assert "check" in text
+        return
     assert "(default" in text or command == "convert"
     options = {
         "train": cli.Train,
@@ -256,6 +259,7 @@ def test_every_option_has_a_line_of_help(capsys, command):
         "evaluate": cli.Evaluate,
         "convert": cli.Convert,
         "info": cli.Info,
+        "data check": cli.DataCheck,
     }
     for field in dataclasses.fields(options[command]):
         if field.name != "settings":
@@ -544,7 +548,7 @@ def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
         def stop(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(cli, "run_training", stop)
+        monkeypatch.setattr("meanflow.training.run.run_training", stop)
 
     refuse(OSError(28, "No space left on device"))
     fails("train digits", capsys, "No space left on device")

@@ -28,7 +28,7 @@ def configured(monkeypatch):
         asked.append(config)
         raise TrainingError("not in this test")
 
-    monkeypatch.setattr(cli, "run_training", refuse)
+    monkeypatch.setattr("meanflow.training.run.run_training", refuse)
 
     def configure(line: str, text: str = "") -> TrainConfig:
         if text:

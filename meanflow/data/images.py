@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_finite
 from ..errors import UsageError
+from .left_out import LeftOut
 from .order import generator_for
 
 
@@ -31,9 +33,16 @@ class TensorImages:
     Args:
         images: (n, C, H, W) float32 in [-1, 1], or uint8.
         labels: (n,) int64.
+
+    Raises:
+        ValueError: an image has a value that is not finite, or there are not as many labels.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(labels) != len(images):
+            raise ValueError(f"labels: expected one for each of the {len(images)} images, got {len(labels)}")
+        if images.is_floating_point():
+            check_finite("images", images)
         self._images, self.labels = images, labels
 
     def __len__(self) -> int:
@@ -57,6 +66,10 @@ class ImageData:
     """A data set: what is trained on, what is kept apart for evaluation (None: nothing), and the labels' names.
 
     skipped: files of its folder that are no images of a class.
+    left_out: images that cannot be read, as far as they were met; None: such an image is an error.
+
+    Raises:
+        ValueError: a label has no name.
     """
 
     name: str
@@ -66,6 +79,16 @@ class ImageData:
     channels: int
     image_size: int
     skipped: int = 0
+    left_out: LeftOut | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.train, self.held_out):
+            if part is not None and len(part):
+                low, high = (int(a) for a in part.labels.aminmax())
+                if low < 0 or high >= self.num_classes:
+                    raise ValueError(
+                        f"labels: expected 0 to {self.num_classes - 1}, one for each class name, got {low} to {high}"
+                    )
 
     @property
     def num_classes(self) -> int:

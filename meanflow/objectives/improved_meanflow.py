@@ -17,7 +17,7 @@ from torch import Tensor
 from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import check_number
 
-from ..checks import check_takes, check_velocity
+from ..checks import check_finite, check_takes, check_velocity
 from .draws import Draws
 from .meanflow import column, forget_autocast, net_num_classes, rows_first
 from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
@@ -95,7 +95,7 @@ class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ImprovedMeanFlowOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
-        check_draws(x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
+        check_draws(net, x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
         return self._loss(
             net, x, draws.noise, draws.t, draws.r, y, draws.drop, **draws.conditions, order=draws.order, rows=draws.rows
         )
@@ -130,10 +130,13 @@ class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        check_draws(x, y, noise, t=t, r=r, drop=drop, omega=omega, t_min=t_min, t_max=t_max)
+        check_draws(net, x, y, noise, t=t, r=r, drop=drop, omega=omega, t_min=t_min, t_max=t_max)
         check_times(t, r)
+        check_finite("noise", noise)
         if not bool((omega >= 1).all()):  # NaN fails too
             raise ValueError("omega: expected at least 1 in every row")
+        for name, a in (("omega", omega), ("t_min", t_min), ("t_max", t_max)):
+            check_finite(name, a)
         return self._loss(net, x, noise, t, r, y, drop, omega, t_min, t_max, *rows_first(t, r))
 
     def _loss(

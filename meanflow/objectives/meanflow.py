@@ -14,7 +14,7 @@ from torch import Tensor
 from mfkernels import jvp, meanflow_loss
 from mfkernels.checks import autocast_enabled, check_number
 
-from ..checks import check_takes, check_velocity, num_classes_of
+from ..checks import check_finite, check_takes, check_velocity, num_classes_of
 from .draws import Draws
 from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
 from .time_samplers import LogitNormal, TimeSampler
@@ -66,7 +66,7 @@ class MeanFlow(Objective[ObjectiveOutput]):
 
     def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
         """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
-        check_draws(x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop)
+        check_draws(net, x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop)
         return self._loss(net, x, draws.noise, draws.t, draws.r, y, draws.drop, draws.order, draws.rows)
 
     def loss_at(
@@ -93,8 +93,9 @@ class MeanFlow(Objective[ObjectiveOutput]):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        check_draws(x, y, noise, t=t, r=r, drop=drop)
+        check_draws(net, x, y, noise, t=t, r=r, drop=drop)
         check_times(t, r)
+        check_finite("noise", noise)
         return self._loss(net, x, noise, t, r, y, drop, *rows_first(t, r))
 
     def _loss(

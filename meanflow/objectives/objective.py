@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfkernels.checks import check_number
 
-from ..checks import check_floating, check_labels
+from ..checks import check_finite, check_floating, check_label_range, check_labels
 from .draws import Draws, choose_moved
 from .time_samplers import TimeSampler
 
@@ -138,10 +138,15 @@ def check_batch(x: Tensor, y: Tensor) -> None:
 
 
 def check_draws(
-    x: Tensor, y: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: Tensor, **others: Tensor
+    net: Net, x: Tensor, y: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: Tensor, **others: Tensor
 ) -> None:
-    """Raise unless the labels and the draws of a batch fit `x`; `others` are further (B,) tensors by name."""
+    """Raise unless the labels fit `net`, and they and the draws of a batch fit `x`, whose values are finite.
+
+    `others` are further (B,) tensors by name. Values are read on a CPU only.
+    """
     check_batch(x, y)
+    check_label_range(y, net)
+    check_finite("x", x)
     check_floating("noise", noise)
     if noise.shape != x.shape:
         raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")

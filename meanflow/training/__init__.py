@@ -1,13 +1,18 @@
 """Training: a thin loop over `accelerate`, checkpoints, averages, logs and reports."""
 
-from .build import build_model, build_objective
-from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .ema import EMA
-from .loop import Trainer, TrainingError, TrainResult, make_accelerator, parameter_count
-from .network import LoadedNetwork, generate, load_network
-from .run import run_training
-from .schedule import learning_rate
+from typing import TYPE_CHECKING
+
+from ..lazy import imported_late
+
+if TYPE_CHECKING:
+    from .build import build_model, build_objective
+    from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+    from .config import TrainConfig
+    from .ema import EMA
+    from .loop import Trainer, TrainingError, TrainResult, make_accelerator, parameter_count
+    from .network import LoadedNetwork, generate, load_network
+    from .run import run_training
+    from .schedule import learning_rate
 
 __all__ = [
     "EMA",
@@ -29,3 +34,17 @@ __all__ = [
     "run_training",
     "save_checkpoint",
 ]
+
+__getattr__, __dir__ = imported_late(
+    __name__,
+    {
+        "build": ["build_model", "build_objective"],
+        "checkpoint": ["Checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"],
+        "config": ["TrainConfig"],
+        "ema": ["EMA"],
+        "loop": ["TrainResult", "Trainer", "TrainingError", "make_accelerator", "parameter_count"],
+        "network": ["LoadedNetwork", "generate", "load_network"],
+        "run": ["run_training"],
+        "schedule": ["learning_rate"],
+    },
+)

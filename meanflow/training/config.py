@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+
+RUNS = Path("runs")
+EVALUATION_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class TrainConfig:
     grey: bool = False  # one grey channel instead of RGB
     flip: bool = False  # mirror half of the images, drawn anew each time
     held_out: float = 0.0  # share of each class kept out of training, for the report's reference values
+    # an image that cannot be read: go on with another of its class in its place (`meanflow data check` names them all)
+    skip_unreadable: bool = False
     workers: int = 2  # processes that decode images, when there are too many to keep in memory
 
     # model

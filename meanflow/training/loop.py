@@ -16,9 +16,10 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import is_tensorboard_available, set_seed
 from torch import Tensor, nn
 
+from ..checks import check_device
 from ..data import ImageData, StepOrder, generator_for, micro_batches
 from ..data.order import mix, shard
-from ..errors import UsageError
+from ..errors import TrainingError, UsageError
 from ..models import config_of
 from ..objectives import Draws
 from ..processes import world_size
@@ -55,10 +56,6 @@ COLLECTIVE = (
 )  # errors that say this
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and where its last good checkpoint is."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """How a call of `Trainer.run` ended.
@@ -77,14 +74,6 @@ class TrainResult:
     images_per_second: float
     checkpoint: Path | None
     signal: int | None
-
-
-def check_device(name: str) -> None:
-    """Raise where a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
-        )
 
 
 def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
@@ -502,6 +491,11 @@ class Trainer:
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
             what = f"the loss is {value[0]:g} and the gradient norm {value[2]:g} at step {at}"
+            batch = self.data.train.images(self.order.batch(at - 1).tolist())  # read anew: no step waits for this
+            if not batch.isfinite().all():
+                raise TrainingError(
+                    f"training stopped because {what}: its batch has images with values that are not finite; mend those"
+                )
             path = self.last_checkpoint()
             where = (
                 f"The last good checkpoint is {path}; continue from it with a lower learning rate: "

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mfkernels import TensorOrDual, checkpoint_module, linear_map
@@ -20,6 +16,11 @@ from mfkernels._torch import tree_map_only
 from ..errors import UsageError
 from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput
 from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
@@ -43,7 +44,7 @@ class ShardedLoss(TrainingLoss):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes in here keep their gradients whole in each process; the next one outside shares the sum."""
-        net = cast(FSDPModule, self.net)
+        net = cast("FSDPModule", self.net)
         net.set_requires_gradient_sync(False)
         try:
             yield
@@ -111,6 +112,9 @@ def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, a
     # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself
     accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
     if sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         for name, parameter in model.named_parameters():
             if parameter.ndim == 0:
                 raise UsageError(
@@ -145,18 +149,29 @@ def compile_forward(module: nn.Module, config: TrainConfig) -> None:
     module.forward = torch.compile(module.forward, fullgraph=True, mode=config.compile_mode)
 
 
+def is_spread(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is spread over the processes."""
+    if type(value) in (Tensor, nn.Parameter):
+        return False
+    from torch.distributed.tensor import DTensor  # takes a second
+
+    return isinstance(value, DTensor)
+
+
 def whole(value: Tensor) -> Tensor:
     """All of a tensor that may be spread over the processes; every process takes part."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_spread(value) else value
 
 
 def own_piece(value: Tensor) -> Tensor:
     """This process's piece of a tensor that may be spread over the processes; it shares the memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_spread(value) else value
 
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, spread over the processes as `like` is; every process takes part."""
-    if not isinstance(like, DTensor):
+    if not is_spread(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

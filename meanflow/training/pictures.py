@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -49,6 +48,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 def save_loss_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
     """Plot the weighted loss and the squared error ‖u − u_tgt‖² per image over the steps of a log."""
+    from matplotlib.figure import Figure  # half a second
+
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for position, key, title in ((1, "loss", "weighted loss"), (2, "squared_error", "‖u − u_tgt‖² per image")):
         axes = figure.add_subplot(1, 2, position)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from ..data import ImageData, load_data, located
@@ -27,7 +27,7 @@ from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
 from ..files import remove_partials, write_text
 from .checkpoint import list_checkpoints, remove_partial
-from .config import TrainConfig
+from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
@@ -36,11 +36,9 @@ from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import image_grid, save_loss_curve, save_picture
 
-RUNS = Path("runs")
 WRITTEN = ("config.yaml", "log.jsonl", "loss.png", "samples.png", "report.json")  # in a run folder
 GRID_ROWS, GRID_COLUMNS = 10, 10
 OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # rows of an iMF-DiT's grid, and of its report
-EVALUATION_SAMPLES = 2000
 
 
 def run_folder(name: str) -> Path:
@@ -219,7 +217,13 @@ def _run_owned(
         saved, report = read_values(folder / "config.yaml"), read_report(folder)
         read_log(folder / "log.jsonl")
         changes = changed_values(config, saved)
-    data = load_data(config.data, image_size=config.image_size, grey=config.grey, held_out=config.held_out)
+    data = load_data(
+        config.data,
+        image_size=config.image_size,
+        grey=config.grey,
+        held_out=config.held_out,
+        skip_unreadable=config.skip_unreadable,
+    )
     if not len(data.train):
         raise UsageError(f"held_out: {config.held_out} leaves nothing to train on")
 
@@ -244,8 +248,12 @@ def _run_owned(
             if before is not None and trainer.last_checkpoint() == checkpoint:
                 write_text(folder / "config.yaml", before)  # what this session was asked for led nowhere
             raise
+        if data.left_out is not None:  # each process has met its own
+            data.left_out.add_named(gather_object(list(data.left_out.reasons.items())))
         if accelerator.is_main_process:
             _end(trainer, result, started, finished=finished)
+            if data.left_out is not None and data.left_out.reasons:
+                print(data.left_out.summary(), file=sys.stderr, flush=True)
         accelerator.wait_for_everyone()
         return result
 
@@ -307,6 +315,8 @@ def _keep_process_group() -> None:
 def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None:
     """One line of what is trained on what, and for a resumed run one of what is new. On stderr, as all progress is."""
     data, config = trainer.data, trainer.config
+    if data.left_out is not None:
+        data.left_out.name_new()
     images = f"{len(data.train)} images in {data.num_classes} class{'es' if data.num_classes > 1 else ''}"
     kept = f", {len(data.held_out)} kept apart" if data.held_out is not None else ""
     skipped = f", {data.skipped} other file{'s' if data.skipped > 1 else ''} skipped" if data.skipped else ""
@@ -350,6 +360,7 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **(data.left_out.figures() if data.left_out is not None else {}),
     }
     write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
 
@@ -422,7 +433,10 @@ def evaluate_network(
         seed=seed,
         device=device,
     )  # [n, C, H, W]
-    return evaluate_images(images, labels, data), sampler
+    evaluation = evaluate_images(images, labels, data)
+    if data.left_out is not None:
+        data.left_out.name_new()
+    return evaluation, sampler
 
 
 def report_figures(figures: Evaluation, sampler: str) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def test_a_truncated_image_is_named(tmp_path):
 def test_sixteen_bits_are_refused_rather_than_cut_off(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "a" / "deep.png")
-    with pytest.raises(UsageError, match=r"deep\.png has more than 8 bits"):
+    with pytest.raises(UsageError, match=r"deep\.png: it has more than 8 bits"):
         load_folder(tmp_path, image_size=8)
 
 

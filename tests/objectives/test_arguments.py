@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from meanflow.models import DiT, IMFDiT
 from meanflow.objectives import FlowMatching, ImprovedMeanFlow, MeanFlow, Objective, Uniform
+from mfkernels import backend
 
 SIZE = {"input_size": 4, "patch_size": 2, "in_channels": 3, "hidden_size": 8, "num_heads": 2, "num_classes": 3}
 DIT, IMF = DiT(depth=1, **SIZE), IMFDiT(depth=1, aux_head_depth=1, **SIZE)
@@ -38,6 +40,11 @@ def given(objective):
         (X, Y.float(), TypeError, r"y: expected integer labels \(int32 or int64\), got torch.float32"),
         (X, [0, 1, 2, 0], TypeError, "y: expected a tensor of labels, got list"),
         (X, Y.to("meta"), ValueError, "y: expected the device of x, cpu, got meta"),
+        (X, Y + 2, ValueError, r'y: expected labels in \[0, 3\], where 3 is "no label", got 2 to 4'),
+        (X, Y.int() - 1, ValueError, r"y: expected labels in \[0, 3\], .* got -1 to 1"),
+        (torch.where(X[1, 2, 3, 0] == X, torch.nan, X), Y, ValueError, "x: expected finite values, got nan"),
+        (torch.where(X[3, 2, 3, 3] == X, torch.inf, X), Y, ValueError, "x: expected finite values, got inf"),
+        (torch.where(X[0, 0, 0, 0] == X, -torch.inf, X), Y, ValueError, "x: expected finite values, got -inf"),
         (X.to(torch.uint8), Y, TypeError, "x: expected a floating-point dtype, got torch.uint8"),
         (X.numpy(), Y, TypeError, "x: expected a tensor, got ndarray"),
         (X[:0], Y[:0], ValueError, r"x: expected \(B, …\) with at least one sample, got shape \(0, 3, 4, 4\)"),
@@ -60,13 +67,17 @@ def test_draws(objective, net):
         ({"t": Y}, TypeError, "t: expected a floating-point dtype, got torch.int64"),
         ({"t": T[:3]}, ValueError, r"t: expected shape \(4,\)"),
         ({"t": torch.full((4,), torch.nan)}, ValueError, r"expected times in \[0, 1\]"),
+        ({"t": torch.full((4,), 1.5)}, ValueError, r"expected times in \[0, 1\]"),
+        ({"noise": torch.full((4, 3, 4, 4), torch.inf)}, ValueError, "noise: expected finite values, got inf"),
         ({"noise": np.zeros((4, 3, 4, 4))}, TypeError, "noise: expected a tensor, got ndarray"),
         ({"drop": True}, TypeError, "drop: expected a tensor, got bool"),
         ({"drop": Y}, TypeError, "drop: expected bool, got torch.int64"),
     ]
     if isinstance(objective, ImprovedMeanFlow):
         cases.append(({"omega": torch.full((4,), torch.nan)}, ValueError, "omega: expected at least 1 in every row"))
+        cases.append(({"omega": torch.full((4,), torch.inf)}, ValueError, "omega: expected finite values, got inf"))
         cases.append(({"omega": 2.0}, TypeError, "omega: expected a tensor, got float"))
+        cases.append(({"t_min": torch.full((4,), torch.nan)}, ValueError, "t_min: expected finite values, got nan"))
     for changes, error, match in cases:
         with pytest.raises(error, match=match):
             objective.loss_at(net, x=X, y=Y, **{**draws, **changes})
@@ -164,6 +175,31 @@ def test_decorators_are_asked_what_they_take_themselves():
 def test_what_an_objective_is_made_of(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+@each
+def test_the_label_that_means_none_is_one(objective, net):
+    assert objective(net, X, torch.full((4,), 3)).loss.isfinite()
+
+
+def test_gradients_of_each_sample_by_vmap():
+    """Values within `torch.vmap` cannot be read, and are not."""
+    objective = FlowMatching(label_dropout=0.0)
+    draws = objective.draw((1, 3, 4, 4))
+    weights = {name: w.detach() for name, w in DIT.named_parameters()}
+
+    def loss(w, x, y):
+        def net(z, r, t, y):
+            return torch.func.functional_call(DIT, w, (z, r, t, y))
+
+        return objective.loss_of(net, x[None], y[None], draws).loss
+
+    with backend.use_backend("reference"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # of operators without a rule
+        each_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, X, Y)
+    for i in range(4):
+        for name, one in torch.func.grad(loss)(weights, X[i], Y[i]).items():
+            torch.testing.assert_close(each_sample[name][i], one)
 
 
 @each

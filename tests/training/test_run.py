@@ -218,6 +218,25 @@ def test_weights_that_are_not_finite_are_never_saved(monkeypatch):
     assert list_checkpoints(Path("runs/tiny/checkpoints")) == []
 
 
+def test_images_that_are_not_finite_are_told_from_a_learning_rate_that_is_too_high(monkeypatch):
+    class Broken(TensorImages):
+        def images(self, indices=None):
+            return torch.full_like(super().images(indices), math.nan)
+
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return torch.full_like(x, math.nan), y
+
+    data = load_digits_data()
+    data = dataclasses.replace(data, train=Broken(data.train.images()[:20], data.train.labels[:20]))
+    Path("runs/tiny").mkdir(parents=True)
+    with pytest.raises(ValueError, match="x: expected finite values, got nan"):
+        trainer(TINY, data).run()
+    monkeypatch.setattr("meanflow.checks.can_read", lambda x: False)  # as on a GPU
+    with pytest.raises(TrainingError, match=r"the loss is nan .* its batch has images with values that are not finite"):
+        trainer(TINY, data).run()
+
+
 def test_an_image_that_cannot_be_read_keeps_what_was_trained():
     class Breaks(TensorImages):
         def __getitem__(self, index):
