@@ -6,15 +6,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..files import write_text
+from ..files import parse_json, write_text
 from .config import TrainConfig
+from .state import is_number
 
-PLOTTED = ("step", "loss", "squared_error")  # what every row has
+PLOTTED = {"step", "loss", "squared_error"}  # what every row has
 SECONDS = 60.0  # between progress lines at most
 
 
@@ -28,14 +30,18 @@ def read_log(path: Path) -> list[dict[str, float]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in PLOTTED):
+        if isinstance(row, dict) and all(map(is_number, row.values())) and _has_step(row):
             rows.append(row)
         elif number < len(lines):
             raise UsageError(f"{path}: line {number} is damaged; mend it or take it out")
     return rows
+
+
+def _has_step(row: dict[str, Any]) -> bool:
+    return row.keys() >= PLOTTED and isinstance(row["step"], int) and row["step"] >= 0
 
 
 class RunLog:

@@ -28,7 +28,6 @@ from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
-    load_state,
     load_tensors,
     load_weights,
     optimizer_tensors,
@@ -41,6 +40,7 @@ from .log import RunLog
 from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
+from .state import check_scaler, load_state
 
 
 class TrainingError(RuntimeError):
@@ -242,10 +242,14 @@ class Trainer:
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
         moments = {key: value for key, value in held.optimizer.items() if parameter_of(key) in moved}
+        unknown = [key for key in saved.optimizer if key not in held.optimizer]
+        if unknown:
+            raise UsageError(f"{path / 'optimizer.safetensors'}: expected moments of this model, got {unknown[0]}")
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
         load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
+            check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = saved.step, float(state["seconds"])
 
