@@ -19,9 +19,11 @@ _SHORT.maxstring = _SHORT.maxother = 60
 def replaced(path: Path) -> Iterator[Path]:
     """A path of the same suffix to write to, which becomes `path` at the end of the block.
 
-    `path` never holds half a file; where the block raises it is as before, and nothing else is left.
+    `path` never holds half a file; where the block raises it is as before, and nothing else is left. An OSError says
+    that it is no file that could be replaced.
     """
-    path = path.resolve()  # what a link points to
+    path = Path(os.path.realpath(path))  # what a link points to
+    check_regular(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
@@ -39,7 +41,7 @@ def write_text(path: Path, text: str) -> None:
 def check_regular(path: Path) -> None:
     """Raise an OSError where `path` is a folder, a device or a pipe, which may have no end."""
     if path.exists() and not path.is_file():
-        raise OSError(f"expected a file, got {'a folder' if path.is_dir() else 'a device'}")
+        raise OSError(f"{path}: expected a file, got {'a folder' if path.is_dir() else 'a device'}")
 
 
 def read_text(path: Path) -> str:
@@ -101,3 +103,8 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # an integer that Python refuses to print
         return f"a {type(value).__name__} of {value.bit_length()} bits"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another program's error says: PyTorch's go on with frames of C++."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

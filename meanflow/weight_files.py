@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name, unwrapped
 from .errors import UsageError
-from .files import replaced
+from .files import reason, replaced
 from .models import create_model
 
 
@@ -105,7 +105,7 @@ def _load_pickle(source: Path) -> Mapping[str, Any]:
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything from KeyError to UnpicklingError
-        raise UsageError(f"weights: cannot read {source}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"weights: cannot read {source}: {type(error).__name__}: {reason(error)}") from error
     if not isinstance(state, Mapping):
         raise UsageError(f"weights: {source}: expected a state dict, got {type(state).__name__}")
     return state

@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from ..files import check_regular
+from ..files import check_regular, reason
 from . import shares as shared
 from .parallel import own_piece, spread_like, whole
-from .state import STATE, check_files, checksum, load_state, save_state
+from .state import check_files, checksum, load_state, save_state
 
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
@@ -123,11 +123,11 @@ def _sync(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+    """Checkpoints in `folder`, oldest first; each was complete once, and one without a state.json is damaged."""
     if not folder.is_dir():
         return []
     found = [(int(m[1]), entry) for entry in folder.iterdir() if (m := _NAME.match(entry.name))]
-    return [entry for _, entry in sorted(found) if (entry / STATE).is_file()]
+    return [entry for _, entry in sorted(found)]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -155,7 +155,7 @@ def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
         return read(path)
     # RuntimeError, ValueError, LookupError, AttributeError: a dtype or shape that PyTorch has not
     except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, AttributeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+        raise UsageError(f"cannot read {path}: {reason(error)}") from error
 
 
 def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:

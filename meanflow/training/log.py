@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..files import parse_json, write_text
+from ..files import check_regular, parse_json, write_text
 from .config import TrainConfig
 from .state import is_number
 
@@ -24,9 +25,13 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """Rows of a log.jsonl; a last line cut short by a crash is left out.
 
     Raises:
-        UsageError: another line is damaged.
+        UsageError: another line is damaged, or it cannot be read.
     """
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        check_regular(path)
+        lines = path.read_bytes().splitlines() if os.path.lexists(path) else []
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import generator_for
 from ..errors import UsageError
-from ..files import parse_json, shown
+from ..files import parse_json, reason, shown
 from ..models import config_of, create_model, family_of, is_factory
 from ..sampling import sample, sample_ode
 from .checkpoint import check_weights, cure_for_damage, list_checkpoints, load_metadata, load_tensors, load_weights
@@ -154,7 +154,7 @@ def _building(source: Path) -> Iterator[None]:
         raise
     # RuntimeError, OverflowError: sizes that no tensor has
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UsageError(f"{source}: cannot build its model: {error}") from error
+        raise UsageError(f"{source}: cannot build its model: {reason(error)}") from error
 
 
 def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:

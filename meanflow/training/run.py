@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import os
 import platform
 import re
 import shutil
@@ -113,7 +114,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     path = folder / "report.json"
     try:
-        report = parse_json(read_text(path)) if path.exists() else {}
+        report = parse_json(read_text(path)) if os.path.lexists(path) else {}
         if not isinstance(report, dict):
             raise ValueError(f"expected figures by name, got {shown(report)}")
         for name in REPORTED:

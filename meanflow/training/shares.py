@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..errors import UsageError
-from ..files import check_regular, shown
+from ..files import check_regular, reason, shown
 from .state import check_files, checksum
 
 FOLDER = "shares"
@@ -123,7 +123,7 @@ class _Reader(dcp.FileSystemReader):
 def _cause(error: CheckpointException) -> str:
     """The first of the processes' errors, without its traceback."""
     rank, (cause, _) = next(iter(error.failures.items()))
-    return f"{str(cause).strip() or type(cause).__name__} (process {rank})"
+    return f"{reason(cause)} (process {rank})"
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -144,7 +144,7 @@ def read_metadata(path: Path) -> Metadata:
         return _metadata(_Unpickler(io.BytesIO(pickled)).load(), path)
     # a damaged pickle raises what it happens to run into
     except Exception as error:
-        raise UsageError(f"cannot read {file}: {str(error).strip() or type(error).__name__}") from error
+        raise UsageError(f"cannot read {file}: {reason(error)}") from error
 
 
 class _Record:

@@ -7,6 +7,7 @@ anybody who changes a file and its checksum. Checkpoints without checksums load 
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import zlib
@@ -16,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from ..errors import UsageError
 from ..files import check_regular, parse_json, read_text, shown
-from ..models import family_of, is_factory
+from ..models import FAMILIES, family_of, is_factory
 from .config import TrainConfig
 
 FORMAT = 1
@@ -52,16 +53,13 @@ def _own_checksum(state: Mapping[str, Any]) -> str:
 
 def check_files(path: Path, state: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise a UsageError unless the files `names` of the checkpoint `path` are those that were saved with `state`."""
-    for name in names:
-        expected = state.get(_CHECKSUMS, {}).get(name)
-        if expected is None:
-            if _CHECKSUMS in state:
-                raise UsageError(f"{path / STATE}: {_CHECKSUMS}: expected one of {name}, got none")
-            continue
+    sums = state.get(_CHECKSUMS, {})
+    for name in names if sums else ():
         try:
             found = checksum(path / name)
         except OSError as error:
             raise UsageError(f"cannot read {path / name}: {error}") from error
+        expected = sums.get(name, "(none)")
         if found != expected:
             raise UsageError(
                 f"cannot read {path / name}: it is damaged: expected the checksum {expected} of {STATE}, got {found}"
@@ -84,6 +82,9 @@ def load_state(path: Path, *names: str) -> dict[str, Any]:
     missing = [name for name in ("step", *names) if name not in state]
     if missing:
         raise UsageError(f"{path} is not a checkpoint: its state.json lacks {', '.join(missing)}")
+    unknown = [name for name in state if name not in ("format", _CHECKSUMS, *_CHECKS)]
+    if unknown:  # a damaged name of the checksums would be one
+        raise UsageError(f"{path / STATE}: expected {', '.join(_CHECKS)} and {_CHECKSUMS}, got {shown(unknown[0])}")
     try:
         if _CHECKSUMS in state:
             _check_checksums(state)
@@ -111,12 +112,15 @@ def check_model(name: str, model: Any) -> None:
     if is_factory(model["name"]):
         return
     try:
-        family_of(model["name"])
+        sizes = inspect.signature(FAMILIES[family_of(model["name"])]).parameters
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from error
     for key, value in config.items():
-        if not is_number(value) and not isinstance(value, bool):
-            raise ValueError(f"{name}.config.{key}: expected a number, got {shown(value)}")
+        if key not in sizes:
+            raise ValueError(f"{name}.config: expected {', '.join(sizes)}, got {shown(key)}")
+        kind = sizes[key].annotation  # "int", "float" or "bool"
+        if not (is_number(value) if kind == "float" else type(value).__name__ == kind):
+            raise ValueError(f"{name}.config.{key}: expected {kind}, got {shown(value)}")
 
 
 def is_number(value: Any) -> bool:
