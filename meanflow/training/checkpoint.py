@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first; each was complete once, and one without a state.json is damaged."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), entry) for entry in folder.iterdir() if (m := _NAME.match(entry.name))]
+    found = [(int(m[1]), entry) for entry in folder.iterdir() if entry.is_dir() and (m := _NAME.match(entry.name))]
     return [entry for _, entry in sorted(found)]
 
 
@@ -170,11 +169,11 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
         UsageError: it is missing or damaged; the message names the file.
     """
     state = load_state(path)
-    check_checkpoint(path, state)
     held = like.shares if like else {}
     if (path / shared.FOLDER).is_dir():
-        shares = shared.load_shares(path / shared.FOLDER, held)
+        shares = shared.load_shares(path, state, held)
     else:
+        check_files(path, state, [f"{part}.safetensors" for part in _SHARED])
         shares = {
             f"{part}{_SEPARATOR}{name}": value
             for part in _SHARED
@@ -190,14 +189,6 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
             raise UsageError(f"{path}: expected tensors of {', '.join(_SHARED)}, got {key}")
         parts[part][name] = value
     return Checkpoint(step=int(state["step"]), state=state, **parts)
-
-
-def check_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise unless the files of a checkpoint are those that were saved with `state`; every process takes part."""
-    if (path / shared.FOLDER).is_dir():
-        shared.check_shares(path, state)
-    else:
-        check_files(path, state, [f"{part}.safetensors" for part in _SHARED])
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:
@@ -217,8 +208,7 @@ def _is_intact(path: Path) -> bool:
         names = [f"{name}.safetensors" for name in ("model", "ema")]
         if (path / shared.FOLDER).is_dir():
             metadata = shared.read_metadata(path / shared.FOLDER)  # the files must be as long as it says
-            places = {place.relative_path for place in metadata.storage_data.values()}
-            check_files(path, state, [f"{shared.FOLDER}/{name}" for name in (shared.METADATA, *places)])
+            check_files(path, state, [f"{shared.FOLDER}/{shared.METADATA}", *shared.files_of(metadata)])
         else:
             names.append("optimizer.safetensors")
         for name in names:
@@ -271,12 +261,16 @@ def _kind(tensor: Tensor) -> str:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Raise, in every process, where a piece of a tensor, read from `source`, is not finite in one of them."""
-    bad = [name for name, value in tensors.items() if not own_piece(value).isfinite().all()]
-    if any(isinstance(value, DTensor) for value in tensors.values()):
-        bad = gather_object(bad)
+    """Raise, in every process, unless tensors that were read from `source` are finite."""
+    bad = not_finite(tensors)
     if bad:
         raise UsageError(f"{source}: {bad[0]}: expected finite numbers, got NaN or infinity")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those with NaN or infinity; every process takes part where they are spread."""
+    bad = [name for name, value in tensors.items() if not own_piece(value.detach()).isfinite().all()]
+    return shared.from_all(bad) if any(isinstance(value, DTensor) for value in tensors.values()) else bad
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:

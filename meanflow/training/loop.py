@@ -30,6 +30,7 @@ from .checkpoint import (
     load_optimizer_tensors,
     load_tensors,
     load_weights,
+    not_finite,
     optimizer_tensors,
     parameter_of,
     save_checkpoint,
@@ -254,8 +255,16 @@ class Trainer:
         self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
-        """Write a checkpoint of the current step; every process takes part."""
+        """Write a checkpoint of the current step; every process takes part.
+
+        Raises:
+            TrainingError: weights, averages or moments are not finite.
+        """
         saved = self._held(seconds)
+        averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
+        bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.optimizer})
+        if bad:  # a step whose loss and gradient were finite can still lead there
+            raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.spread or self.accelerator.is_main_process:
             save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -451,16 +460,19 @@ class Trainer:
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
             what = f"the loss is {value[0]:g} and the gradient norm {value[2]:g} at step {at}"
-            path = self.last_checkpoint()
-            where = (
-                f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
-                f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
-                if path
-                else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
-                "warm-up (--warmup-steps), with --overwrite"
-            )
-            raise TrainingError(f"training stopped because {what}. {where}")
+            raise self._stopped(what)
         return table.double().mean(dim=0).tolist()
+
+    def _stopped(self, what: str) -> TrainingError:
+        path = self.last_checkpoint()
+        where = (
+            f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
+            f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
+            if path
+            else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
+            "warm-up (--warmup-steps), with --overwrite"
+        )
+        return TrainingError(f"training stopped because {what}. {where}")
 
     def _samples_due(self) -> bool:
         every = self.config.sample_every

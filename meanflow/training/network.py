@@ -114,7 +114,7 @@ def check_trusted(name: str, source: Path, trust_code: bool | str) -> None:
     if is_factory(name) and trust_code is not True and trust_code != name:
         raise UsageError(
             f"{source} names the function {shown(name)} as its model. It is not run because only a file names it: if "
-            f"you trust it, add --trust-code (to `meanflow train`, --model {name} will do; in Python, trust_code=True)"
+            "you trust it, add --trust-code, or name it to `meanflow train` with --model (in Python: trust_code=True)"
         )
 
 

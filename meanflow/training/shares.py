@@ -10,18 +10,16 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
@@ -36,6 +34,7 @@ from ..errors import UsageError
 from ..files import check_regular, reason, shown
 from .state import check_files, checksum
 
+T = TypeVar("T")
 FOLDER = "shares"
 METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of .metadata: about 5 million pieces
@@ -64,34 +63,42 @@ def save_shares(path: Path, shares: dict[str, Tensor]) -> dict[str, str]:
         dcp.save(shares, checkpoint_id=path)
     except CheckpointException as error:
         raise OSError(f"cannot write {path}: {_cause(error)}") from error
-    own = list(path.glob(f"__{PartialState().process_index}_*"))
-    if PartialState().is_main_process:
-        own.append(path / METADATA)
-    return dict(gather_object([(f"{path.name}/{file.name}", checksum(file)) for file in own]))
+    rank, _ = _process()
+    sums = dict(from_all([(file.name, checksum(file)) for file in path.glob(f"__{rank}_*")]))
+    if rank == 0:  # the list, and what PyTorch may name otherwise
+        sums |= {file.name: checksum(file) for file in path.iterdir() if file.name not in sums}
+    return {f"{path.name}/{name}": value for name, value in sums.items()}
 
 
-def check_shares(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise a UsageError, in all processes, where a file is not the one that was saved; each process reads some."""
-    check_files(path, state, [f"{FOLDER}/{METADATA}"])
-    places = read_metadata(path / FOLDER).storage_data.values()
-    names = sorted({f"{FOLDER}/{place.relative_path}" for place in places})
-    process = PartialState()
-    damage = []
-    try:
-        check_files(path, state, names[process.process_index :: process.num_processes])
-    except UsageError as error:
-        damage.append(str(error))
-    for words in gather_object(damage):
-        raise UsageError(words)
+def _process() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
-def load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the folder `path`; those of `held`, where the shape is the same, spread over the processes as it is.
+def from_all(own: list[T]) -> list[T]:
+    """The items of all processes, in each of them."""
+    _, world = _process()
+    if world == 1:
+        return own
+    lists: list[list[T]] = [[] for _ in range(world)]
+    dist.all_gather_object(lists, own)
+    return [item for items in lists for item in items]
+
+
+def load_shares(path: Path, state: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the shares/ of a checkpoint, by all processes.
+
+    Args:
+        path: the checkpoint's folder.
+        state: its state.json.
+        held: tensors that are spread over the processes; those of the same name and shape come back spread alike.
 
     Raises:
-        UsageError: it is missing or damaged.
+        UsageError: they are missing or damaged.
     """
-    metadata = read_metadata(path)
+    metadata = _check_shares(path, state)
     shares: dict[str, Any] = {}
     for key, saved in metadata.state_dict_metadata.items():
         assert isinstance(saved, TensorStorageMetadata)
@@ -103,10 +110,30 @@ def load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # a single process: that is meant
-            dcp.load(shares, storage_reader=_Reader(path, metadata))
+            dcp.load(shares, storage_reader=_Reader(path / FOLDER, metadata))
     except CheckpointException as error:
-        raise UsageError(f"cannot read {path}: {_cause(error)}") from error
+        raise UsageError(f"cannot read {path / FOLDER}: {_cause(error)}") from error
     return shares
+
+
+def _check_shares(path: Path, state: Mapping[str, Any]) -> Metadata:
+    """The list of the shares, if the files are those that were saved: each process reads some, and all raise alike."""
+    check_files(path, state, [f"{FOLDER}/{METADATA}"])
+    metadata = read_metadata(path / FOLDER)
+    rank, world = _process()
+    damage = []
+    try:
+        check_files(path, state, files_of(metadata)[rank::world])
+    except UsageError as error:
+        damage.append(str(error))
+    for words in from_all(damage):
+        raise UsageError(words)
+    return metadata
+
+
+def files_of(metadata: Metadata) -> list[str]:
+    """The files that hold the pieces, as the checksums name them."""
+    return sorted({f"{FOLDER}/{place.relative_path}" for place in metadata.storage_data.values()})
 
 
 class _Reader(dcp.FileSystemReader):
@@ -137,11 +164,7 @@ def read_metadata(path: Path) -> Metadata:
         check_regular(file)
         if file.stat().st_size > _LARGEST:
             raise ValueError(f"expected at most {_LARGEST} bytes, got {file.stat().st_size}")
-        pickled = file.read_bytes()
-        for operation, argument, _ in pickletools.genops(pickled):
-            if operation.name.endswith("PUT") and (argument or 0) > len(pickled):
-                raise ValueError("it asks for more memory than it can use")
-        return _metadata(_Unpickler(io.BytesIO(pickled)).load(), path)
+        return _metadata(_Unpickler(io.BytesIO(file.read_bytes())).load(), path)
     # a damaged pickle raises what it happens to run into
     except Exception as error:
         raise UsageError(f"cannot read {file}: {reason(error)}") from error

@@ -444,7 +444,7 @@ def outcomes(
                 found.append("done")
             elif code == 2:
                 found.append(_refused(words, last, path))
-            elif code == 1 and "loss is" in last:
+            elif code == 1 and "training stopped because" in last:
                 found.append("diverged")  # as a learning rate of 1e30 does
             else:
                 found.append(f"fault: {words}: code {code}: {said.getvalue()}")

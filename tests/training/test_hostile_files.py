@@ -111,9 +111,7 @@ def test_a_function_that_a_weight_file_names_is_not_run(here, capsys):
 def test_a_function_that_a_configuration_names_is_not_run(here, capsys, line):
     path = PLAIN / "config.yaml"
     path.write_text(path.read_text().replace("model: DiT", "model: canary:fire"))
-    fails(
-        f"train {line}", capsys, "config.yaml names the function 'canary:fire'", "--trust-code", "--model canary:fire"
-    )
+    fails(f"train {line}", capsys, "config.yaml names the function 'canary:fire'", "--trust-code", "--model")
     assert not Path("runs/new").exists()
     assert "canary" not in sys.modules
 
@@ -252,6 +250,37 @@ def test_weights_of_others_run_nothing(here, capsys, suffix):
     else:
         np.savez("theirs.npz", w=np.array([Fires()], dtype=object))
     fails(f"convert theirs{suffix} --out out.safetensors", capsys, f"cannot read theirs{suffix}")
+
+
+WEIGHTS = [
+    {"x_embedder.proj.weight": torch.zeros(2), "y_embedder.embedding_table.weight": torch.zeros(3, 2)},
+    {"x_embedder.proj.weight": torch.zeros(0, 1, 4, 4), "blocks.0.mlp.fc1.weight": torch.zeros(2, 2)},
+    {"x_embedder.proj.weight": torch.zeros(8, 1, 4, 4), f"blocks.{10**11}.x": torch.zeros(2)},
+    {"x_embedder.proj.weight": torch.zeros(8, 1, 4, 4), "blocks.0.x": torch.zeros(2), "pos_embed": torch.zeros(2)},
+    {"u_final_layer.x": torch.zeros(2), "x_embedder.proj.weight": torch.zeros(8, 1, 4, 4)},
+    {"x_embedder.proj.weight": [1, 2], "blocks.0.x": 3},
+    {3: torch.zeros(2)},
+    [1, 2],
+]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weights_of_others_that_make_no_model_are_refused(here, capsys, weights):
+    if isinstance(weights, dict) and "x_embedder.proj.weight" in weights:
+        weights = {"y_embedder.embedding_table.weight": torch.zeros(11, 8), **weights}
+    torch.save(weights, "theirs.pt")
+    fails("convert theirs.pt --out out.safetensors", capsys, "theirs.pt")
+    assert not Path("out.safetensors").exists()
+
+
+def test_what_convert_cannot_read_is_refused(here, capsys):
+    np.savez_compressed("theirs.npz", **{"x_embedder/proj/kernel": np.zeros((99, 99))})
+    data = bytearray(Path("theirs.npz").read_bytes())
+    data[len(data) // 2] ^= 255
+    Path("theirs.npz").write_bytes(data)
+    fails("convert theirs.npz --out out.safetensors", capsys, "weights: cannot read theirs.npz")
+    os.mkfifo("pipe.pt")
+    fails("convert pipe.pt --out out.safetensors", capsys, "pipe.pt: expected a file, got a device")
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
