@@ -43,6 +43,13 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "-m", "random_checks", *(session.posargs or ["5000"]), env={"PYTHONPATH": "tests/support"})
 
 
+@nox.session
+def fuzz_files(session: nox.Session) -> None:
+    """A thousand damaged and hostile files of runs: refused, or of no matter; none runs code."""
+    install(session, "-c", "constraints.txt", "torch", "torchvision", "-e", ".[test]")
+    session.run("python", "-m", "damage", *(session.posargs or ["1000"]), env={"PYTHONPATH": "tests/support"})
+
+
 def check(session: nox.Session, *torch: str) -> None:
     if "--smoke" in session.posargs:
         smoke(session, *torch)

@@ -56,6 +56,7 @@ class _Start:
     config: Path | None = None  # YAML file of values (`steps: 1000`), for the preset and every option below --overwrite
     resume: Flag = False  # continue the run of this name from its newest checkpoint
     overwrite: Flag = False  # replace the run of this name, if there is one
+    trust_code: Flag = False  # run the function that a file, not --model, names as the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,12 @@ def train(args: Sequence[str]) -> int:
     config = merged(base, file, asked.settings, path=asked.config)
     if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
         _parse(Train, ["--help"], prog="train", default=Train(settings=config))
+    from .training.network import check_trusted
     from .training.run import read_report, run_folder, run_training
 
+    if asked.settings.get("model") != config.model:  # a file or a preset named it
+        source = asked.config if file.get("model") == config.model else run_folder(config.name) / "config.yaml"
+        check_trusted(config.model, source, asked.trust_code)
     result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
     folder = run_folder(config.name)
     if result.signal is not None:
@@ -144,6 +149,7 @@ class Sample:
     omega: float | None = None  # imf: guidance scale, 1 is none; None: as the run's configuration says
     t_min: float | None = None  # imf: guided times, from; None: as the run's configuration says
     t_max: float | None = None  # imf: guided times, to; None: as the run's configuration says
+    trust_code: Flag = False  # run the function "package.module:function" that the run names as its model
     device: Device = "auto"  # auto: a GPU if there is one
 
 
@@ -161,7 +167,7 @@ def sample_command(args: Sequence[str]) -> int:
     _check_out(options.out)
     _check_backend()
     device = _device(options.device)
-    loaded = load_network(_source(options.run), options.weights, device)
+    loaded = load_network(_source(options.run), options.weights, device, trust_code=options.trust_code)
     guidance = _guidance(options, loaded)
     given = [name for name in ("method", "guidance_scale") if getattr(options, name) != getattr(Sample, name)]
     if given and loaded.objective != "flow_matching":
@@ -305,6 +311,7 @@ class Evaluate:
     omega: float | None = None  # imf: guidance scale, 1 is none; None: as the run's configuration says
     t_min: float | None = None  # imf: guided times, from; None: as the run's configuration says
     t_max: float | None = None  # imf: guided times, to; None: as the run's configuration says
+    trust_code: Flag = False  # run the function "package.module:function" that the run names as its model
     device: Device = "auto"  # auto: a GPU if there is one
 
 
@@ -323,7 +330,7 @@ def evaluate(args: Sequence[str]) -> int:
     if folder.is_file() or (folder / "state.json").is_file():
         raise UsageError(f"run: expected a run folder such as runs/digits, got {folder}")
     device = _device(options.device)
-    loaded = load_network(folder, options.weights, device)
+    loaded = load_network(folder, options.weights, device, trust_code=options.trust_code)
     guidance = _guidance(options, loaded)
     config = read_config(folder / "config.yaml")
     channels, side, _ = loaded.image_shape
@@ -348,7 +355,7 @@ def evaluate(args: Sequence[str]) -> int:
         report |= data.left_out.figures()
         _say(data.left_out.summary())
     _say_report(report)
-    standard = Evaluate(run=options.run, device=options.device)
+    standard = Evaluate(run=options.run, device=options.device, trust_code=options.trust_code)
     asked = dataclasses.replace(options, omega=None, t_min=None, t_max=None)
     if asked == standard and guidance == loaded.guidance:
         update_report(folder, report, loaded.step)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name, unwrapped
 from .errors import UsageError
-from .files import replaced
+from .files import check_regular, reason, replaced
 from .models import create_model
 
 
@@ -42,7 +41,7 @@ def dit_config(
     width, channels, patch, _ = state[f"{prefix}x_embedder.proj.weight"].shape
     blocks = [int(m[1]) for key in state if (m := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", key))]
     table = state.get(f"{prefix}y_embedder.embedding_table.weight")
-    if table is None or not blocks:
+    if table is None or not blocks or max(blocks) >= len(state):
         raise UsageError("expected the weights of a class-conditional DiT (y_embedder.embedding_table, blocks.0 …)")
     if input_size is None:
         positions = state.get(f"{prefix}pos_embed")
@@ -101,13 +100,16 @@ def _is_imf(names: Iterable[str]) -> bool:
     return any(re.search(r"u_final_layer[./]", name) for name in names)
 
 
-def _load_pickle(source: Path) -> Mapping[str, Any]:
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise anything from KeyError to UnpicklingError
-        raise UsageError(f"weights: cannot read {source}: {type(error).__name__}: {error}") from error
+def _load(source: Path) -> Mapping[str, Any]:
+    if source.suffix == ".npz":
+        with np.load(source, allow_pickle=False) as arrays:
+            from_flax = imf_dit_from_flax if _is_imf(arrays.files) else dit_from_flax
+            return from_flax({name: arrays[name] for name in arrays.files})
+    if source.suffix == ".safetensors":
+        return load_file(source)
+    state = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping):
-        raise UsageError(f"weights: {source}: expected a state dict, got {type(state).__name__}")
+        raise ValueError(f"expected a state dict, got {type(state).__name__}")
     return state
 
 
@@ -117,31 +119,26 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
     Raises:
         UsageError: the file cannot be read, is neither a DiT's nor an iMF-DiT's, or `out` cannot be written.
     """
+    if source.suffix not in (".npz", ".safetensors", ".pt", ".pth"):
+        raise UsageError(f"weights: expected a .npz, .pt, .pth or .safetensors file, got {source}")
     try:
-        if source.suffix == ".npz":
-            with np.load(source, allow_pickle=False) as arrays:
-                from_flax = imf_dit_from_flax if _is_imf(arrays.files) else dit_from_flax
-                state: Mapping[str, Any] = from_flax({name: arrays[name] for name in arrays.files})
-        elif source.suffix == ".safetensors":
-            state = load_file(source)
-        elif source.suffix in (".pt", ".pth"):
-            state = _load_pickle(source)
-        else:
-            raise UsageError(f"weights: expected a .npz, .pt, .pth or .safetensors file, got {source}")
-    except UsageError:
-        raise
-    except (OSError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
-        raise UsageError(f"weights: cannot read {source}: {error}") from error
+        check_regular(source)
+        state = _load(source)
+    except Exception as error:  # damaged bytes raise anything from KeyError to UnpicklingError
+        what = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise UsageError(f"weights: cannot read {source}: {what}{reason(error)}") from error
     state = unwrapped(state)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     try:
-        if _is_imf(state):
-            name, config = "iMF-DiT", imf_dit_config(state, input_size=input_size)
+        if _is_imf(tensors):
+            name, config = "iMF-DiT", imf_dit_config(tensors, input_size=input_size)
         else:
-            name, config = "DiT", dit_config(state, num_heads=num_heads, input_size=input_size)
+            name, config = "DiT", dit_config(tensors, num_heads=num_heads, input_size=input_size)
         net = create_model(name, **config)
         report = load_dit(net, state)
-    except ValueError as error:
-        raise UsageError(f"weights: {source}: {error}") from error
+    # LookupError and so on: names, shapes or values that no such model has
+    except (ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise UsageError(f"weights: {source}: {reason(error)}") from error
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

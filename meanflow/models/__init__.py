@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,8 @@ from .dit import (
 from .factory import config_of, is_factory, model_from_factory
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
 
-NAMED = {**dit.NAMED, **imf_dit.NAMED}
+NAMED: dict[str, partial[Any]] = {**dit.NAMED, **imf_dit.NAMED}
+FAMILIES: dict[str, type[nn.Module]] = {"DiT": DiT, "Affine": Affine, "iMF-DiT": IMFDiT}
 
 
 def create_model(name: str, **config: Any) -> nn.Module:
@@ -46,13 +48,27 @@ def create_model(name: str, **config: Any) -> nn.Module:
     """
     if is_factory(name):
         return model_from_factory(name, config)
-    classes: dict[str, Any] = {"DiT": DiT, "Affine": Affine, "iMF-DiT": IMFDiT, **NAMED}
+    classes: dict[str, Any] = {**FAMILIES, **NAMED}
     if name not in classes:
         raise ValueError(f'name: expected one of {", ".join(classes)} or "package.module:function", got {name!r}')
     return classes[name](**config)
 
 
+def family_of(name: str) -> str:
+    """The family of a model by name, which is built from sizes alone: "DiT" of "DiT-B/2".
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    if name in FAMILIES:
+        return name
+    if name not in NAMED:
+        raise ValueError(f"name: expected one of {', '.join([*FAMILIES, *NAMED])}, got {name!r}")
+    return next(family for family, cls in FAMILIES.items() if cls is NAMED[name].func)
+
+
 __all__ = [
+    "FAMILIES",
     "NAMED",
     "Affine",
     "DiT",
@@ -80,6 +96,7 @@ __all__ = [
     "IMFDiT_XL_2",
     "config_of",
     "create_model",
+    "family_of",
     "gaussian_average_velocity",
     "is_factory",
 ]

@@ -37,7 +37,9 @@ def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
         ValueError: the name leads to no such function, or what it returns is no such network.
     """
     with _working_directory_first():  # what the function itself imports as well
-        net = _function(name)(**config)
+        function = _function(name)
+        _check_takes(function, name, config)
+        net = function(**config)
     if not isinstance(net, nn.Module):
         raise ValueError(f"name: expected {name} to return a torch.nn.Module, got {type(net).__name__}")
     try:
@@ -81,6 +83,18 @@ def _function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"name: {name} is a {type(found).__name__}; expected {_CONTRACT}")
     return found
+
+
+def _check_takes(function: Callable[..., Any], name: str, config: dict[str, Any]) -> None:
+    """Raise before the call where `function` does not take the sizes."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:  # of code that is not Python
+        raise ValueError(f"name: {name} does not say what it takes ({error}); expected {_CONTRACT}") from error
+    try:
+        signature.bind(**config)
+    except TypeError as error:
+        raise ValueError(f"name: {name}{signature} does not take {', '.join(config)}: {error}") from error
 
 
 @contextmanager

@@ -13,12 +13,8 @@ from ..objectives import FlowMatching, ImprovedMeanFlow, LogitNormal, MeanFlow, 
 from .config import TrainConfig
 
 
-def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
-    """The network for this data, with fresh weights.
-
-    Raises:
-        UsageError: the sizes do not fit each other.
-    """
+def model_sizes(config: TrainConfig) -> dict[str, Any]:
+    """The sizes of the network that were given beside its name."""
     sizes: dict[str, Any] = {
         name: getattr(config, name)
         for name in ("hidden_size", "depth", "num_heads", "patch_size", "aux_head_depth")
@@ -27,6 +23,15 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
     if config.prefix_tokens is not None:
         names = ("num_class_tokens", "num_time_tokens", "num_cfg_tokens", "num_interval_tokens")
         sizes.update(zip(names, config.prefix_tokens, strict=True))
+    return sizes
+
+
+def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
+    """The network for this data, with fresh weights.
+
+    Raises:
+        UsageError: the sizes do not fit each other.
+    """
     if config.model.startswith("iMF-DiT") != (config.objective == "imf"):
         raise UsageError(
             "objective: imf trains an iMF-DiT (such as --model iMF-DiT-B/2), and no other objective does; got "
@@ -38,7 +43,7 @@ def build_model(config: TrainConfig, data: ImageData) -> nn.Module:
             input_size=data.image_size,
             in_channels=data.channels,
             num_classes=data.num_classes,
-            **sizes,
+            **model_sizes(config),
         )
     except (TypeError, ValueError) as error:  # TypeError: a size that this model does not have
         raise UsageError(f"model: {config.model} cannot be built for {data.name}: {error}") from error

@@ -6,7 +6,7 @@
                               shares/                 under FSDP2, instead of optimizer.safetensors: weights, averages
                                                       and moments, written by torch.distributed.checkpoint, each
                                                       process's pieces in a file of its own
-                              state.json              step, model, timing; written last
+                              state.json              step, model, timing, checksums of the others; written last
 
 Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and all draws are functions of (seed,
 step), so the step is the data position and the state of every random generator too.
@@ -14,25 +14,19 @@ step), so the step is the data position and the state of every random generator 
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -40,11 +34,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from .parallel import spread_like, whole
+from ..files import check_regular, reason
+from . import shares as shared
+from .parallel import own_piece, spread_like, whole
+from .state import check_files, checksum, load_state, save_state
 
-FORMAT = 1
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
+T = TypeVar("T")
 _SHARED = ("model", "ema", "optimizer")  # parts that FSDP2 spreads over the processes
 
 
@@ -84,9 +81,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_older(folder, final, keep=max(1, keep - 1))
         partial.mkdir()
+    checksums = {}
     if checkpoint.spread:
         PartialState().wait_for_everyone()  # for the folder
-        _save_shares(partial / "shares", checkpoint.shares)
+        checksums = shared.save_shares(partial / shared.FOLDER, checkpoint.shares)
     for name in ("model", "ema") if checkpoint.spread else _SHARED:
         tensors: dict[str, Tensor] = {}
         places = set()
@@ -102,10 +100,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
                 save_file(tensors, partial / f"{name}.safetensors")
             except SafetensorError as error:  # a full disk
                 raise OSError(f"cannot write {partial / name}.safetensors: {error}") from error
+            checksums[f"{name}.safetensors"] = checksum(partial / f"{name}.safetensors")
     if not main:
         return final
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    save_state(partial, {"step": checkpoint.step, **checkpoint.state}, checksums)
     for path in partial.rglob("*"):
         _sync(path)
     if final.exists():  # the same step again, after a resume with nothing left to do
@@ -129,19 +127,6 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_shares(path: Path, shares: dict[str, Tensor]) -> None:
-    try:
-        dcp.save(shares, checkpoint_id=path)
-    except CheckpointException as error:
-        raise OSError(f"cannot write {path}: {_cause(error)}") from error
-
-
-def _cause(error: CheckpointException) -> str:
-    """The first of the processes' errors, without its traceback."""
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"{cause} (process {rank})"
-
-
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -151,11 +136,11 @@ def _sync(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+    """Checkpoints in `folder`, oldest first; each was complete once, and one without a state.json is damaged."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), entry) for entry in folder.iterdir() if (m := _NAME.match(entry.name))]
-    return [entry for _, entry in sorted(found) if (entry / "state.json").is_file()]
+    found = [(int(m[1]), entry) for entry in folder.iterdir() if entry.is_dir() and (m := _NAME.match(entry.name))]
+    return [entry for _, entry in sorted(found)]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -164,38 +149,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: it is missing or damaged.
     """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    return _read(path, load_file)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file; an error as in `load_tensors`."""
-    try:
+
+    def metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+
+    return _read(path, metadata)
 
 
-def load_state(path: Path, *names: str) -> dict[str, Any]:
-    """state.json of a checkpoint, which has these names besides step and format.
-
-    Raises:
-        UsageError: there is no checkpoint that this version can read.
-    """
+def _read(path: Path, read: Callable[[Path], dict[str, T]]) -> dict[str, T]:
     try:
-        state = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a checkpoint: cannot read its state.json: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UsageError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
-    missing = [name for name in ("step", *names) if name not in state]
-    if missing:
-        raise UsageError(f"{path} is not a checkpoint: its state.json lacks {', '.join(missing)}")
-    return state
+        check_regular(path)
+        return read(path)
+    # RuntimeError, ValueError, LookupError, AttributeError: a dtype or shape that PyTorch has not
+    except (OSError, SafetensorError, RuntimeError, ValueError, LookupError, AttributeError) as error:
+        raise UsageError(f"cannot read {path}: {reason(error)}") from error
 
 
 def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
@@ -211,9 +184,10 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     """
     state = load_state(path)
     held = like.shares if like else {}
-    if (path / "shares").is_dir():
-        shares = _load_shares(path / "shares", held)
+    if (path / shared.FOLDER).is_dir():
+        shares = shared.load_shares(path, state, held)
     else:
+        check_files(path, state, [f"{part}.safetensors" for part in _SHARED])
         shares = {
             f"{part}{_SEPARATOR}{name}": value
             for part in _SHARED
@@ -224,34 +198,11 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
                 shares[key] = spread_like(value, held[key])
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _SHARED}
     for key, value in shares.items():
-        part, name = key.split(_SEPARATOR, 1)
+        part, _, name = key.partition(_SEPARATOR)
+        if part not in parts:
+            raise UsageError(f"{path}: expected tensors of {', '.join(_SHARED)}, got {key}")
         parts[part][name] = value
     return Checkpoint(step=int(state["step"]), state=state, **parts)
-
-
-def _load_shares(path: Path, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    shares: dict[str, Any] = {}
-    for key, saved in _read_metadata(path).state_dict_metadata.items():
-        assert isinstance(saved, TensorStorageMetadata)
-        if key in held and held[key].shape == saved.size:
-            shares[key] = torch.empty_like(held[key])
-        else:
-            shares[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")  # a single process: that is meant
-            dcp.load(shares, checkpoint_id=path)
-    except CheckpointException as error:
-        raise UsageError(f"cannot read {path}: {_cause(error)}") from error
-    return shares
-
-
-def _read_metadata(path: Path) -> dcp.Metadata:
-    try:
-        return dcp.FileSystemReader(path).read_metadata()
-    # a damaged pickle raises what it happens to run into
-    except (OSError, EOFError, LookupError, ValueError, AttributeError, ImportError, pickle.UnpicklingError) as error:
-        raise UsageError(f"cannot read {path / '.metadata'}: {error}") from error
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:
@@ -265,53 +216,87 @@ def cure_for_damage(folder: Path, path: Path) -> str:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether all files are there and as long as they should be."""
+    """Whether all files are there, as long as they should be, and those that were saved."""
     try:
-        load_state(path)
-        names = {"model", "ema"}
-        if (path / "shares").is_dir():
-            for place in _read_metadata(path / "shares").storage_data.values():
-                if (path / "shares" / place.relative_path).stat().st_size < place.offset + place.length:
-                    return False
+        state = load_state(path, "seconds", "class_names", "model", "objective")
+        names = [f"{name}.safetensors" for name in ("model", "ema")]
+        if (path / shared.FOLDER).is_dir():
+            metadata = shared.read_metadata(path / shared.FOLDER)  # the files must be as long as it says
+            check_files(path, state, [f"{shared.FOLDER}/{shared.METADATA}", *shared.files_of(metadata)])
         else:
-            names.add("optimizer")
+            names.append("optimizer.safetensors")
         for name in names:
-            load_metadata(path / f"{name}.safetensors")  # reads the header, which must fit the file's length
-    except (OSError, UsageError):
+            load_metadata(path / name)  # reads the header, which must fit the file's length
+        check_files(path, state, names)
+    except UsageError:
         return False
     return True
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Load weights that must be this very model's.
+    """Load weights that must be this very model's; every process takes part where they are spread.
 
     Raises:
-        UsageError: names or shapes differ; the message says which.
+        UsageError: names, shapes or kinds differ, or a parameter is not finite; the message says which.
     """
     ours = model.state_dict()
+    check_weights(ours, weights, source)
+    check_finite({name: weights[name] for name, _ in model.named_parameters() if name in weights}, source)
+    model.load_state_dict(dict(weights))
+
+
+def check_weights(ours: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raise unless `weights`, read from `source`, have the names, shapes and kinds of `ours`."""
     missing = [name for name in ours if name not in weights and name != "pos_embed"]
     left_over = [name for name in weights if name not in ours]
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(ours[name].shape)}"
-        for name in ours
-        if name in weights and weights[name].shape != ours[name].shape
-    ]
-    if missing or left_over or shapes:
-        found = [("lacks", missing), ("has too many", left_over), ("has other sizes", shapes)]
+    both = [(name, weights[name], ours[name]) for name in ours if name in weights]
+    shapes = [f"{name} {tuple(a.shape)} instead of {tuple(b.shape)}" for name, a, b in both if a.shape != b.shape]
+    kinds = [f"{name} {a.dtype} instead of {b.dtype}" for name, a, b in both if _kind(a) != _kind(b)]
+    if missing or left_over or shapes or kinds:
+        found = [
+            ("lacks", missing),
+            ("has too many", left_over),
+            ("has other sizes", shapes),
+            ("has other kinds", kinds),
+        ]
         what = "; it ".join(
             f"{title} {len(names)}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
             for title, names in found
             if names
         )
         raise UsageError(f"{source} holds another model's weights: it {what}")
-    model.load_state_dict(dict(weights))
+
+
+def _kind(tensor: Tensor) -> str:
+    """Of its dtype: what is not converted to another without a loss that nobody asked for."""
+    if tensor.is_floating_point():
+        return "floating-point"
+    return str(tensor.dtype) if tensor.is_complex() or tensor.dtype is torch.bool else "integer"
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raise, in every process, unless tensors that were read from `source` are finite."""
+    bad = not_finite(tensors)
+    if bad:
+        raise UsageError(f"{source}: {bad[0]}: expected finite numbers, got NaN or infinity")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those with NaN or infinity; every process takes part where they are spread."""
+    bad = [name for name, value in tensors.items() if not own_piece(value.detach()).isfinite().all()]
+    return shared.from_all(bad) if any(isinstance(value, DTensor) for value in tensors.values()) else bad
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
-    """Raise unless `found`, read from `source`, has every expected tensor in its shape."""
-    wrong = [name for name, value in expected.items() if name not in found or found[name].shape != value.shape]
+    """Raise unless `found`, read from `source`, has every expected tensor in its shape and kind, and it is finite."""
+    wrong = [
+        name
+        for name, value in expected.items()
+        if name not in found or found[name].shape != value.shape or _kind(found[name]) != _kind(value)
+    ]
     if wrong:
-        raise UsageError(f"{source}: {len(wrong)} tensors are missing or of another shape, such as {wrong[0]}")
+        raise UsageError(f"{source}: {len(wrong)} tensors are missing or of another shape or kind, such as {wrong[0]}")
+    check_finite({name: found[name] for name in expected}, source)
 
 
 def parameter_of(key: str) -> str:

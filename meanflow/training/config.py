@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError
+from ..files import shown
 
 RUNS = Path("runs")
 EVALUATION_SAMPLES = 2000
@@ -96,6 +97,8 @@ class TrainConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{field.name}: expected a finite number, got {number}")
+                if isinstance(number, int) and abs(number) >= 2**63:
+                    raise UsageError(f"{field.name}: expected a number of less than 64 bits, got {shown(number)}")
         for name in (
             "image_size",
             "steps",

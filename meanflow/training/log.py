@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..files import naming, write_text
+from ..files import check_regular, naming, parse_json, write_text
 from .config import TrainConfig
+from .state import is_number
 
-PLOTTED = ("step", "loss", "squared_error")  # what every row has
+PLOTTED = {"step", "loss", "squared_error"}  # what every row has
 SECONDS = 60.0  # between progress lines at most
 
 
@@ -22,20 +25,28 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """Rows of a log.jsonl; a last line cut short by a crash is left out.
 
     Raises:
-        UsageError: another line is damaged.
+        UsageError: another line is damaged, or it cannot be read.
     """
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    try:
+        check_regular(path)
+        lines = path.read_bytes().splitlines() if os.path.lexists(path) else []
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
-        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in PLOTTED):
+        if isinstance(row, dict) and all(map(is_number, row.values())) and _has_step(row):
             rows.append(row)
         elif number < len(lines):
             raise UsageError(f"{path}: line {number} is damaged; mend it or take it out")
     return rows
+
+
+def _has_step(row: dict[str, Any]) -> bool:
+    return row.keys() >= PLOTTED and isinstance(row["step"], int) and row["step"] >= 0
 
 
 class RunLog:

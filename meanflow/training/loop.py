@@ -31,9 +31,9 @@ from .checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
-    load_state,
     load_tensors,
     load_weights,
+    not_finite,
     optimizer_tensors,
     parameter_of,
     remove_partial,
@@ -45,6 +45,7 @@ from .log import RunLog
 from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
+from .state import check_scaler, load_state
 
 COLLECTIVE = (
     "connection closed",
@@ -251,10 +252,14 @@ class Trainer:
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
         moments = {key: value for key, value in held.optimizer.items() if parameter_of(key) in moved}
+        unknown = [key for key in saved.optimizer if key not in held.optimizer]
+        if unknown:
+            raise UsageError(f"{path / 'optimizer.safetensors'}: expected moments of this model, got {unknown[0]}")
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
         load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
+            check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = saved.step, float(state["seconds"])
 
@@ -262,9 +267,14 @@ class Trainer:
         """Write a checkpoint of the current step; every process takes part.
 
         Raises:
-            TrainingError: the disk does not take it; the last checkpoint is as it was.
+            TrainingError: weights, averages or moments are not finite, or the disk does not take the checkpoint; the
+                last one is as it was.
         """
         saved = self._held(seconds)
+        averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
+        bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.optimizer})
+        if bad:  # a step whose loss and gradient were finite can still lead there
+            raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.spread or self.accelerator.is_main_process:
             try:
                 save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
@@ -496,16 +506,19 @@ class Trainer:
                 raise TrainingError(
                     f"training stopped because {what}: its batch has images with values that are not finite; mend those"
                 )
-            path = self.last_checkpoint()
-            where = (
-                f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
-                f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
-                if path
-                else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
-                "warm-up (--warmup-steps), with --overwrite"
-            )
-            raise TrainingError(f"training stopped because {what}. {where}")
+            raise self._stopped(what)
         return table.double().mean(dim=0).tolist()
+
+    def _stopped(self, what: str) -> TrainingError:
+        path = self.last_checkpoint()
+        where = (
+            f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
+            f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
+            if path
+            else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
+            "warm-up (--warmup-steps), with --overwrite"
+        )
+        return TrainingError(f"training stopped because {what}. {where}")
 
     def _samples_due(self) -> bool:
         every = self.config.sample_every

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import os
 import platform
 import re
 import shutil
@@ -25,20 +26,25 @@ from torch import nn
 from ..data import ImageData, load_data, located
 from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
-from ..files import remove_partials, write_text
+from ..files import parse_json, read_text, remove_partials, shown, write_text
+from .build import model_sizes
 from .checkpoint import list_checkpoints, remove_partial
 from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .config_file import PRESET, read_values
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
-from .network import LoadedNetwork, generate, load_network
+from .network import LoadedNetwork, check_resumed, generate, load_network
 from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import image_grid, save_loss_curve, save_picture
+from .state import check_number
 
 WRITTEN = ("config.yaml", "log.jsonl", "loss.png", "samples.png", "report.json")  # in a run folder
 GRID_ROWS, GRID_COLUMNS = 10, 10
 OMEGAS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # rows of an iMF-DiT's grid, and of its report
+# figures of a report that are read again; those of images may be null
+MAY_LACK = tuple(f"{held}{name}" for held in ("", "held_out_") for name in ("class_accuracy", "frechet_distance"))
+REPORTED = (*MAY_LACK, "seconds", "training_seconds")
 
 
 def run_folder(name: str) -> Path:
@@ -115,9 +121,15 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     path = folder / "report.json"
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        report = parse_json(read_text(path)) if os.path.lexists(path) else {}
+        if not isinstance(report, dict):
+            raise ValueError(f"expected figures by name, got {shown(report)}")
+        for name in REPORTED:
+            if report.get(name) is not None or name not in MAY_LACK:
+                check_number(name, report.get(name, 0.0), 0.0)
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path} ({error}); remove it, and evaluate the run again") from error
+    return report
 
 
 def update_report(folder: Path, figures: Mapping[str, Any], step: int | None) -> None:
@@ -217,6 +229,7 @@ def _run_owned(
         saved, report = read_values(folder / "config.yaml"), read_report(folder)
         read_log(folder / "log.jsonl")
         changes = changed_values(config, saved)
+        check_resumed(checkpoint, model_sizes(config))
     data = load_data(
         config.data,
         image_size=config.image_size,
@@ -337,7 +350,7 @@ def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None
 def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
     """samples.png and report.json, from the last checkpoint: just what `meanflow sample` and `evaluate` would give."""
     config, data, folder, device = trainer.config, trainer.data, trainer.folder, trainer.accelerator.device
-    loaded = load_network(folder, device=str(device))
+    loaded = load_network(folder, device=str(device), trust_code=config.model)
     save_samples(loaded.net, config, data, folder / "samples.png", device=device)
     if not config.evaluate:
         return

@@ -136,6 +136,10 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     (piece, *_) = sorted((checkpoint / "shares").glob("*.distcp"))
     shutil.rmtree(Path("runs/many/checkpoints/step_00000006"))
     shutil.copytree(checkpoint, checkpoint.with_name("step_00000001"))
+    written = piece.read_bytes()
+    piece.write_bytes(written[:2000] + bytes([written[2000] ^ 1]) + written[2001:])
+    with pytest.raises(UsageError, match=rf"cannot read .*{piece.name}: it is damaged: expected the checksum"):
+        load_checkpoint(checkpoint)
     os.truncate(piece, piece.stat().st_size // 2)
     with pytest.raises(UsageError, match=r"cannot read .*step_00000005/shares"):
         load_checkpoint(checkpoint)
@@ -175,13 +179,13 @@ def net(input_size, in_channels, num_classes):
     def drawn(rank: int) -> list[str]:
         return Path(f"drawn_{rank}.txt").read_text().split()
 
-    _, said = launch("torchrun", 2, config, "--strategy", "ddp")
+    _, said = launch("torchrun", 2, config, "--strategy", "ddp", "--trust-code")  # the file names the function
     assert "gathers all of it" not in said
     straight = [drawn(rank)[-1] for rank in range(2)]
     assert straight[0] != straight[1]
-    launch("torchrun", 2, dataclasses.replace(config, steps=2), "--overwrite")
+    launch("torchrun", 2, dataclasses.replace(config, steps=2), "--overwrite", "--trust-code")
     assert [drawn(rank)[-1] for rank in range(2)] != straight
-    _, said = launch("torchrun", 2, dataclasses.replace(config, strategy="fsdp"), "--resume")
+    _, said = launch("torchrun", 2, dataclasses.replace(config, strategy="fsdp"), "--resume", "--model", "noisy:net")
     assert said.count("strategy: noisy:net has no blocks, so fsdp gathers all of it at once") == 1
     assert [drawn(rank)[-1] for rank in range(2)] == straight
 

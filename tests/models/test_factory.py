@@ -125,7 +125,7 @@ def test_names_that_lead_nowhere(here, name, message):
 
 def test_the_trainer_trains_samples_and_loads_it(here):
     run_training(TINY)
-    loaded = load_network(here / "runs" / "mine")
+    loaded = load_network(here / "runs" / "mine", trust_code=True)
     assert loaded.step == 4
     assert (loaded.net.num_classes, loaded.net.label.weight.shape) == (10, (11, 8))
     z = torch.randn(2, *loaded.image_shape)

@@ -22,6 +22,7 @@ from meanflow.training import (
     save_checkpoint,
 )
 from meanflow.training import checkpoint as checkpoint_module
+from meanflow.training import state as state_module
 from meanflow.training.checkpoint import load_optimizer_tensors, load_weights, optimizer_tensors
 from meanflow.training.ema import ema_decay_at
 from meanflow.training.log import read_log
@@ -96,7 +97,7 @@ def test_a_crash_in_the_middle_of_a_save_leaves_the_previous_checkpoint(tmp_path
         if file == "rename":
             broken.setattr(checkpoint_module.os, "replace", crash)
         elif file == "state":
-            broken.setattr(checkpoint_module.json, "dumps", crash)
+            broken.setattr(state_module.json, "dumps", crash)
         else:
 
             def save_some(tensors, path, **kwargs):

@@ -237,6 +237,24 @@ def test_images_that_are_not_finite_are_told_from_a_learning_rate_that_is_too_hi
         trainer(TINY, data).run()
 
 
+def test_weights_that_the_last_step_spoilt_are_never_saved(monkeypatch):
+    """An update that overflows though the loss and the gradient before it are finite."""
+    step = Trainer._train_step
+
+    def bad(self, batches):
+        figures = step(self, batches)
+        if self.step == 5:
+            self.parameters[0].data.view(-1)[0] = math.inf
+        return figures
+
+    monkeypatch.setattr(Trainer, "_train_step", bad)
+    with pytest.raises(
+        TrainingError, match=r"x_embedder.* is not finite after step 6.*step_00000003; continue from it"
+    ):
+        run_training(TINY)
+    assert [path.name for path in list_checkpoints(Path("runs/tiny/checkpoints"))] == ["step_00000003"]
+
+
 def test_an_image_that_cannot_be_read_keeps_what_was_trained():
     class Breaks(TensorImages):
         def __getitem__(self, index):
