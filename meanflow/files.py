@@ -9,6 +9,17 @@ from pathlib import Path
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context in which an OSError that names no file, as that of a full disk does not, gets the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A path of the same suffix to write to, which becomes `path` at the end of the block.
 
@@ -17,8 +28,9 @@ def replaced(path: Path) -> Iterator[Path]:
     path = path.resolve()  # what a link points to
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield partial
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

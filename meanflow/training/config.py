@@ -69,7 +69,7 @@ class TrainConfig:
     ema_decay: float = 0.9999  # of the averaged weights, min(this, (1 + step) / (10 + step)); 0: no averaging
 
     # machine
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: what accelerate finds, a CPU where there is no GPU
     threads: int = 0  # CPU threads of each process; 0: one per core. One is best for small networks
     strategy: Literal["ddp", "fsdp"] = "ddp"  # several processes: a copy of the network in each, or a piece (FSDP2)
     checkpoint_blocks: Literal["all"] | int = 0  # blocks recomputed in the backward instead of kept, from the first on
@@ -84,7 +84,7 @@ class TrainConfig:
     log_every: int = 20  # steps between lines of log.jsonl
     sample_every: int = 1000  # steps between sample grids; 0: at the end only
     checkpoint_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 2  # newest checkpoints that are kept
+    keep_checkpoints: int = 2  # newest checkpoints that are kept; 1 needs room for two while one is written
     tensorboard: bool = False  # also log for TensorBoard, in the run folder
     sample_omega: float = 2.0  # imf: guidance scale of the report's images, and the default of `meanflow sample`
     sample_interval: tuple[float, float] = (0.0, 1.0)  # imf: the times that it guides

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..files import write_text
+from ..files import naming, write_text
 from .config import TrainConfig
 
 PLOTTED = ("step", "loss", "squared_error")  # what every row has
@@ -71,7 +71,7 @@ class RunLog:
     def write(self, row: dict[str, float]) -> None:
         """Log the means of the steps since the last row."""
         if self.main:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self.config.tensorboard:
             values = {key: value for key, value in row.items() if key != "step"}

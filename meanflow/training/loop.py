@@ -46,6 +46,15 @@ from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, trai
 from .schedule import learning_rate
 from .signals import StopSignals
 
+COLLECTIVE = (
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "timed out",
+    "gloo",
+    "nccl",
+)  # errors that say this
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -82,7 +91,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
                 f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
                 "--strategy ddp or --strategy fsdp"
             )
-    world = world_size()
+    world_size()  # raises before accelerate would wait for processes that are not there
     # where PyTorch sees no GPU, accelerate starts no group by itself: each process would be a run of its own
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = PartialState(cpu=cpu).device
@@ -98,9 +107,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:  # a second run of this process with another precision
         raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
-    if accelerator.num_processes != world:
+    if accelerator.num_processes != world_size():  # which accelerate sets for mpirun's processes
         raise UsageError(
-            f"WORLD_SIZE: {world} processes are announced, and accelerate found {accelerator.num_processes} on "
+            f"WORLD_SIZE: {world_size()} processes are announced, and accelerate found {accelerator.num_processes} on "
             f"{device}; expected as many (`meanflow info` shows what PyTorch sees)"
         )
     torch_version = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -415,12 +424,12 @@ class Trainer:
         """
         try:
             yield
+        except TrainingError:
+            raise
         except RuntimeError as error:
-            words = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
-            communication = isinstance(error, torch.distributed.DistError) or any(
-                w in str(error).lower() for w in words
-            )
-            if self.accelerator.num_processes == 1 or not communication:
+            said = str(error).lower()
+            collective = isinstance(error, torch.distributed.DistError) or any(word in said for word in COLLECTIVE)
+            if self.accelerator.num_processes == 1 or not collective:
                 raise
             path = self.last_checkpoint()
             raise TrainingError(

@@ -17,6 +17,7 @@ import pytest
 from tiny_runs import TINY, losses, stop_after
 
 from meanflow.errors import UsageError
+from meanflow.files import write_text
 from meanflow.training import Trainer, TrainingError, list_checkpoints, run_training
 from meanflow.training.owner import owned
 
@@ -194,3 +195,17 @@ def test_the_lock_names_its_owner():
         owner = json.loads(Path("runs/.tiny.lock").read_text())
     assert owner["process"] == os.getpid()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", owner["since"])
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_the_old_one():
+    path = Path("notes.txt")
+    write_text(path, "old")
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*notes\.txt'"):
+            write_text(path, "new" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert os.listdir() == ["notes.txt"]
+    assert path.read_text() == "old"
