@@ -26,6 +26,9 @@ class UnreadableImage(UsageError):
         super().__init__(f"data: cannot read the image {path}: {reason}")
         self.path, self.reason = path, reason
 
+    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)  # from a worker process
+
 
 class LeftOut:
     """The unreadable images that a process has met, with the reason of each; another image stands in for each.

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -195,8 +196,11 @@ SHALLOW = {
 @pytest.mark.parametrize("name", DEEP)
 def test_more_than_eight_bits_are_refused_rather_than_cut_off(tmp_path, name):
     (tmp_path / name).write_bytes(DEEP[name])
-    with pytest.raises(UnreadableImage, match=rf"{name}: it has more than 8 bits a channel; convert it to 8 bits"):
+    with pytest.raises(
+        UnreadableImage, match=rf"{name}: it has more than 8 bits a channel; convert it to 8 bits"
+    ) as it:
         read_image(tmp_path / name, 8, grey=False)
+    assert str(pickle.loads(pickle.dumps(it.value))) == str(it.value)
 
 
 @pytest.mark.parametrize("name", SHALLOW)

@@ -14,7 +14,8 @@ from meanflow.cli import main
 
 TINY = (
     "train --data pets --image-size 8 --model DiT --hidden-size 16 --depth 1 --num-heads 2 --patch-size 4 --ratio 0.5 "
-    "--batch-size 4 --log-every 1 --device cpu --threads 1 --sample-every 0 --steps 6 --workers 1 --skip-unreadable --no-evaluate"
+    "--batch-size 4 --log-every 1 --device cpu --threads 1 --sample-every 0 --steps 6 --workers 1 "
+    "--skip-unreadable --no-evaluate"
 )
 LAZY = "import meanflow.data.folder as f; f.CACHE_BYTES = 0; from meanflow.cli import main; main()"
 
