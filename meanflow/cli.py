@@ -106,11 +106,11 @@ def train(args: Sequence[str]) -> int:
         preset = preset_name(word, given.get("objective")) if word else None
         base = PRESETS[preset] if preset else TrainConfig()
     config = merged(base, file, asked.settings, path=asked.config)
+    if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
+        _parse(Train, ["--help"], prog="train", default=Train(settings=config))
     if asked.settings.get("model") != config.model:  # a file or a preset named it
         source = asked.config if file.get("model") == config.model else run_folder(config.name) / "config.yaml"
         check_trusted(config.model, source, asked.trust_code)
-    if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
-        _parse(Train, ["--help"], prog="train", default=Train(settings=config))
     result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
     folder = run_folder(config.name)
     if result.signal is not None:

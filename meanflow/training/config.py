@@ -110,6 +110,10 @@ class TrainConfig:
         for name in ("workers", "threads", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        # a network or machine of more would be a mistake, which takes all memory before it is noticed
+        for name, most in (("depth", 10_000), ("aux_head_depth", 10_000), ("workers", 1024), ("threads", 1024)):
+            if (getattr(self, name) or 0) > most:
+                raise UsageError(f"{name}: expected at most {most}, got {getattr(self, name)}")
         if self.seed >= 2**32:  # what NumPy takes
             raise UsageError(f"seed: expected less than 2**32, got {self.seed}")
         for name in ("held_out", "ema_decay", "beta1", "beta2"):

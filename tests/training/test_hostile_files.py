@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from meanflow import cli
 from meanflow.errors import UsageError
-from meanflow.models import family_of
+from meanflow.models import IMFDiT, family_of
 from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, load_network, run_training
 from meanflow.training.checkpoint import cure_for_damage, load_tensors
 from meanflow.training.config_file import read_values
@@ -426,6 +426,18 @@ def test_odd_sizes_are_refused_before_there_is_memory_for_them(here, capsys, nam
     with pytest.raises(UsageError, match="step_00000002"):
         load_network(PLAIN)
     fails("train --resume --name plain --steps 3", capsys, "step_00000002")
+
+
+def test_the_size_of_an_image_is_bounded_where_no_weight_tells_it(here, capsys):
+    sizes = {"patch_size": 4, "hidden_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3, "aux_head_depth": 0}
+    net = IMFDiT(input_size=8, in_channels=1, **sizes)
+    for size, word in ((8, None), (2**30, "expected images of less than 2**31 values"), (2**15, "out of memory")):
+        model = {"name": "iMF-DiT", "config": {**net.config, "input_size": size}}
+        save_file(net.state_dict(), "imf.safetensors", metadata={"model": json.dumps(model)})
+        if word:
+            fails("sample imf.safetensors --count 1000 --out x.npy", capsys, word)
+        else:
+            assert meanflow("sample imf.safetensors --count 1 --out x.npy") == 0
 
 
 def test_unknown_sizes_are_refused(here):
