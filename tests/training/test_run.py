@@ -437,6 +437,8 @@ def test_the_affine_baseline_trains():
         ({"time_std": 0.0}, "time_std: expected a number > 0"),
         ({"seed": 2**32}, r"seed: expected less than 2\*\*32"),
         ({"depth": 10**10}, "depth: expected at most 10000"),
+        ({"batch_size": 2**40}, "batch_size: expected at most 16777216"),
+        ({"prefix_tokens": (1, 1, 1, 10**9)}, "prefix_tokens: expected at most"),
         ({"threads": 10**10}, "threads: expected at most 1024"),
         ({"steps": 10**30}, "steps: expected a number of less than 64 bits"),
         ({"sample_omega": 0.5}, "sample_omega: expected a number >= 1"),
