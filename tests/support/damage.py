@@ -146,8 +146,9 @@ def blank(rng: random.Random, path: Path) -> None:
 
 def swap(rng: random.Random, path: Path) -> Path:
     """With another file of the run, which is returned."""
-    folder = next(parent for parent in path.parents if parent.parent.name == "runs" or parent == path.parents[-2])
-    other = rng.choice(sorted(file for file in folder.rglob("*") if file.is_file() and file != path) or [path])
+    top = next(parent for parent in path.parents if (parent / "canary.py").is_file())
+    files = [file for file in (top / "runs").rglob("*") if file.is_file() and file != path]
+    other = rng.choice(sorted(files))
     mine, theirs = path.read_bytes(), other.read_bytes()
     path.write_bytes(theirs)
     other.write_bytes(mine)
