@@ -13,6 +13,18 @@ from ..files import shown
 
 RUNS = Path("runs")
 EVALUATION_SAMPLES = 2000
+# More would be a slip that takes all memory or time before anything is said.
+_MOST = {
+    "image_size": 2**15,
+    "workers": 1024,
+    "threads": 1024,
+    "hidden_size": 2**20,
+    "depth": 10_000,
+    "aux_head_depth": 10_000,
+    "num_heads": 2**20,
+    "patch_size": 2**15,
+    "batch_size": 2**24,
+}
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,11 @@ class TrainConfig:
         for name in ("workers", "threads", "warmup_steps", "weight_decay", "grad_clip", "sample_every", "seed"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise UsageError(f"{name}: expected at most {most}, got {getattr(self, name)}")
+        if max(self.prefix_tokens or (0,)) > _MOST["hidden_size"]:
+            raise UsageError(f"prefix_tokens: expected at most {_MOST['hidden_size']} each, got {self.prefix_tokens}")
         if self.seed >= 2**32:  # what NumPy takes
             raise UsageError(f"seed: expected less than 2**32, got {self.seed}")
         for name in ("held_out", "ema_decay", "beta1", "beta2"):

@@ -171,24 +171,18 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class _Record:
-    """A pickled object: what it was made of, and its state."""
+    """A pickled object: its class by name, and its state."""
 
-    arguments: tuple[Any, ...] = ()
     state: Any = None
 
-    def __new__(cls, *arguments: Any) -> _Record:
-        record = super().__new__(cls)
-        record.arguments = arguments
-        return record
+    def __new__(cls, *ignored: Any) -> _Record:
+        return super().__new__(cls)
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *ignored: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
-
-    def __hash__(self) -> int:  # MetadataIndex is a key, and is pickled before its state
-        return id(self)
 
 
 class _Unpickler(pickle.Unpickler):

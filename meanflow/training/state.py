@@ -109,6 +109,8 @@ def check_model(name: str, model: Any) -> None:
     config = model["config"]
     for key in ("input_size", "in_channels", "num_classes"):
         _check_whole(f"{name}.config.{key}", config.get(key), 1, _LARGEST)
+    if config["in_channels"] * config["input_size"] ** 2 >= _LARGEST:
+        raise ValueError(f"{name}.config.input_size: expected images of less than 2**31 values, got {shown(config)}")
     if is_factory(model["name"]):
         return
     try:

@@ -55,7 +55,7 @@ TINY = TrainConfig(
     evaluate=False,
 )
 CANARY = Path("CANARY")  # what only code that must not run writes
-HOSTILE = f"open({str(CANARY)!r}, 'w').close()\ndef fire(**sizes):\n    raise SystemExit('fired')\n"
+HOSTILE = f"open({str(CANARY)!r}, 'w').close()\ndef fire(**sizes):\n    raise ValueError('fired')\n"
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 3, 1.5, 1e30, -1e30, 1e308, 10**30, 2**62, float("nan"), float("inf"), "", "x", "\0",
     "\ud800", "é" * 99, "os:system", "canary:fire", "DiT-XL/2", "DiT", "Affine", "Affinity", "iMF-DiT", "flow_matching",
@@ -144,13 +144,15 @@ def blank(rng: random.Random, path: Path) -> None:
     path.write_bytes(data)
 
 
-def swap(rng: random.Random, path: Path) -> None:
-    """With another file of the run."""
-    folder = next(parent for parent in path.parents if parent.parent.name == "runs" or parent == path.parents[-2])
-    other = rng.choice(sorted(file for file in folder.rglob("*") if file.is_file() and file != path) or [path])
+def swap(rng: random.Random, path: Path) -> Path:
+    """With another file of the run, which is returned."""
+    top = next(parent for parent in path.parents if (parent / "canary.py").is_file())
+    files = [file for file in (top / "runs").rglob("*") if file.is_file() and file != path]
+    other = rng.choice(sorted(files))
     mine, theirs = path.read_bytes(), other.read_bytes()
     path.write_bytes(theirs)
     other.write_bytes(mine)
+    return other
 
 
 def replace(rng: random.Random, path: Path) -> None:
@@ -327,7 +329,7 @@ def hostile_share(rng: random.Random, path: Path) -> None:
     )
 
 
-SPECIAL: dict[str, list[Callable[[random.Random, Path], None]]] = {
+SPECIAL: dict[str, list[Callable[[random.Random, Path], Path | None]]] = {
     "state.json": [odd_json, odd_json, odd_json, hostile_state],
     "report.json": [odd_json],
     "log.jsonl": [odd_json],
@@ -340,8 +342,8 @@ SPECIAL: dict[str, list[Callable[[random.Random, Path], None]]] = {
 EDITABLE = ("config.yaml", "report.json", "log.jsonl")  # a user may write other values there
 
 
-def damage(rng: random.Random, folder: Path) -> tuple[Path, str, bool]:
-    """Damage one file in `folder`; returns it, what was done, and whether that must be told where it is read."""
+def damage(rng: random.Random, folder: Path) -> tuple[list[Path], str, bool]:
+    """Damage files in `folder`; returns them, what was done, and whether that must be told where they are read."""
     run = rng.choice(["plain", "shares", "shares", "file"])
     if run == "file":
         path = folder / "ours.safetensors"
@@ -362,12 +364,13 @@ def damage(rng: random.Random, folder: Path) -> tuple[Path, str, bool]:
             state = json.loads(file.read_text())
             del state["checksums"]
             file.write_text(json.dumps(state))
-    act(rng, path)
+    other = act(rng, path)
     if checksums == "forged":
         for file in states:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
                 seal(file.parent, json.loads(file.read_text()))
-    return path, f"{act.__name__} of {path.relative_to(folder)}, checksums {checksums}", checksums == "kept"
+    paths = [path, other] if other else [path]
+    return paths, f"{act.__name__} of {path.relative_to(folder)}, checksums {checksums}", checksums == "kept"
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes
@@ -412,11 +415,11 @@ OF_FILE = [
 
 
 def outcomes(
-    rng: random.Random, folder: Path, path: Path, strict: bool, healthy: dict[str, Any], commands: int
+    rng: random.Random, folder: Path, paths: list[Path], strict: bool, healthy: dict[str, Any], commands: int
 ) -> list[str]:
     """What the program does with a damaged file: "same", "other", "refused", and faults as "fault: …"."""
     found = []
-    run = path.relative_to(folder).parts[1] if path.name != "ours.safetensors" else ""
+    run = paths[0].relative_to(folder).parts[1] if paths[0].name != "ours.safetensors" else ""
     loads = LOADS if run else {"load_network file": lambda run: load_network(Path("ours.safetensors"))}
     with quiet(folder) as said:
         for name, load in loads.items():
@@ -425,7 +428,7 @@ def outcomes(
                 equal = same(got, healthy[f"{run} {name}"])
                 found.append("same" if equal else f"fault: {name} loaded other values" if strict else "other")
             except UsageError as error:
-                found.append(_refused(name, str(error), path))
+                found.append(_refused(name, str(error), paths))
             except Exception:
                 found.append(f"fault: {name}: {traceback.format_exc()}")
         for line in rng.sample(COMMANDS if run else OF_FILE, commands):
@@ -443,7 +446,7 @@ def outcomes(
             if code == 0:
                 found.append("done")
             elif code == 2:
-                found.append(_refused(words, last, path))
+                found.append(_refused(words, last, paths))
             elif code == 1 and "training stopped because" in last:
                 found.append("diverged")  # as a learning rate of 1e30 does
             else:
@@ -453,11 +456,13 @@ def outcomes(
     return found
 
 
-def _refused(what: str, words: str, path: Path) -> str:
-    named = path.name in words or path.parent.name in words or path.name == "config.yaml"
+def _refused(what: str, words: str, paths: list[Path]) -> str:
     if "\n" in words or "Traceback" in words or not words.strip():
         return f"fault: {what}: expected one paragraph, got {words!r}"
-    return "refused" if named else f"fault: {what}: {path.name} is not named: {words}"
+    # values of a configuration that can be read are refused by their own names
+    if any(path.name in words or path.parent.name in words or path.name == "config.yaml" for path in paths):
+        return "refused"
+    return f"fault: {what}: {paths[0].name} is not named: {words}"
 
 
 class Fuzzer:
@@ -479,9 +484,9 @@ class Fuzzer:
         copy = self.folder / "copy"
         shutil.copytree(self.folder / "healthy", copy)
         try:
-            path, what, strict = damage(rng, copy)
-            strict = strict and path.name not in EDITABLE
-            return what, outcomes(rng, copy, path, strict, self.values, commands)
+            paths, what, strict = damage(rng, copy)
+            strict = strict and paths[0].name not in EDITABLE
+            return what, outcomes(rng, copy, paths, strict, self.values, commands)
         finally:
             shutil.rmtree(copy)
             sys.modules.pop("canary", None)
