@@ -320,23 +320,22 @@ def jvp(
 
         try:
             with _RefuseSilentZeros(), _RefuseBatchStatistics():
-                leaf_tangents = torch.func.jvp(
+                both = torch.func.jvp(
                     of_active,
                     tuple(leads[i] for i in active),
                     tuple(_extended(t, n) for t in cut if t is not None),
-                )[1]
+                )
         except (NotImplementedError, RuntimeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise
             raise explained from error
     are_tensors, spec = structure
-    left, values = iter(leaf_tangents), tree_flatten(out)[0]
-    if len(values) != len(are_tensors):
-        raise ValueError(f"fn: expected the {len(values)} outputs of {B} samples for {n}, got {len(are_tensors)}")
+    left, outs = zip(both[1], both[0], strict=True), tree_flatten(out)[0]
+    if len(outs) != len(are_tensors):
+        raise ValueError(f"fn: expected the {len(outs)} outputs of {B} samples for {n}, got {len(are_tensors)}")
     fitting = [
-        _of_rows(next(left).detach(), value, B, n, R) if is_tensor else None
-        for is_tensor, value in zip(are_tensors, values, strict=True)
+        _of_rows(next(left), o, B, n, R) if is_tensor else None for is_tensor, o in zip(are_tensors, outs, strict=True)
     ]
     return out, tree_unflatten(fitting, spec)
 
@@ -347,7 +346,8 @@ def _rowless(out: Any, batch: int) -> Tensor | None:
         return None
     if batch == 0:
         return torch.zeros_like(out)
-    return torch.zeros_like(_of_rows(out[:0] if out.ndim else out, out, batch, 0, 0))
+    none = out[:0] if out.ndim else out
+    return torch.zeros_like(_of_rows((none, none), out, batch, 0, 0))
 
 
 def _extended(t: Tensor, rows: int) -> Tensor:
@@ -355,16 +355,22 @@ def _extended(t: Tensor, rows: int) -> Tensor:
     return torch.cat([t, t.new_zeros(rows - t.shape[0], *t.shape[1:])])
 
 
-def _of_rows(t: Tensor, out: Tensor, batch: int, evaluated: int, rows: int) -> Tensor:
-    """The tangent of the first `rows` samples, from the output's `t` for `evaluated` of them."""
+def _of_rows(found: tuple[Tensor, Tensor], out: Tensor, batch: int, evaluated: int, rows: int) -> Tensor:
+    """The tangent of the first `rows` samples, from tangent and value of `evaluated` ones and the output of all."""
+    t, value = (x.detach() for x in found)
     if t.shape == out.shape and evaluated == rows == batch:
         return t  # of the whole batch, wherever the samples are
-    if out.shape[:1] != (batch,) or t.shape != (evaluated, *out.shape[1:]):
+    per_sample = out.shape[0] // batch if out.ndim and out.shape[0] % batch == 0 else 0
+    fits = per_sample > 0 and t.shape == (per_sample * evaluated, *out.shape[1:])
+    # several rows a sample, as repeat_interleave has them; or several batches, of which no first rows are enough
+    if fits and per_sample > 1:
+        fits = torch.allclose(value, out[: len(value)].detach(), 1e-2, 1e-2, equal_nan=True)
+    if not fits:
         raise ValueError(
             f"fn: expected outputs with the {batch} samples of the batch in dimension 0, got shape {tuple(out.shape)} "
             f"(of {evaluated} samples {tuple(t.shape)}); with a tangent for every row (rows={batch}) any shape will do"
         )
-    return t[:rows]
+    return t[: per_sample * rows]
 
 
 def unshared(x: Tensor) -> Tensor:
