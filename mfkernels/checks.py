@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from .dual import CarriesTangent, Dual, check_tangent, primal_of
+from .dual import Dual, check_tangent, primal_of
+from .forward_mode import refuse_tangent
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) -> None:
@@ -17,8 +20,12 @@ def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) 
     p = x.primal if isinstance(x, Dual) else x
     if not isinstance(p, Tensor):
         raise TypeError(f"{name}: expected a tensor or a Dual, got {type(x).__name__}")
-    if not p.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {p.dtype}")
+    if p.layout is not torch.strided or p.is_nested:
+        kind = "a nested tensor" if p.is_nested else f"layout {p.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {kind}")
+    if p.dtype not in DTYPES:
+        want = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name}: expected a floating-point dtype ({want}), got {p.dtype}")
     if ndim is not None:
         allowed = (ndim,) if isinstance(ndim, int) else ndim
         if p.ndim not in allowed:
@@ -67,11 +74,24 @@ def check_parameter(name: str, x: Any, ndim: int, like: Any) -> None:
     check_same(name, x, "x", like)
 
 
-def check_number(name: str, value: float, low: float = -math.inf, *, above: bool = False) -> None:
-    """`value` is finite and at least `low`; with `above`, greater than it."""
-    if not (low < value if above else low <= value) or not abs(value) < math.inf:  # NaN fails too
+def check_number(name: str, value: Any, low: float = -math.inf, *, above: bool = False) -> float:
+    """`value` as a float, if it is a number, finite and at least `low`; with `above`, greater than it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # a compiler knows the first two
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (low < number if above else low <= number) or not abs(number) < math.inf:  # NaN fails too
         want = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
         raise ValueError(f"{name}: expected a finite number{want}, got {value}")
+    return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """`value` is True or False: of other types what is true is not what is meant ("no", a tensor)."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def check_constant(name: str, x: Any, shape: tuple[int, ...], meaning: str, like: Any) -> None:
@@ -85,5 +105,4 @@ def check_constant(name: str, x: Any, shape: tuple[int, ...], meaning: str, like
     check_shape(name, x, shape, meaning)
     if x.device != like.device:
         raise ValueError(f"{name}: expected the device of the input, {like.device}, got {x.device}")
-    if isinstance(x, CarriesTangent) or fwAD.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(f"{name}: a forward-mode tangent of a parameter or table is not supported")
+    refuse_tangent(name, x, "parameter or table")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._torch import before_compile, tree_any, tree_flatten, tree_map_only, tree_unflatten
+from ._torch import before_compile, tree_any, tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 T = TypeVar("T")
 
@@ -76,6 +77,7 @@ class Dual(NamedTuple):
     def __truediv__(self, other: Any) -> Dual:
         if isinstance(other, Dual):
             raise TypeError("other: a Dual can be divided by a tensor or a number, got a Dual")
+        _check_operands(self, other)
         p = _same_batch(self.primal / other, self)
         if self.tangent is None:
             return Dual(p)
@@ -83,6 +85,9 @@ class Dual(NamedTuple):
             t = self.tangent / leading(other, self.rows, p.ndim)
             return Dual(p, t.expand(self.rows, *p.shape[1:]).to(p.dtype))
 
+
+# NumPy leaves `array * dual` to __rmul__, and does not take a Dual for a sequence.
+Dual.__array_ufunc__ = None  # type: ignore[attr-defined]
 
 TensorOrDual = Tensor | Dual
 
@@ -109,78 +114,6 @@ def tangent_rows(*xs: Any) -> int | None:
     """Rows of the longest tangent among `xs`; None when none of them has a tangent."""
     rows = [x.tangent.shape[0] for x in xs if isinstance(x, Dual) and x.tangent is not None]
     return max(rows) if rows else None
-
-
-def forward_mode_tangent(x: Any) -> Any:
-    """A tensor of `torch.func.jvp` or `forward_ad` as a Dual; anything without such a tangent as it is."""
-    if not isinstance(x, Tensor):
-        return x
-    p, t = fwAD.unpack_dual(x)
-    return p if t is None else Dual(p, t.detach())
-
-
-def refuse_gradient(tangent: Tensor, primal: Tensor, op: str) -> Tensor:
-    """`tangent` so that a backward pass that reaches it raises: tangents are constants, and a zero would be silent."""
-    # Inside torch.func.jvp `requires_grad` does not say whether the caller's tensor does, so it is not asked. Compiled
-    # regions run the backward of every output that requires grad, used or not: there the tangent is a plain constant.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _tangent_barrier(tangent, primal, op)
-    return tangent
-
-
-@torch.library.custom_op("mfkernels::tangent_barrier", mutates_args=())
-def _tangent_barrier(tangent: Tensor, primal: Tensor, op: str) -> Tensor:
-    return tangent.clone()
-
-
-@_tangent_barrier.register_fake
-def _(tangent, primal, op):  # type: ignore[no-untyped-def]
-    return torch.empty_like(tangent)
-
-
-def _barrier_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.op = inputs[2]
-    ctx.set_materialize_grads(False)
-
-
-def _barrier_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return None, None, None
-    raise RuntimeError(
-        f"mfkernels.{ctx.op}: a gradient was asked for through its forward-mode tangent, which is a constant by design "
-        "(stop-gradient, as in MeanFlow's target). Detach the tangent before it enters the loss"
-    )
-
-
-_tangent_barrier.register_autograd(_barrier_backward, setup_context=_barrier_setup)
-
-
-def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
-    """`run(*operands)`, where plain tensors may carry tangents of `torch.func.jvp`, `forward_ad` or a dualized module.
-
-    Custom ops drop those without a word. Here `run` gets them as Duals, and the tangents of what it returns (a tensor,
-    a Dual or a tuple of these) go back to forward mode, where a gradient through them is an error that names `op`.
-    """
-    if any(isinstance(x, Dual) for x in operands):
-        if any(_carries_tangent(part) for x in operands for part in (x if isinstance(x, Dual) else (x,))):
-            raise NotImplementedError(
-                f"mfkernels.{op}: forward-mode tangents (torch.func.jvp, forward_ad) and Duals cannot be mixed in one "
-                "call; give every tangent as a Dual, or every one to forward mode"
-            )
-        return run(*operands)
-
-    carrier = next((x for x in operands if isinstance(x, CarriesTangent)), None)
-    if carrier is not None:
-        return carrier.through(run, operands)
-
-    def back(out: Any) -> Any:
-        if not isinstance(out, Dual):
-            return tuple(map(back, out)) if isinstance(out, tuple) else out
-        if out.tangent is None:
-            return out.primal
-        return fwAD.make_dual(out.primal, refuse_gradient(out.tangent, out.primal, op))
-
-    return back(run(*map(forward_mode_tangent, operands)))
 
 
 def padded_tangent(x: Any, rows: int) -> Tensor | None:
@@ -234,7 +167,19 @@ def _same_batch(out: Tensor, *operands: Any) -> Tensor:
     return out
 
 
+def _check_operands(x: Dual, other: Any) -> None:
+    """The operands of arithmetic are Duals whose tangents fit their primals, tensors or numbers."""
+    if not isinstance(other, (Dual, Tensor, int, float, Number)):
+        raise TypeError(f"other: expected a Dual, a tensor or a number, got {type(other).__name__}")
+    for name, a in (("self", x), ("other", other)):
+        if isinstance(a, Dual) and not isinstance(a.primal, Tensor):
+            raise TypeError(f"{name}.primal: expected a tensor, got {type(a.primal).__name__}")
+        if isinstance(a, Dual) and a.tangent is not None:
+            check_tangent(f"{name}.tangent", a.primal, a.tangent)
+
+
 def _add(x: Dual, other: Any, sign: float) -> Dual:
+    _check_operands(x, other)
     p = x.primal + primal_of(other) if sign > 0 else x.primal - primal_of(other)
     _same_batch(p, x, other)
     rows = tangent_rows(x, other)
@@ -253,6 +198,7 @@ def _add(x: Dual, other: Any, sign: float) -> Dual:
 
 
 def _mul(x: Dual, other: Any) -> Dual:
+    _check_operands(x, other)
     q = primal_of(other)
     p = _same_batch(x.primal * q, x, other)
     rows = tangent_rows(x, other)
@@ -346,16 +292,19 @@ def jvp(
         foreign = getattr(bare, "__dualized__", False)  # may write into any of them
         duals = [p if t is None and not foreign else Dual(p, t) for p, t in zip(primals, cut, strict=True)]
         return _split(fn(*duals, **kwargs), R)
-    if any(_carries_tangent(a) for a in (*primals, *cut)):
+    if any(carries_tangent(a) for a in (*primals, *cut)):
         raise NotImplementedError(
             "primals: a second derivative (jvp inside torch.func.jvp or forward_ad) needs torch.func.jvp itself, or a "
             "dual-aware fn; this would return zero"
         )
     out = fn(*map(unshared, primals), **kwargs)
+    if R == 0:
+        return out, tree_map(lambda a: _rowless(a, B), out)
+    n = min(max(R, 2), B)  # of one sample alone a squeeze() would drop the batch
     with torch.no_grad():
-        first = tree_map_only(Tensor, lambda a: a[:R] if a.ndim > 0 and a.shape[0] == B else a, kwargs)
+        first = tree_map_only(Tensor, lambda a: a[:n] if a.ndim > 0 and a.shape[0] == B else a, kwargs)
         active = [i for i, t in enumerate(cut) if t is not None]
-        leads = [unshared(p.detach()[:R]) for p in primals]
+        leads = [unshared(p.detach()[:n]) for p in primals]
         # PyTorch stores a tangent with its primal's strides, and an expanded one cannot be written
         leads = [p.contiguous() if 0 in p.stride() else p for p in leads]
 
@@ -371,17 +320,57 @@ def jvp(
 
         try:
             with _RefuseSilentZeros(), _RefuseBatchStatistics():
-                leaf_tangents = torch.func.jvp(
-                    of_active, tuple(leads[i] for i in active), tuple(t.clone() for t in cut if t is not None)
-                )[1]
+                both = torch.func.jvp(
+                    of_active,
+                    tuple(leads[i] for i in active),
+                    tuple(_extended(t, n) for t in cut if t is not None),
+                )
         except (NotImplementedError, RuntimeError) as error:
             explained = _explained(error)
             if explained is None:
                 raise
             raise explained from error
     are_tensors, spec = structure
-    left = iter(leaf_tangents)
-    return out, tree_unflatten([next(left).detach() if is_tensor else None for is_tensor in are_tensors], spec)
+    left, outs = zip(both[1], both[0], strict=True), tree_flatten(out)[0]
+    if len(outs) != len(are_tensors):
+        raise ValueError(f"fn: expected the {len(outs)} outputs of {B} samples for {n}, got {len(are_tensors)}")
+    fitting = [
+        _of_rows(next(left), o, B, n, R) if is_tensor else None for is_tensor, o in zip(are_tensors, outs, strict=True)
+    ]
+    return out, tree_unflatten(fitting, spec)
+
+
+def _rowless(out: Any, batch: int) -> Tensor | None:
+    """The tangent of no rows of an output."""
+    if not isinstance(out, Tensor):
+        return None
+    if batch == 0:
+        return torch.zeros_like(out)
+    none = out[:0] if out.ndim else out
+    return torch.zeros_like(_of_rows((none, none), out, batch, 0, 0))
+
+
+def _extended(t: Tensor, rows: int) -> Tensor:
+    """A copy of `t` with `rows` rows, those past its own zero."""
+    return torch.cat([t, t.new_zeros(rows - t.shape[0], *t.shape[1:])])
+
+
+def _of_rows(found: tuple[Tensor, Tensor], out: Tensor, batch: int, evaluated: int, rows: int) -> Tensor:
+    """The tangent of the first `rows` samples, from tangent and value of `evaluated` ones and the output of all."""
+    t, value = (x.detach() for x in found)
+    if t.shape == out.shape and evaluated == rows == batch:
+        return t  # of the whole batch, wherever the samples are
+    per_sample = out.shape[0] // batch if out.ndim and out.shape[0] % batch == 0 else 0
+    fits = per_sample > 0 and t.shape == (per_sample * evaluated, *out.shape[1:])
+    # several rows a sample, as repeat_interleave has them; or several batches, of which no first rows are enough
+    if fits and per_sample > 1:
+        fits = torch.allclose(value, out[: len(value)].detach(), 1e-2, 1e-2, equal_nan=True)
+    if not fits:
+        raise ValueError(
+            f"fn: expected outputs with the {batch} samples of the batch in dimension 0, got shape {tuple(out.shape)} "
+            f"(of {evaluated} samples {tuple(t.shape)}); with a tangent for every row (rows={batch}) any shape will do"
+        )
+    return t[: per_sample * rows]
 
 
 def unshared(x: Tensor) -> Tensor:
@@ -439,6 +428,10 @@ def check_tangent(name: str, primal: Tensor, tangent: Tensor) -> None:
     """Raise unless `tangent` can be the tangent of the first rows of `primal`."""
     if not isinstance(tangent, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tangent).__name__}")
+    if tangent.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {tangent.layout}")
+    if primal.ndim == 0:
+        raise ValueError(f"{name}: expected a primal (B, …) with a batch, got a scalar")
     if not (primal.is_floating_point() or primal.is_complex()):
         raise TypeError(f"{name}: a {primal.dtype} primal has no tangent")
     if tangent.dtype != primal.dtype:
@@ -488,7 +481,7 @@ class _RefuseSilentZeros(TorchFunctionMode):
         kwargs = kwargs or {}
         if isinstance(func, _OPERATORS):
             name = str(func)
-            has_rule = name.startswith(("aten", "prim")) or not tree_any(_carries_tangent, (args, kwargs))
+            has_rule = name.startswith(("aten", "prim")) or not tree_any(carries_tangent, (args, kwargs))
             if not has_rule:
                 raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
         return func(*args, **kwargs)
@@ -510,7 +503,7 @@ class _RefuseBatchStatistics(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _carries_tangent(x: Any) -> bool:
+def carries_tangent(x: Any) -> bool:
     if isinstance(x, CarriesTangent):
         return True
     return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None

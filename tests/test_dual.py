@@ -1,5 +1,7 @@
+import operator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -344,3 +346,90 @@ def test_a_dual_pass_runs_on_meta_tensors():
     assert out.tangent.shape == (1, 3, 8)
     with pytest.raises(TypeError, match="weight: expected the dtype of x"):  # "meta" knows no autocast to ask about
         mfkernels.linear(torch.empty(2, 3, device="meta"), torch.empty(4, 3, device="meta", dtype=torch.float16))
+
+
+# ------------------------------------------------------------------------------------------------------ what is no Dual
+
+
+@pytest.mark.parametrize("array", [np.arange(3.0), np.float32(2), np.float64(2), np.arange(12.0).reshape(4, 3)])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv"])
+def test_numpy_arrays_make_no_arrays_of_duals(name, array):
+    d = Dual(torch.randn(4, 3), torch.randn(2, 3))
+    op = getattr(operator, name)
+    if np.ndim(array) == 0:
+        assert isinstance(op(d, array), Dual)
+        if name != "truediv":
+            assert isinstance(op(array, d), Dual)
+        return
+    with pytest.raises(TypeError, match="other: expected a Dual, a tensor or a number, got ndarray"):
+        op(d, array)
+    with pytest.raises(TypeError):
+        op(array, d)
+
+
+@pytest.mark.parametrize(
+    ("tangent", "error", "match"),
+    [
+        (torch.randn(5, 3), ValueError, "tangent: expected at most 4 rows"),
+        (torch.randn(2, 4), ValueError, r"tangent: expected shape \(rows, 3\)"),
+        (torch.randn(2, 3).double(), TypeError, "tangent: expected the primal's dtype"),
+        (torch.randn(3), ValueError, "tangent: expected shape"),
+        ([1.0], TypeError, "tangent: expected a tensor, got list"),
+        (torch.randn(2, 3).to_sparse(), TypeError, r"tangent: expected a dense \(strided\) tensor"),
+        (torch.randn(2, 3, requires_grad=True), ValueError, "tangent: a tangent must not require grad"),
+    ],
+)
+@pytest.mark.parametrize("name", ["add", "sub", "mul"])
+def test_arithmetic_with_tangents_that_do_not_fit(name, tangent, error, match):
+    good, bad = Dual(torch.randn(4, 3), torch.randn(2, 3)), Dual(torch.randn(4, 3), tangent)
+    with pytest.raises(error, match=f"other.{match}"):
+        getattr(operator, name)(good, bad)
+    with pytest.raises(error, match=f"self.{match}"):
+        getattr(operator, name)(bad, good)
+    with pytest.raises(error, match=f"self.{match}"):
+        getattr(operator, name)(bad, 2.0)
+    with pytest.raises(error, match=f"self.{match}"):
+        operator.truediv(bad, 2.0)
+
+
+# ------------------------------------------------------------------------------------------- outputs of jvp's fallback
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 4])
+def test_an_output_that_is_squeezed(rows):
+    x, dx = torch.randn(4, 1, 3), torch.randn(4, 1, 3)
+    out, out_dot = jvp(lambda x: x.sin().squeeze(), (x,), (dx,), rows=rows)
+    assert out.shape == (4, 3)
+    torch.testing.assert_close(out_dot, (x.cos() * dx)[:rows, 0])
+
+
+@pytest.mark.parametrize("B", [0, 1, 4])
+def test_no_rows(B):
+    """A function that fails on an empty batch is not asked for one that it was not given."""
+    x = torch.randn(B, 3)
+    fn = (lambda x: x * 2) if B == 0 else (lambda x: {"y": x / x.amax(), "n": 3})
+    _, out_dot = jvp(fn, (x,), (torch.ones(B, 3),), rows=0)
+    if B == 0:
+        assert out_dot.shape == (0, 3)
+    else:
+        assert out_dot["y"].shape == (0, 3)
+        assert out_dot["n"] is None
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x.mean(),
+        lambda x: x.mean(0, keepdim=True),
+        lambda x: x.T,
+        lambda x: torch.cat([x, x]),
+        lambda x: list(x),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_an_output_without_the_batch_is_refused(fn, rows):
+    x, dx = torch.randn(4, 3), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="fn: expected"):
+        jvp(fn, (x,), (dx,), rows=rows)
+    _, out_dot = jvp(fn, (x,), (dx,))
+    torch.testing.assert_close(out_dot, torch.func.jvp(lambda x: fn(x), (x,), (dx,))[1])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..backend import choose, rows_unsupported
 from ..checks import check_number, check_operand, check_same, check_shape
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
@@ -120,24 +121,24 @@ def ada_layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    check_ada_layer_norm(x, shift, scale, eps)
-    primals = {"x": primal_of(x), "shift": primal_of(shift), "scale": primal_of(scale)}
-    if choose("ada_layer_norm", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
-        return run_reference(x, shift, scale, eps)
-    return bridge_forward_mode("ada_layer_norm", partial(_run_triton, eps=eps), x, shift, scale)
+    eps = check_ada_layer_norm(x, shift, scale, eps)
+    return bridge_forward_mode("ada_layer_norm", partial(_run, eps=eps), x, shift, scale)
 
 
-def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> None:
+def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> float:
     check_operand("x", x, 3)
     for name, m in (("shift", shift), ("scale", scale)):
         check_operand(name, m, 2)
         check_shape(name, m, (x.shape[0], x.shape[2]), "(B, D) of x")
         check_same(name, m, "x", x)
-    check_number("eps", eps, 0)
+    return check_number("eps", eps, 0)
 
 
-def _run_triton(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
+def _run(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
     operands = (x, shift, scale)
+    primals = {"x": primal_of(x), "shift": primal_of(shift), "scale": primal_of(scale)}
+    if choose("ada_layer_norm", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
+        return run_reference(x, shift, scale, eps)
     rows = tangent_rows(*operands)
     dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in operands)
     h, h_dot, _ = _forward(*map(primal_of, operands), *dots, eps)

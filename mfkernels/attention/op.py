@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, requested_part, triton_unavailable
-from ..checks import autocast_enabled, check_number, check_operand, check_same, knows_autocast
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, padded_tangent, primal_of, tangent_rows
+from ..checks import autocast_enabled, check_flag, check_number, check_operand, check_same, knows_autocast
+from ..dual import Dual, TensorOrDual, linear_map, padded_tangent, primal_of, tangent_rows
+from ..forward_mode import bridge_forward_mode
 from . import cuda, reference
 from .backward import attention_backward_by, choose_backward
 from .limits import unsupported
@@ -172,8 +173,10 @@ def attention(
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     _check(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_number("scale", scale)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    scale = check_number("scale", scale)
+    check_flag("is_causal", is_causal)
     # PyTorch's fused attention refuses forward-mode tangents (pytorch#117629), and a custom op drops them
     return bridge_forward_mode("attention", lambda q, k, v: _run(q, k, v, scale, is_causal), q, k, v)
 
@@ -208,6 +211,9 @@ def _autocast(x: TensorOrDual) -> TensorOrDual:
 def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
     if autocast_enabled(q.device):
         q, k, v = (_autocast(a) for a in (q, k, v))
+    if scale <= 0:  # masked scores are -inf before they are scaled, in the kernels and in PyTorch's
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        q = linear_map(lambda a: a * sign, q)
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)

@@ -14,21 +14,21 @@ from torch import Tensor
 EPS = 1e-6  # of the norms
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)  # [B, N, D]
-    return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()  # [B, N, D]
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()  # [B, N, D]
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight  # [B, …, D]
+def rms(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight  # [B, …, D]
 
 
 def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate[:, None] * y  # [B, N, D]
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]  # [B, N, D]
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float = EPS) -> Tensor:
+    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]  # [B, N, D]
 
 
 def residual_modulated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -36,14 +36,14 @@ def residual_modulated(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale:
     return torch.cat((stream, modulated(stream, shift, scale)), 1)  # [B, 2N, D]
 
 
-def perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+def perceptron(x: Tensor, w1: Tensor, b1: Tensor | float, w2: Tensor, b2: Tensor | float) -> Tensor:
     h = x @ w1.mT + b1  # [B, N, D_hidden]
     a = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))  # [B, N, D_hidden]
     return a @ w2.mT + b2  # [B, N, D]
 
 
-def frequencies(dim: int) -> Tensor:
-    return 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))  # [dim/2]
+def frequencies(dim: int, max_period: float = 10000.0) -> Tensor:
+    return max_period ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))  # [dim/2]
 
 
 def sinusoids(t: Tensor, omega: Tensor) -> Tensor:
@@ -52,10 +52,11 @@ def sinusoids(t: Tensor, omega: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), 1).to(t.dtype)  # [B, dim]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))  # [B, N_kv, H, d]
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5  # [B, H, N_q, N_kv]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * scale  # [B, H, N_q, N_kv]
     if causal:
         hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)  # [N_q, N_kv]
         scores = scores.masked_fill(hidden, -math.inf)
@@ -86,7 +87,7 @@ def loss_terms(
     """Loss and squared error per sample, in float32 or better, as the op has them."""
     wide = torch.promote_types(u.dtype, torch.float32)
     du_dt = torch.cat((du_dt, torch.zeros_like(u[len(du_dt) :])))  # [B, C, H, W]
-    interval = (t.to(wide) - r.to(wide)).view(-1, 1, 1, 1)  # [B, 1, 1, 1]
+    interval = (t.to(wide) - r.to(wide)).view(-1, *[1] * (u.ndim - 1))  # [B, 1, …]
     target = (v.to(wide) - interval * du_dt.to(wide)).detach()  # [B, C, H, W]
     squared_error = (u.to(wide) - target).square().flatten(1).sum(1)  # [B]
     return squared_error / (squared_error.detach() + eps) ** p, squared_error.detach()

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .rows import Rows, Untracked
+from .rows import MixesRows, Rows, Untracked
 
 
 class Slot:
-    """An operand that carries a tangent; `rows` is None where the tangent covers all of it."""
+    """An operand that carries a tangent; `rows` is None where the tangent covers all of it.
 
-    __slots__ = ("primal", "rows", "tangent")
+    sample: the one sample that all of it depends on, such as x[0]; None where it is the samples of `rows`, or unknown.
+    """
 
-    def __init__(self, primal: Tensor, tangent: Tensor, rows: Rows | None) -> None:
-        self.primal, self.tangent, self.rows = primal, tangent, rows
+    __slots__ = ("primal", "rows", "sample", "tangent")
+
+    def __init__(self, primal: Tensor, tangent: Tensor, rows: Rows | None, sample: int | None = None) -> None:
+        self.primal, self.tangent, self.rows, self.sample = primal, tangent, rows, sample
 
     @property
     def shape(self) -> torch.Size:
@@ -45,7 +48,7 @@ class _Cut(Slot):
     __slots__ = ("whole",)
 
     def __init__(self, whole: Slot) -> None:
-        self.whole, self.tangent, self.rows = whole, whole.tangent, None
+        self.whole, self.tangent, self.rows, self.sample = whole, whole.tangent, None, whole.sample
 
     @property
     def primal(self) -> Tensor:  # type: ignore[override]
@@ -53,10 +56,11 @@ class _Cut(Slot):
 
 
 class Out(NamedTuple):
-    """The tangent of one output; None is zero."""
+    """The tangent of one output; None is zero. `rows` and `sample` as a Slot's."""
 
     tangent: Tensor | None
     rows: Rows | None = None
+    sample: int | None = None
 
 
 UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output that its rule says nothing of, such as attention's statistics
@@ -138,6 +142,17 @@ class Call:
         return self.map(
             lambda x: Slot(x.primal, x.rows.fill(x.tangent), None) if isinstance(x, Slot) and x.rows is not None else x
         )
+
+    def refuse_mixing(self) -> None:
+        """Of an operator that computes with all of its operands: they are of the same samples.
+
+        Raises:
+            MixesRows: some depend on one sample, and others on another or on every sample's own.
+        """
+        slots = self.slots()
+        alone = {x.sample for x in slots if x.sample is not None}
+        if len(alone) > 1 or (alone and any(x.rows is not None for x in slots)):
+            raise MixesRows(f"it takes sample {min(alone)} together with others")
 
     def on_rows(self) -> tuple[Call, int, Rows | None]:
         """The call on the rows that carry tangents, operands aligned as broadcasting aligns them.

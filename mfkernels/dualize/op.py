@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .._torch import tree_flatten, tree_unflatten
-from ..dual import Dual, _carries_tangent, _unwrapped, check_tangent, is_dual_aware, unshared
+from ..dual import Dual, _unwrapped, carries_tangent, check_tangent, is_dual_aware, unshared
 from .call import has_tangent
 from .compiled import Place, call_compiled, holds_dual, places, prepare
 from .report import Report
@@ -179,7 +179,7 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
         if batch not in (None, rows):
             raise ValueError(f"primal: expected the same batch in every Dual, got {rows} rows and {batch}")
         batch = rows
-        if any(map(_carries_tangent, x)):
+        if any(map(carries_tangent, x)):
             raise NotImplementedError(
                 "dualize: forward-mode tangents (torch.func.jvp, forward_ad), another dual pass and Duals cannot be "
                 "mixed; a second derivative needs torch.func.jvp of the module itself"

@@ -47,6 +47,10 @@ def constant(call: Call, out: Any) -> list[Out]:
 
 def elementwise(call: Call, out: Any) -> list[Out]:
     """Row i of the result depends on row i of each operand."""
+    call.refuse_mixing()
+    axes = {x.from_right for x in call.slots() if x.rows is not None}
+    if len(axes) > 1:
+        raise MixesRows(f"it broadcasts the batch along {len(axes)} dimensions, as differences of all pairs do")
     inner, from_right, rows = call.on_rows()
     formula, t = formulas.ELEMENTWISE.get(call.name), None
     if formula is not None and (call.name in formulas.HOLOMORPHIC or not out.is_complex()):
@@ -134,12 +138,16 @@ def along(call: Call, out: Any) -> list[Out]:
 
 def matmul(call: Call, out: Tensor) -> list[Out]:
     """mm, bmm, mv."""
+    call.refuse_mixing()
     return [_product(call, call.func, *call.args)]
 
 
 def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     """The tangent of func(a, b), a product of matrices: one operand's rows stay where they are, a batch is both's."""
     slots = [x for x in (a, b) if isinstance(x, Slot)]
+    axes = [x.rows.axis for x in slots if x.rows is not None]
+    if len(axes) == 2 and (axes != [0, 0] or slots[0].ndim != 3):
+        raise MixesRows("it multiplies samples with samples")
     rows, ndim = slots[0].rows, slots[0].ndim
     p, q = primal(a), primal(b)
     if rows is not None:
@@ -158,10 +166,11 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
 
 def addmm(call: Call, out: Tensor) -> list[Out]:
     """addmm, baddbmm, addmv: an addition and a product."""
+    call.refuse_mixing()
     c, a, b = call.args[:3]
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
-        t, rows = _product(call, _PRODUCTS[call.name], a, b)
+        t, rows, _ = _product(call, _PRODUCTS[call.name], a, b)
         parts.append(Out(formulas.times(t, call.kwargs.get("alpha", 1)), rows))
     if isinstance(c, Slot):
         t = formulas.times(c.tangent, call.kwargs.get("beta", 1))
@@ -244,6 +253,12 @@ def linear(call: Call, out: Any) -> list[Out]:
 
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
+    call.refuse_mixing()
+    if call.alone() and call.args[0].rows is not None:
+        x, weight, groups = call.args[0], call.args[1], call.args[8]
+        axis = x.rows.axis
+        if (axis == 1 and groups == 1) or (axis > 1 and weight.shape[axis] > 1):
+            raise MixesRows(f"it works along dimension {axis} of {tuple(x.shape)}, which is the batch's")
     if not call.alone(axis=0):
         return unknown(call, out)
     x, weight, _, *rest = call.args
@@ -276,6 +291,7 @@ def by_sample(call: Call, out: Any) -> list[Out]:
 
 def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     """PyTorch's fused kernels, whichever serves the call."""
+    call.refuse_mixing()
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
         raise MixesRows("a sequence dimension is the batch's")

@@ -378,7 +378,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 outs = _fitting(op.rule(call.dense(), out), primals, shared)
             if self.report:
                 self.report.add(call, time.perf_counter() - start)
-            return outs
+            return self._of_one_sample(call, outs)
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
@@ -389,6 +389,17 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 raise
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
 
+    def _of_one_sample(self, call: Call, outs: list[Out]) -> list[Out]:
+        """`outs`, of the one sample that all operands are of; none is, where a part of the batch was taken apart."""
+        slots = call.slots()
+        if any(out.sample is not None for out in outs):
+            of_all = all(slot.rows is None or slot.rows.batch == self.batch for slot in slots)
+            return outs if of_all else [out._replace(sample=None) for out in outs]
+        sample = slots[0].sample
+        if sample is None or any(slot.sample != sample for slot in slots):
+            return outs
+        return [out._replace(sample=sample) for out in outs]
+
     def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
         """`out` with tangents, as a view of `source` if that is given; those of zero are followed if `keep`."""
         memory = None if source is None else self._memory_of(source)
@@ -397,10 +408,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         def one(p: Any) -> Any:
             if not has_tangent(p):
                 return p
-            t, rows = next(given)
+            t, rows, sample = next(given)
             if t is None and not keep and rows is not UNKNOWN.rows:
                 return p
-            x = DualTensor.make(p, None if t is None else Slot(p, t, rows), self)
+            x = DualTensor.make(p, None if t is None else Slot(p, t, rows, sample), self)
             if rows is UNKNOWN.rows:
                 x._rule = UNKNOWN
             x._memory = memory
@@ -459,8 +470,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
         if found.tangent:
-            ((t, rows),) = self._tangents(turned, Call(op.functional, turned.name, slots, kwargs), x._primal, [])
-            x._slot = None if t is None else Slot(x._primal, t, rows)
+            ((t, rows, sample),) = self._tangents(
+                turned, Call(op.functional, turned.name, slots, kwargs), x._primal, []
+            )
+            x._slot = None if t is None else Slot(x._primal, t, rows, sample)
         return x
 
     def _has_views(self, x: DualTensor) -> bool:
@@ -470,10 +483,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _store(self, target: Tensor, p: Tensor, out: Out) -> None:
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
-        t, rows = out
+        t, rows, _ = out
         if isinstance(target, DualTensor):
             if target._memory is None:  # nobody else sees it
-                target._slot = None if t is None else Slot(p, t, rows)
+                target._slot = None if t is None else Slot(p, t, rows, out.sample)
             else:
                 target._memory.write(p, target._rows, t, rows)
             return
@@ -495,14 +508,14 @@ def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> li
         Untracked: one is not of the shape that its primal and its rows ask for.
     """
     fitting, missing = [], len(primals) - len(outs)
-    for p, (t, rows) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
+    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
         if t is not None:
             if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
                 raise Untracked("shape")
             t = t if t.dtype == p.dtype else t.to(p.dtype)
             if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared):
                 t = t.clone()
-        fitting.append(Out(t, rows))
+        fitting.append(Out(t, rows, sample))
     return fitting
 
 

@@ -126,7 +126,9 @@ def _cut(call: Call, x: Slot, at: int, start: int, size: int) -> Out:
         return Out(None)
     t = x.tangent.narrow(axis, start, active * rows.inner)
     t = t.squeeze(axis) if at < 0 else t
-    return Out(t, None if batch == 1 else Rows(axis, 1, batch, rows.inner, active))
+    if batch == 1:
+        return Out(t, None, start // rows.inner)
+    return Out(t, Rows(axis, 1, batch, rows.inner, active))
 
 
 def join(call: Call, out: Tensor) -> list[Out]:

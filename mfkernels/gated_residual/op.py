@@ -9,7 +9,8 @@ from ..ada_layer_norm.op import check_ada_layer_norm, promoted
 from ..ada_layer_norm.op import run_reference as ada_layer_norm_reference
 from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_same, check_shape
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
@@ -181,10 +182,7 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> Tens
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     _check(x, y, gate)
-    primals = {"x": primal_of(x), "y": primal_of(y), "gate": primal_of(gate)}
-    if choose("gated_residual", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
-        return _run_reference(x, y, gate)
-    return bridge_forward_mode("gated_residual", _run_triton, x, y, gate)
+    return bridge_forward_mode("gated_residual", _run, x, y, gate)
 
 
 def gated_residual_ada_layer_norm(
@@ -212,15 +210,8 @@ def gated_residual_ada_layer_norm(
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
     _check(x, y, gate)
-    check_ada_layer_norm(x, shift, scale, eps)
-    operands = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
-    primals = {name: primal_of(a) for name, a in operands.items()}
-    serves = {"triton": lambda: rows_unsupported(**primals)}
-    if choose("gated_residual_ada_layer_norm", x.device, serves) == "reference":
-        x_new = _run_reference(x, y, gate)
-        return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
-
-    run = partial(_run_norm_triton, eps=eps)
+    eps = check_ada_layer_norm(x, shift, scale, eps)
+    run = partial(_run_norm, eps=eps)
     return bridge_forward_mode("gated_residual_ada_layer_norm", run, x, y, gate, shift, scale)
 
 
@@ -234,8 +225,11 @@ def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> None:
     check_same("gate", gate, "x", x)
 
 
-def _run_triton(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:
+def _run(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:
     operands = (x, y, gate)
+    primals = {"x": primal_of(x), "y": primal_of(y), "gate": primal_of(gate)}
+    if choose("gated_residual", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
+        return _run_reference(x, y, gate)
     rows = tangent_rows(*operands)
     dots = (None,) * 3 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
     out, out_dot = _forward(*map(primal_of, operands), *dots)
@@ -244,7 +238,7 @@ def _run_triton(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorO
     return Dual(out, None if rows is None else out_dot)
 
 
-def _run_norm_triton(
+def _run_norm(
     x: TensorOrDual,
     y: TensorOrDual,
     gate: TensorOrDual,
@@ -253,6 +247,11 @@ def _run_norm_triton(
     eps: float,
 ) -> tuple[TensorOrDual, TensorOrDual]:
     operands = (x, y, gate, shift, scale)
+    primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=True))
+    serves = {"triton": lambda: rows_unsupported(**primals)}
+    if choose("gated_residual_ada_layer_norm", x.device, serves) == "reference":
+        x_new = _run_reference(x, y, gate)
+        return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
     rows = tangent_rows(*operands)
     dots = (None,) * 5 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
     x_new, h, x_new_dot, h_dot, _ = _norm_forward(*map(primal_of, operands), *dots, eps)

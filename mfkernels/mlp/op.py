@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_parameter, check_rows, check_shape
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, forward_mode_tangent, primal_of
+from ..dual import Dual, TensorOrDual, primal_of
+from ..forward_mode import bridge_forward_mode, refuse_tangent
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom op and its rules
@@ -79,16 +80,8 @@ def _backward_rule(ctx, dy, _dy_dot):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
-def _triton_unsupported(x: Tensor, *parameters: Tensor | None) -> str | None:
-    reason = triton_unavailable(x.device)
-    if reason is not None:
-        return reason
-    reason = unsupported_dtype("x", x)
-    if reason is not None:
-        return reason
-    if any(isinstance(forward_mode_tangent(p), Dual) for p in parameters):
-        return "w1, b1, w2, b2: a forward-mode tangent of a parameter is not supported"
-    return None
+def _triton_unsupported(x: Tensor) -> str | None:
+    return triton_unavailable(x.device) or unsupported_dtype("x", x)
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -116,12 +109,13 @@ def mlp(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        NotImplementedError: the backend that was asked for cannot serve the call; a parameter has a tangent.
     """
     check_rows("x", x)
     for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
-        if p is not None:
+        if p is not None or ndim == 2:
             check_parameter(name, p, ndim, x)
+            refuse_tangent(name, p, "parameter")
     if x.shape[-1] != w1.shape[1]:
         raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
     if w2.shape[1] != w1.shape[0]:
@@ -129,15 +123,13 @@ def mlp(
     for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
         if b is not None:
             check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
+    return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2), x)
+
+
+def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
     xp = primal_of(x)
-    backend = choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp, w1, b1, w2, b2)})
-    if backend == "reference":
+    if choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp)}) == "reference":
         return _run_reference(x, w1, b1, w2, b2)
-    return bridge_forward_mode("mlp", lambda x: _run_triton(x, w1, b1, w2, b2), x)
-
-
-def _run_triton(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
-    xp = primal_of(x)
     h = F.linear(xp, w1).flatten(0, -2)  # [M, D_hidden], M = B·…
     h_dot = None
     if isinstance(x, Dual) and x.tangent is not None:

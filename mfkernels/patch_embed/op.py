@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backend import choose
 from ..checks import check_operand, check_parameter, check_shape
 from ..dual import Dual, TensorOrDual
+from ..forward_mode import plain_forward_mode
 from . import reference
 
 
@@ -27,12 +28,18 @@ def patch_embed(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> 
     check_parameter("weight", weight, 4, x)
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x: expected {weight.shape[1]} channels (as weight has), got shape {tuple(x.shape)}")
+    if 0 in weight.shape[2:]:
+        raise ValueError(f"weight: expected patches of at least one pixel, got shape {tuple(weight.shape)}")
     if x.shape[2] % weight.shape[2] or x.shape[3] % weight.shape[3]:
         raise ValueError(f"x: expected height and width divisible by {tuple(weight.shape[2:])}, got {tuple(x.shape)}")
     if bias is not None:
         check_parameter("bias", bias, 1, x)
         check_shape("bias", bias, (weight.shape[0],), "(D,) of weight")
     choose("patch_embed", x.device, {})
+    return plain_forward_mode("patch_embed", _run, x, weight, bias)
+
+
+def _run(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> TensorOrDual:
     if not isinstance(x, Dual):
         return reference.patch_embed(x, weight, bias)
     y = reference.patch_embed(x.primal, weight, bias)

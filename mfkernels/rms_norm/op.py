@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_number, check_rows
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, primal_of, tangent_of
+from ..dual import Dual, TensorOrDual, primal_of, tangent_of
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
@@ -76,7 +77,7 @@ def rms_norm(x: TensorOrDual, weight: Tensor, *, eps: float = 1e-6) -> TensorOrD
     """
     check_rows("x", x)
     check_constant("weight", weight, x.shape[-1:], "(D,) of x", x)
-    check_number("eps", eps, 0)
+    eps = check_number("eps", eps, 0)
     return bridge_forward_mode("rms_norm", lambda x: _run(x, weight, eps), x)
 
 

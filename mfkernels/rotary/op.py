@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_number, check_operand, check_same
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, linear_map, primal_of, tangent_of
+from ..checks import check_constant, check_flag, check_number, check_operand, check_same
+from ..dual import Dual, TensorOrDual, linear_map, primal_of, tangent_of
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules
@@ -150,6 +151,7 @@ def rotary(
         NotImplementedError: the backend that was asked for cannot serve the call; `cos` or `sin` has a tangent.
     """
     _check(q, k, cos, sin)
+    check_flag("interleaved", interleaved)
 
     def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         tensors = {"q": primal_of(q), "k": primal_of(k), "cos": cos, "sin": sin}
@@ -193,7 +195,8 @@ def qk_norm_rotary(
     _check(q, k, cos, sin)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         check_constant(name, weight, q.shape[-1:], "(d,) of q", q)
-    check_number("eps", eps, 0)
+    eps = check_number("eps", eps, 0)
+    check_flag("interleaved", interleaved)
 
     def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         tensors = {"q": primal_of(q), "k": primal_of(k), "q_weight": q_weight, "k_weight": k_weight}

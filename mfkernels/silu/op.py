@@ -5,6 +5,7 @@ import torch
 from ..backend import choose
 from ..checks import check_operand
 from ..dual import Dual, TensorOrDual
+from ..forward_mode import plain_forward_mode
 from . import reference
 
 
@@ -22,6 +23,10 @@ def silu(x: TensorOrDual) -> TensorOrDual:
     """
     check_operand("x", x)
     choose("silu", x.device, {})
+    return plain_forward_mode("silu", _run, x)
+
+
+def _run(x: TensorOrDual) -> TensorOrDual:
     if not isinstance(x, Dual):
         return reference.silu(x)
     y = reference.silu(x.primal)

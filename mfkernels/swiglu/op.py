@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_rows, check_same, check_shape
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, padded_tangent, primal_of, tangent_rows
+from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom ops and their rules

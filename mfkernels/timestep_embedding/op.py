@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand
-from ..dual import Dual, TensorOrDual, bridge_forward_mode, primal_of, tangent_of
+from ..dual import Dual, TensorOrDual, primal_of, tangent_of
+from ..forward_mode import bridge_forward_mode
 from . import reference
 
 # ------------------------------------------------------------------------------------------- custom op and its rules
@@ -88,16 +89,15 @@ def timestep_embedding(t: TensorOrDual, dim: int, *, max_period: float = 10000.0
     check_operand("t", t, 1)
     if not isinstance(dim, Integral) or dim < 2 or dim % 2 != 0:
         raise ValueError(f"dim: expected an even integer >= 2, got {dim}")
-    check_number("max_period", max_period, 1, above=True)
-    tp = primal_of(t)
+    max_period = check_number("max_period", max_period, 1, above=True)
+    return bridge_forward_mode("timestep_embedding", partial(_run, dim=int(dim), max_period=max_period), t)
+
+
+def _run(t: TensorOrDual, dim: int, max_period: float) -> TensorOrDual:
+    tp, t_dot = primal_of(t), tangent_of(t)
     if choose("timestep_embedding", tp.device, {"triton": lambda: _triton_unsupported(tp, dim)}) == "reference":
         return _run_reference(t, dim, max_period)
-    return bridge_forward_mode("timestep_embedding", partial(_run_triton, dim=dim, max_period=max_period), t)
-
-
-def _run_triton(t: TensorOrDual, dim: int, max_period: float) -> TensorOrDual:
-    t_dot = tangent_of(t)
-    out, out_dot = _forward(primal_of(t), t_dot, dim, float(max_period))
+    out, out_dot = _forward(tp, t_dot, dim, max_period)
     return Dual(out, None if t_dot is None else out_dot) if isinstance(t, Dual) else out
 
 

@@ -187,12 +187,13 @@ def test_no_schedule_changes_a_bit(D: int, causal: bool, forward: Forward) -> No
 OP_BOUND = 6.8e-4
 
 
+@pytest.mark.parametrize("scale", [None, 0.0, -0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_public_function(is_causal: bool, forward: Forward) -> None:
+def test_public_function(is_causal: bool, scale: float | None, forward: Forward) -> None:
     with use_backend("cuda"):
         assert_dual(
-            lambda **kw: attention(**kw, is_causal=is_causal),
-            lambda **kw: oracle(**kw, is_causal=is_causal),
+            lambda **kw: attention(**kw, scale=scale, is_causal=is_causal),
+            lambda **kw: oracle(**kw, scale=scale, is_causal=is_causal),
             separate(2, 19, 17, 2, 1, 64) if is_causal else packed(2, 33, 1, 72),
             duals="qkv",
             dtype=torch.float16,
@@ -234,8 +235,6 @@ def test_what_it_does_not_serve_is_refused_by_name(forward: Forward) -> None:
             attention(*torch.randn(3, 1, 5, 1, 8, **half))
         with pytest.raises(NotImplementedError, match=r"q: expected float16 or bfloat16, got torch.float32"):
             attention(*torch.randn(3, 1, 5, 1, 64, device=DEVICE))
-        with pytest.raises(NotImplementedError, match="scale: expected a positive finite number"):
-            attention(*torch.randn(3, 1, 5, 1, 64, **half), scale=0.0)
 
 
 def test_tangents_of_different_rows_are_refused(forward: Forward) -> None:

@@ -63,6 +63,38 @@ def test_cross_grouped_causal(N_q, N_kv, H_kv, is_causal):
     )
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_positive(scale, is_causal):
+    """PyTorch's fused attention gives NaN with a mask."""
+    assert_dual(
+        lambda **kw: attention(**kw, scale=scale, is_causal=is_causal),
+        lambda **kw: oracle(**kw, scale=scale, is_causal=is_causal),
+        separate(2, 19, 17, 4, 2, 16),
+        duals="qkv",
+        dtype=torch.float64,
+        bound=2e-15,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"scale": torch.nan}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": -torch.inf}, ValueError, "scale: expected a finite number, got -inf"),
+        ({"scale": 10**400}, ValueError, "scale: expected a finite number"),
+        ({"scale": "0.3"}, TypeError, "scale: expected a number, got str"),
+        ({"scale": True}, TypeError, "scale: expected a number, got bool"),
+        ({"is_causal": "no"}, TypeError, "is_causal: expected True or False, got str"),
+        ({"is_causal": None}, TypeError, "is_causal: expected True or False, got NoneType"),
+    ],
+)
+def test_bad_options_are_named(options, error, match):
+    x = torch.randn(1, 5, 1, 8)
+    with pytest.raises(error, match=match):
+        attention(x, x, x, **options)
+
+
 def test_scores_of_80():
     inputs = packed(2, 33, 2, 16)
     inputs["q"] *= 80 / (inputs["q"].norm(dim=-1, keepdim=True) * inputs["k"].norm(dim=-1).amax() / 4)

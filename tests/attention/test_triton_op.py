@@ -142,8 +142,20 @@ def test_what_it_does_not_serve_is_refused_by_name():
         attention(*torch.randn(3, 1, 5, 1, 7, device=DEVICE))
     with pytest.raises(NotImplementedError, match=r"expected float16, bfloat16 or float32, got torch.float64"):
         attention(*torch.randn(3, 1, 5, 1, 8, device=DEVICE, dtype=torch.float64))
-    with pytest.raises(NotImplementedError, match="scale: expected a positive finite number"):
-        attention(*torch.randn(3, 1, 5, 1, 8, device=DEVICE), scale=0.0)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_positive(scale, is_causal):
+    assert_dual(
+        lambda **kw: attention(**kw, scale=scale, is_causal=is_causal),
+        lambda **kw: oracle(**kw, scale=scale, is_causal=is_causal),
+        separate(2, 19, 17, 2, 1, 16),
+        duals="qkv",
+        dtype=torch.float32,
+        bound=6e-7,
+        device=DEVICE,
+    )
 
 
 def test_empty_batch():
