@@ -43,6 +43,16 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "-m", "random_checks", *(session.posargs or ["5000"]), env={"PYTHONPATH": "tests/support"})
 
 
+@nox.session(name="fuzz-ops")
+def fuzz_ops(session: nox.Session) -> None:
+    """Random calls of every op with the pinned PyTorch: 20,000 on the reference, 20,000 in Triton's interpreter."""
+    install(session, "-c", "constraints.txt", "torch", "torchvision", "triton", "-e", ".[test]")
+    environment = {"PYTHONPATH": "tests/support", "TRITON_INTERPRET": "1"}
+    for backend in ("reference", "triton"):
+        arguments = session.posargs or ["20000"]
+        session.run("python", "-m", "op_fuzz", "--backend", backend, *arguments, env=environment)
+
+
 def check(session: nox.Session, *torch: str) -> None:
     if "--smoke" in session.posargs:
         smoke(session, *torch)
