@@ -38,16 +38,37 @@ def newest(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Thousands of random modules with the pinned PyTorch, dualized and compared."""
-    install(session, "-c", "constraints.txt", "torch", "torchvision", "-e", ".[test]")
-    session.run("python", "-m", "random_checks", *(session.posargs or ["5000"]), env={"PYTHONPATH": "tests/support"})
+    """Thousands of random modules, dualized and compared."""
+    campaign(session, "random_checks", ["5000"])
+
+
+@nox.session
+def fuzz_ops(session: nox.Session) -> None:
+    """Random calls of every op, right and wrong ones: 20,000 on the reference, 20,000 in Triton's interpreter."""
+    backends = [["--backend", backend] for backend in ("reference", "triton")]
+    campaign(session, "op_fuzz", ["20000"], *backends, env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session
 def fuzz_files(session: nox.Session) -> None:
     """A thousand damaged and hostile files of runs: refused, or of no matter; none runs code."""
-    install(session, "-c", "constraints.txt", "torch", "torchvision", "-e", ".[test]")
-    session.run("python", "-m", "damage", *(session.posargs or ["1000"]), env={"PYTHONPATH": "tests/support"})
+    campaign(session, "damage", ["1000"])
+
+
+@nox.session
+def kills(session: nox.Session) -> None:
+    """Runs killed three hundred times, in one process, under DDP and FSDP2: each ends with the same curve."""
+    campaign(session, "kills", ["300"])
+
+
+def campaign(
+    session: nox.Session, module: str, default: list[str], *options: list[str], env: dict[str, str] | None = None
+) -> None:
+    """Run a module of tests/support with the pinned PyTorch, once with each of `options`."""
+    install(session, "-c", "constraints.txt", "torch", "torchvision", "triton", "-e", ".[test]")
+    environment = {"PYTHONPATH": "tests/support", **(env or {})}
+    for some in options or ([],):
+        session.run("python", "-m", module, *some, *(session.posargs or default), env=environment)
 
 
 def check(session: nox.Session, *torch: str) -> None:

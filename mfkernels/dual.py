@@ -274,7 +274,8 @@ def jvp(
 
     Returns:
         `(out, tangent_out)`: what `fn` returns, and its derivative with R rows. Where `fn` returns several tensors,
-        `tangent_out` has the same structure, with `None` for outputs that carry no tangent.
+        `tangent_out` has the same structure, with `None` for outputs that carry no tangent. In the fallback with fewer
+        than all rows an output has its samples in dimension 0, k rows each.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.

@@ -162,7 +162,7 @@ def attention(
     Args:
         q: (B, N_q, H, d) tensor or Dual; a view with any strides.
         k, v: (B, N_kv, H_kv, d), H_kv divides H (grouped-query attention when smaller), N_kv >= 1.
-        scale: factor on the scores; default d^(-1/2).
+        scale: factor on the scores, any finite number; default d^(-1/2).
         is_causal: query i sees keys j <= i only (top-left aligned when N_q differs from N_kv, as in PyTorch's SDPA).
 
     Returns:

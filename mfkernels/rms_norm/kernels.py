@@ -67,6 +67,7 @@ def _rms_norm_backward_kernel(
         x = load_rows(x_ptr, rows, rows < R, D, BLOCK_D)  # [BLOCK_R, BLOCK_D]
         dy = load_rows(dy_ptr, rows, rows < R, D, BLOCK_D)  # [BLOCK_R, BLOCK_D]
         rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)  # [BLOCK_R]
+        rstd = tl.where(rows < R, rstd, 0.0)  # [BLOCK_R] of absent rows it is infinite without eps, and inf * 0 is NaN
         x_hat = x * rstd[:, None]  # [BLOCK_R, BLOCK_D]
         dx_hat = dy * weight  # [BLOCK_R, BLOCK_D]
         mean = tl.sum(x_hat * dx_hat, 1) / D  # [BLOCK_R]

@@ -68,7 +68,8 @@ def _norm_backward_rows(
         x1, x2 = load_pairs(x_ptrs, mask, HALF, BLOCK_HALF, INTERLEAVED)  # [BLOCK_R, BLOCK_HALF]
         dy1, dy2 = load_pairs(dy_ptr + offs, mask, HALF, BLOCK_HALF, INTERLEAVED)  # [BLOCK_R, BLOCK_HALF]
         cos, sin = load_angles(cos_ptr, sin_ptr, n, mask, HALF, BLOCK_HALF)  # [BLOCK_R, BLOCK_HALF]
-        rstd = tl.rsqrt(sum_pairs(x1 * x1, x2 * x2) / (2 * HALF) + eps)[:, None]  # [BLOCK_R, 1]
+        rstd = tl.rsqrt(sum_pairs(x1 * x1, x2 * x2) / (2 * HALF) + eps)  # [BLOCK_R]
+        rstd = tl.where(mask, rstd, 0.0)[:, None]  # [BLOCK_R, 1] infinite without eps in absent rows: inf * 0 is NaN
         x1 = x1 * rstd  # [BLOCK_R, BLOCK_HALF]
         x2 = x2 * rstd  # [BLOCK_R, BLOCK_HALF]
         g1 = dy1 * cos + dy2 * sin  # [BLOCK_R, BLOCK_HALF] the gradient of the normed head

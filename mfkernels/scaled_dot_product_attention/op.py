@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
         key, value: (B, H_kv, N_kv, d); H_kv = H, or a divisor of H with `enable_gqa`.
         attn_mask, dropout_p: None and 0; anything else is refused.
         is_causal: query i sees keys j <= i only.
-        scale: factor on the scores; default d^(-1/2).
+        scale: factor on the scores, any finite number; default d^(-1/2).
         enable_gqa: let several heads of `query` share one of `key` and `value`.
 
     Returns:

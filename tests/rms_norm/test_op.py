@@ -54,6 +54,15 @@ def test_eps_bounds_the_norm_of_a_zero_row(backend):
     torch.testing.assert_close(y.tangent, torch.full((2, 3, 8), 100.0))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_the_gradients_of_a_few_rows_are_finite_without_eps(backend, eps):
+    """A block of rows has some that are not there."""
+    x, weight = torch.randn(3, 5), torch.randn(5).requires_grad_()
+    (dweight,) = torch.autograd.grad(rms_norm(x, weight, eps=eps).sum(), weight)
+    torch.testing.assert_close(dweight, (x / x.square().mean(-1, keepdim=True).sqrt()).sum(0), rtol=1e-4, atol=1e-4)
+
+
 def test_the_weight_may_be_wider_than_the_input(backend):
     x = torch.randn(2, 3, 24, dtype=torch.bfloat16)
     weight = 1 + 0.3 * torch.randn(24)

@@ -160,6 +160,15 @@ def test_fused_is_the_norm_then_the_rotation(backend):
         torch.testing.assert_close(fused, separate)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+def test_the_gradients_of_weights_are_finite_without_eps(backend):
+    """A block of heads has some that are not there."""
+    q, k = torch.randn(2, 5, 1, 1, 8)
+    weights = [torch.randn(8, requires_grad=True) for _ in range(2)]
+    q, k = qk_norm_rotary(q, k, *weights, torch.ones(1, 4), torch.zeros(1, 4), eps=0.0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(q.sum() + k.sum(), weights))
+
+
 def test_each_output_is_of_the_kind_of_its_argument(backend):
     m, (cos, sin) = small(2, 7, 2, 8), tables(7, 8)
     q, k = qk_norm_rotary(**{**m, "q": Dual(m["q"], m["q"][:1])}, cos=cos, sin=sin)
