@@ -366,7 +366,7 @@ def damage(rng: random.Random, folder: Path) -> tuple[list[Path], str, bool]:
             file.write_text(json.dumps(state))
     other = act(rng, path)
     if checksums == "forged":
-        for file in states:
+        for file in filter(Path.is_file, states):  # not a pipe, which nothing comes out of
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
                 seal(file.parent, json.loads(file.read_text()))
     paths = [path, other] if other else [path]
