@@ -366,7 +366,7 @@ def damage(rng: random.Random, folder: Path) -> tuple[list[Path], str, bool]:
             file.write_text(json.dumps(state))
     other = act(rng, path)
     if checksums == "forged":
-        for file in states:
+        for file in filter(Path.is_file, states):  # not a pipe, which nothing comes out of
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
                 seal(file.parent, json.loads(file.read_text()))
     paths = [path, other] if other else [path]
@@ -439,6 +439,8 @@ def outcomes(
                 code = cli.main(words.split())
             except SystemExit as stop:
                 code = stop.code
+            except _Hung:
+                raise
             except BaseException:
                 found.append(f"fault: {words}: {traceback.format_exc()}")
                 continue
@@ -492,6 +494,14 @@ class Fuzzer:
             sys.modules.pop("canary", None)
 
 
+class _Hung(BaseException):
+    pass
+
+
+def _stop(*_: Any) -> None:
+    raise _Hung
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, nargs="?", default=1000)
@@ -501,14 +511,18 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # what asks for more is told so
+    signal.signal(signal.SIGALRM, _stop)
     seeds = range(args.first, args.first + args.count) if args.seed is None else [args.seed]
     counts: collections.Counter[str] = collections.Counter()
     faults, start = 0, time.time()
     with tempfile.TemporaryDirectory() as folder:
         fuzzer = Fuzzer(Path(folder))
         for seed in seeds:
-            signal.alarm(120)  # a hang ends the process, and shows the seed
-            what, found = fuzzer.check(seed)
+            signal.alarm(120)
+            try:
+                what, found = fuzzer.check(seed)
+            except _Hung:
+                what, found = "?", [f"fault: hung: {traceback.format_exc()}"]
             signal.alarm(0)
             bad = [words for words in found if words.startswith("fault")]
             counts.update("fault" if words.startswith("fault") else words for words in found)
