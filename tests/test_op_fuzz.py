@@ -1,6 +1,6 @@
 """Random calls of every op, right and wrong ones, on both backends.
 
-nox -s fuzz-ops     # many more of them: see tests/support/op_fuzz.py
+nox -s fuzz_ops     # many more of them: see tests/support/op_fuzz.py
 """
 
 import pytest
