@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,14 @@ def replaced(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is there as a whole until it is gone: a kill leaves .NAME.partial at most."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(folder, partial)
+    shutil.rmtree(partial)
 
 
 def remove_partials(folder: Path, *names: str) -> None:

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
-from ..files import check_regular, reason
+from ..files import check_regular, reason, remove_folder
 from . import shares as shared
 from .parallel import own_piece, spread_like, whole
 from .state import check_files, checksum, load_state, save_state
@@ -118,7 +118,7 @@ def _remove_older(folder: Path, final: Path, *, keep: int) -> None:
     """Remove all checkpoints but `final` and the newest `keep` of the others."""
     others = [path for path in list_checkpoints(folder) if path != final]
     for old in others[: max(0, len(others) - keep)]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def remove_partial(folder: Path) -> None:

@@ -26,7 +26,7 @@ from torch import nn
 from ..data import ImageData, load_data, located
 from ..errors import UsageError
 from ..evaluation import Evaluation, evaluate_images, evaluation_labels, too_large
-from ..files import parse_json, read_text, remove_partials, shown, write_text
+from ..files import parse_json, read_text, remove_folder, remove_partials, shown, write_text
 from .build import model_sizes
 from .checkpoint import list_checkpoints, remove_partial
 from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
@@ -278,7 +278,7 @@ def _begin(
     config, folder = trainer.config, trainer.folder
     resumed = trainer.step > 0
     if overwrite and folder.exists():
-        shutil.rmtree(folder)
+        remove_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     if trainer.step >= config.steps:  # config.yaml keeps the values that the run was trained with
@@ -293,6 +293,7 @@ def _begin(
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes of this run had begun to write. Only its owner may do this."""
+    shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)  # of an --overwrite
     remove_partials(folder, *WRITTEN)
     remove_partial(folder / "checkpoints")
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,32 @@ def test_a_run_killed_before_its_config_was_written_is_started_anew():
     run_training(TINY)
     assert losses("tiny")
     assert not list(Path("runs/tiny").glob(".*"))
+
+
+def test_an_overwrite_that_is_killed_leaves_the_run_or_nothing(monkeypatch):
+    """In the middle of the removal of its folder, and of a checkpoint that is not kept."""
+    run_training(TINY)
+    remove = shutil.rmtree
+
+    def killed(path, **options):
+        if Path(path).exists():
+            (Path(path) / "config.yaml").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as kill:
+        kill.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(dataclasses.replace(TINY, steps=2), overwrite=True)
+        assert os.listdir("runs") == [".tiny.partial"]
+        kill.setattr(shutil, "rmtree", remove)
+        run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=2, steps=2))
+        assert os.listdir("runs") == ["tiny"]
+        kill.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(dataclasses.replace(TINY, checkpoint_every=1), resume=True)
+    assert sorted(os.listdir("runs/tiny/checkpoints")) == [".step_00000001.partial", "step_00000002"]
+    run_training(TINY, resume=True)
+    assert not list(Path("runs").rglob(".*"))
 
 
 def test_a_resume_that_leads_nowhere_keeps_the_values_of_the_run(monkeypatch):
