@@ -318,6 +318,9 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     return [broadcast(o_dot.transpose(1, 2).to(o.dtype), o, from_right, rows)]  # type: ignore[union-attr]
 
 
+# Rules of operators that may put a batch together from its samples.
+ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, unknown, pad)
+
 _TABLE: dict[Rule, str] = {
     **views.TABLE,
     constant: """detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_zeros

@@ -27,6 +27,7 @@ from .memory import Memory
 from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
 from .report import Report
 from .rows import MixesRows, Rows, Untracked
+from .rules import ASSEMBLES
 from .where import refused
 
 
@@ -378,7 +379,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 outs = _fitting(op.rule(call.dense(), out), primals, shared)
             if self.report:
                 self.report.add(call, time.perf_counter() - start)
-            return self._of_one_sample(call, outs)
+            return self._of_one_sample(op, call, outs)
         except Untracked as error:
             raise refused(call.name, "its tangent cannot be followed") from error
         except MixesRows as error:
@@ -389,8 +390,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 raise
             raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
 
-    def _of_one_sample(self, call: Call, outs: list[Out]) -> list[Out]:
+    def _of_one_sample(self, op: Operator, call: Call, outs: list[Out]) -> list[Out]:
         """`outs`, of the one sample that all operands are of; none is, where a part of the batch was taken apart."""
+        if op.rule in ASSEMBLES or op.name == "where":
+            return outs  # of samples, of which those without a tangent are plain tensors
         slots = call.slots()
         if any(out.sample is not None for out in outs):
             of_all = all(slot.rows is None or slot.rows.batch == self.batch for slot in slots)
