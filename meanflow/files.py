@@ -46,11 +46,11 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is there as a whole until it is gone: a kill leaves .NAME.partial at most."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    os.replace(folder, partial)
-    shutil.rmtree(partial)
+    """Remove a folder that is there as a whole until it is gone: a kill leaves .NAME.removed.partial at most."""
+    removed = folder.with_name(f".{folder.name}.removed.partial")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(folder, removed)
+    shutil.rmtree(removed)
 
 
 def remove_partials(folder: Path, *names: str) -> None:

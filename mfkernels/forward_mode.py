@@ -102,7 +102,9 @@ def _refuse_second_derivative(op: str, p: Tensor, t: Tensor) -> None:
     """Raise if `p` or `t` carries a tangent of another level of forward mode, which nobody would see here."""
     try:
         with torch.no_grad():
-            torch.ops.aten.silu_backward(t[..., :0], p[..., :0])  # any operator without a forward-mode rule
+            torch.ops.aten.silu_backward(
+                t.reshape(-1)[:0], p.reshape(-1)[:0]
+            )  # any operator without a forward-mode rule
     except NotImplementedError as error:
         raise NotImplementedError(
             f"mfkernels.{op}: the derivative of a forward-mode tangent (torch.func.jvp inside torch.func.jvp) is not "
@@ -136,7 +138,13 @@ def _(tangent, primal, op, compiled):  # type: ignore[no-untyped-def]
 
 @_barrier.register_vmap
 def _(info, in_dims, tangent, primal, op, compiled):  # type: ignore[no-untyped-def]
-    return tangent.clone(), in_dims[0]
+    try:
+        return _constant(tangent, primal, op), in_dims[0]
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"mfkernels.{op}: torch.func.grad of torch.func.vmap of a forward-mode tangent is not supported: tangents "
+            "are constants by design"
+        ) from error
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

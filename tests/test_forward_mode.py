@@ -121,6 +121,33 @@ def test_under_torch_func_grad(backend, op):
         part(1)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap's, of addcmul_
+@pytest.mark.parametrize("op", [op for op in OPS if "attention" not in op])  # whose formula vmap does not take
+def test_under_vmap(op):
+    """Several tangents of the same primals at once, as torch.func.jacfwd takes them."""
+    case = case_of(op)
+    several = [torch.stack([a, 2 * a]) for a in case.tangents]
+
+    def tangents(*primals):
+        return torch.func.vmap(lambda *dots: jvp(case.run, primals, dots)[1])(*several)
+
+    with mfkernels.use_backend("reference"):
+        expected = jvp(case.run, case.primals, case.tangents)[1].detach()
+        found = tangents(*case.primals)
+        torch.testing.assert_close(found.detach(), torch.stack([expected, 2 * expected]))
+        with pytest.raises(RuntimeError, match=CONSTANT):
+            torch.autograd.grad(found.sum(), case.primals)
+        with pytest.raises(NotImplementedError, match="constants by design"):
+            torch.func.grad(lambda *xs: tangents(*xs).sum())(*(x.detach() for x in case.primals))
+
+
+def test_of_a_single_number(backend):
+    one = torch.ones((), device=DEVICE)
+    y, y_dot = jvp(mfkernels.silu, (one,), (one,))
+    torch.testing.assert_close(y, one.sigmoid())
+    torch.testing.assert_close(y_dot, one.sigmoid() * (2 - one.sigmoid()))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_second_derivative_is_refused(backend, op):
     """It would be zero, or that of a part of the tangent's terms."""

@@ -20,6 +20,8 @@ from .left_out import LeftOut, UnreadableImage
 
 PARTS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev")  # of other people's data sets
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow goes by a file's content: a PostScript file of any name would start Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 CACHE_BYTES = 2**30
 BITS_PER_SAMPLE = 258  # TIFF's tag
 
@@ -35,7 +37,7 @@ def read_image(path: Path, size: int, *, grey: bool) -> Tensor:
         UsageError: the machine cannot open more files.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if _is_deep(image):
                 raise UnreadableImage(path, "it has more than 8 bits a channel; convert it to 8 bits")
             picture = _on_white(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
@@ -43,7 +45,7 @@ def read_image(path: Path, size: int, *, grey: bool) -> Tensor:
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableImage(path, "it is no image that Pillow knows") from error
+        raise UnreadableImage(path, "it is no image of a known format") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # no fault of the file
             raise UsageError(f"data: cannot open {path}: {error.strerror}") from error

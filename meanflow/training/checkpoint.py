@@ -106,8 +106,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     save_state(partial, {"step": checkpoint.step, **checkpoint.state}, checksums)
     for path in partial.rglob("*"):
         _sync(path)
-    if final.exists():  # the same step again, after a resume with nothing left to do
-        shutil.rmtree(final)
+    if final.exists():  # the same step again
+        remove_folder(final)
     os.replace(partial, final)
     _sync(folder)
     _remove_older(folder, final, keep=keep - 1)
@@ -150,6 +150,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         UsageError: it is missing or damaged.
     """
     return _read(path, load_file)
+
+
+def load_shapes(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, without their values (on the meta device); an error as in `load_tensors`."""
+
+    def shapes(path: Path) -> dict[str, Tensor]:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
+
+    return _read(path, shapes)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

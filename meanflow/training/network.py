@@ -16,7 +16,15 @@ from ..errors import UsageError
 from ..files import parse_json, reason, shown
 from ..models import config_of, create_model, family_of, is_factory
 from ..sampling import sample, sample_ode
-from .checkpoint import check_weights, cure_for_damage, list_checkpoints, load_metadata, load_tensors, load_weights
+from .checkpoint import (
+    check_weights,
+    cure_for_damage,
+    list_checkpoints,
+    load_metadata,
+    load_shapes,
+    load_tensors,
+    load_weights,
+)
 from .state import check_files, check_model, load_state
 
 CHUNK = 500  # images per network evaluation
@@ -161,7 +169,7 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
     """Raise before a network of these sizes is built to go on from the checkpoint `path` where its own differ."""
     try:
         model = load_state(path, "model")["model"]
-        _check_sizes(model, load_tensors(path / "model.safetensors"), path)
+        _check_sizes(model, load_shapes(path / "model.safetensors"), path)
     except UsageError as error:
         raise UsageError(f"{error}{cure_for_damage(path.parent, path)}") from error
     for name, value in sizes.items():

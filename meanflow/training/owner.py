@@ -29,7 +29,7 @@ def owned(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: another process owns the run, which the message names; or its place cannot be written to.
     """
-    path = folder.absolute().with_name(f".{folder.name}.lock")
+    path = folder.parent.resolve() / f".{folder.name}.lock"
     if path in _held:
         raise UsageError(_taken(folder, f"this very process ({os.getpid()}) trains it"))
     try:
@@ -37,7 +37,7 @@ def owned(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(path, folder)
     except OSError as error:
-        raise UsageError(f"{folder}: cannot write in {path.parent}: {error.strerror}") from error
+        raise UsageError(f"{folder}: cannot write {error.filename or path}: {error.strerror}") from error
     _held.add(path)
     try:
         yield

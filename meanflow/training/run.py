@@ -293,7 +293,7 @@ def _begin(
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes of this run had begun to write. Only its owner may do this."""
-    shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)  # of an --overwrite
+    shutil.rmtree(folder.with_name(f".{folder.name}.removed.partial"), ignore_errors=True)  # of an --overwrite
     remove_partials(folder, *WRITTEN)
     remove_partial(folder / "checkpoints")
 

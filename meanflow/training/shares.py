@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ T = TypeVar("T")
 FOLDER = "shares"
 METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of .metadata: about 5 million pieces
+_DEEPEST = 10_000  # a list or dict counts one more for each thousand items
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -164,10 +166,36 @@ def read_metadata(path: Path) -> Metadata:
         check_regular(file)
         if file.stat().st_size > _LARGEST:
             raise ValueError(f"expected at most {_LARGEST} bytes, got {file.stat().st_size}")
-        return _metadata(_Unpickler(io.BytesIO(file.read_bytes())).load(), path)
+        pickled = file.read_bytes()
+        _check_nesting(pickled)
+        return _metadata(_Unpickler(io.BytesIO(pickled)).load(), path)
     # a damaged pickle raises what it happens to run into
     except Exception as error:
         raise UsageError(f"cannot read {file}: {reason(error)}") from error
+
+
+def _check_nesting(pickled: bytes) -> None:
+    """Raise a ValueError where objects are so deep in each other that comparing them would end the process."""
+    stack: list[Any] = []  # as the unpickler's: how deep each object is at most
+    memo: dict[Any, int] = {}
+    for opcode, argument, position in pickletools.genops(pickled):
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif "PUT" in opcode.name:
+            memo[argument] = stack[-1]
+        elif "GET" in opcode.name:
+            stack.append(memo[argument])
+        else:
+            taken, before = [0], opcode.stack_before
+            if pickletools.markobject in before:
+                while stack[-1] is not None:
+                    taken.append(stack.pop())
+                stack.pop()
+                before = before[: before.index(pickletools.markobject)]
+            taken += [stack.pop() for _ in before]
+            if max(taken) > _DEEPEST:
+                raise ValueError(f"expected at most {_DEEPEST} objects in each other, got more at byte {position}")
+            stack += [None if kind is pickletools.markobject else max(taken) + 1 for kind in opcode.stack_after]
 
 
 class _Record:

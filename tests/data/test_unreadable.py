@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import struct
 import zlib
@@ -54,7 +55,7 @@ def test_the_next_image_of_the_class_takes_the_place(tmp_path, kept):
     assert values(data.train.images([3, 1])) == [1, 3]
     assert data.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert sorted(data.left_out.reasons) == [str(tmp_path / f"{n}.png") for n in ("cat/1", "cat/3", "dog/0", "dog/1")]
-    assert set(data.left_out.reasons.values()) == {"it is no image that Pillow knows"}
+    assert set(data.left_out.reasons.values()) == {"it is no image of a known format"}
 
 
 def test_the_split_stays_and_neither_part_takes_from_the_other(tmp_path, kept):
@@ -86,7 +87,7 @@ def test_without_the_flag_the_error_says_what_to_do(tmp_path, kept):
 def test_a_machine_that_opens_no_more_files_is_no_damaged_image(tmp_path, kept, monkeypatch):
     make_folder(tmp_path, {"cat": 2})
 
-    def refuse(path):
+    def refuse(path, **options):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Image, "open", refuse)
@@ -224,7 +225,7 @@ def test_a_folder_is_checked(tmp_path, capsys):
         f"{tmp_path}/pets: 6 images in 2 classes, 1 other file",
         "  cat  3",
         "  dog  3",
-        f"{tmp_path}/pets/cat/2.png: it is no image that Pillow knows",
+        f"{tmp_path}/pets/cat/2.png: it is no image of a known format",
         f"{tmp_path}/pets/dog/deep.png: it has more than 8 bits a channel; convert it to 8 bits",
         "2 of 6 images cannot be read; `meanflow train --skip-unreadable` leaves them out",
     ]
@@ -299,3 +300,16 @@ def test_labels_have_names():
     source = TensorImages(torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="labels: expected 0 to 1, one for each class name, got 0 to 2"):
         ImageData("mine", source, None, ("a", "b"), channels=1, image_size=2)
+
+
+def test_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """Pillow would give a PostScript file, whatever its name, to Ghostscript."""
+    started, program = tmp_path / "started", tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    picture = tmp_path / "cat.png"
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UnreadableImage, match=r"cat\.png: it is no image of a known format"):
+        read_image(picture, 8, grey=False)
+    assert not started.exists()

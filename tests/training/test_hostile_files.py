@@ -217,6 +217,16 @@ def test_the_list_of_shares_runs_nothing_and_is_checked(here, capsys, change, wo
     assert cure_for_damage(path.parent, other) == ""
 
 
+@pytest.mark.parametrize("deeper", [b"\x85", b"K\x01\x86", b"q\x01h\x01\x85"], ids=["one", "two", "remembered"])
+def test_a_list_of_shares_that_is_too_deep_to_compare_is_refused(here, deeper):
+    """Python's C code would run out of stack at the hash of the key, and end the process."""
+    path = newest(SHARES)
+    (path / "shares/.metadata").write_bytes(b"\x80\x04})" + deeper * 1_000_000 + b"K\x01s.")
+    seal(path, json.loads((path / "state.json").read_text()))
+    with pytest.raises(UsageError, match="expected at most 10000 objects in each other"):
+        load_checkpoint(path)
+
+
 def test_tensors_of_shares_run_nothing(here):
     path = newest(SHARES)
     (file,) = (path / "shares").glob("*.distcp")

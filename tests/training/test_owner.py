@@ -138,14 +138,14 @@ def test_an_overwrite_that_is_killed_leaves_the_run_or_nothing(monkeypatch):
         kill.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run_training(dataclasses.replace(TINY, steps=2), overwrite=True)
-        assert os.listdir("runs") == [".tiny.partial"]
+        assert os.listdir("runs") == [".tiny.removed.partial"]
         kill.setattr(shutil, "rmtree", remove)
         run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=2, steps=2))
         assert os.listdir("runs") == ["tiny"]
         kill.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run_training(dataclasses.replace(TINY, checkpoint_every=1), resume=True)
-    assert sorted(os.listdir("runs/tiny/checkpoints")) == [".step_00000001.partial", "step_00000002"]
+    assert sorted(os.listdir("runs/tiny/checkpoints")) == [".step_00000001.removed.partial", "step_00000002"]
     run_training(TINY, resume=True)
     assert not list(Path("runs").rglob(".*"))
 
@@ -192,7 +192,7 @@ def test_a_read_only_folder_is_named(monkeypatch):
         try:
             if user == 0:  # whom permissions do not stop
                 os.seteuid(65534)
-            with pytest.raises(UsageError, match=r"runs/tiny: cannot write in .*/runs: Permission denied"):
+            with pytest.raises(UsageError, match=r"runs/tiny: cannot write .*/runs: Permission denied"):
                 run_training(TINY)
         finally:
             os.seteuid(user)
