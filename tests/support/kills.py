@@ -102,17 +102,22 @@ def whole_run(way):
 
 
 def killed_run(way, number, draw, seconds, kills):
-    """Kill a run until it has reached its end in spite of it, or was killed `kills` times; the number of kills."""
+    """Kill a run, at any moment of `seconds`, until it has reached its end in spite of it, or was killed `kills` times.
+
+    Returns:
+        the number of kills, and how long a session is to be thought to last: other programs come and go.
+    """
     world, strategy = WAYS[way]
     name = f"{way}{number}"
     config, done = dataclasses.replace(CONFIG, name=name, strategy=strategy), 0
     while True:
         found = bool(list_checkpoints(Path("runs") / name / "checkpoints"))
         there = (Path("runs") / name / "config.yaml").exists()
-        session = Session(config, world, resume=found, overwrite=there and not found)
+        session, started = Session(config, world, resume=found, overwrite=there and not found), time.monotonic()
         if done == kills or session.wait(draw.uniform(0.0, seconds)):
             assert session.wait(PATIENCE), f"{name} hangs"
             assert set(session.codes.values()) == {0}, Path(f"{name}.txt").read_text()
+            seconds = time.monotonic() - started if done == 0 else seconds
             break
         alone = world > 1 and draw.random() < 0.3
         session.kill([draw.choice(session.processes)] if alone else session.processes)
@@ -124,7 +129,7 @@ def killed_run(way, number, draw, seconds, kills):
     assert all(torch.equal(ours[key], expected[key]) for key in expected), f"{name}: other weights"
     left = [str(path) for path in Path("runs").rglob(".*") if path.name != ".metadata"]  # of PyTorch's shards
     assert not left, left
-    return done
+    return done, seconds
 
 
 def main():
@@ -143,8 +148,8 @@ def main():
             seconds = whole_run(way)
             kills = runs = 0
             while kills < wanted:
-                kills += killed_run(way, runs, draw, seconds, min(options.a_run, wanted - kills))
-                runs += 1
+                done, seconds = killed_run(way, runs, draw, seconds, min(options.a_run, wanted - kills))
+                kills, runs = kills + done, runs + 1
             print(f"{way}: {runs} runs killed {kills} times, every curve and weight the same", flush=True)
 
 
