@@ -102,9 +102,8 @@ def _refuse_second_derivative(op: str, p: Tensor, t: Tensor) -> None:
     """Raise if `p` or `t` carries a tangent of another level of forward mode, which nobody would see here."""
     try:
         with torch.no_grad():
-            torch.ops.aten.silu_backward(
-                t.reshape(-1)[:0], p.reshape(-1)[:0]
-            )  # any operator without a forward-mode rule
+            # any operator without a forward-mode rule
+            torch.ops.aten.silu_backward(t.reshape(-1)[:0], p.reshape(-1)[:0])
     except NotImplementedError as error:
         raise NotImplementedError(
             f"mfkernels.{op}: the derivative of a forward-mode tangent (torch.func.jvp inside torch.func.jvp) is not "

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from op_fuzz import OPS, Draw, one
+from op_calls import OPS, Draw
+from op_fuzz import one
 
 import mfkernels
 from mfkernels import Dual

@@ -92,13 +92,9 @@ def _value(key: str, node: yaml.Node) -> Any:
 
 
 def _words(node: yaml.Node) -> str:
-    return (
-        shown(node.value)
-        if isinstance(node, yaml.ScalarNode)
-        else "a list"
-        if isinstance(node, yaml.SequenceNode)
-        else "keys"
-    )
+    if isinstance(node, yaml.ScalarNode):
+        return shown(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "keys"
 
 
 def _plain(key: str) -> str:

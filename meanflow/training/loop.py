@@ -47,14 +47,8 @@ from .schedule import learning_rate
 from .signals import StopSignals
 from .state import check_scaler, load_state
 
-COLLECTIVE = (
-    "connection closed",
-    "connection reset",
-    "broken pipe",
-    "timed out",
-    "gloo",
-    "nccl",
-)  # errors that say this
+# words in the errors of gloo and NCCL where another process is gone
+COLLECTIVE = ("connection closed", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
 
 
 @dataclass(frozen=True)

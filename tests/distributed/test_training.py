@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 import yaml
 from accelerate import PartialState
@@ -25,27 +26,7 @@ from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, lo
 from meanflow.training.checkpoint import cure_for_damage
 from meanflow.training.log import read_log
 
-TINY = TrainConfig(
-    data="digits",
-    model="DiT",
-    hidden_size=16,
-    depth=1,
-    num_heads=2,
-    patch_size=4,
-    ratio=0.5,
-    omega=1.0,
-    kappa=0.3,
-    norm_p=0.5,
-    steps=6,
-    batch_size=8,
-    lr=1e-2,
-    threads=1,
-    device="cpu",
-    log_every=1,
-    checkpoint_every=3,
-    sample_every=0,
-    evaluate=False,
-)
+TINY = dataclasses.replace(tiny_runs.TINY, norm_p=0.5, warmup_steps=0, schedule="constant", threads=1)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -27,32 +28,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
 
 from meanflow import cli
 from meanflow.errors import UsageError
 from meanflow.models import config_of
-from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, load_network, run_training
+from meanflow.training import list_checkpoints, load_checkpoint, load_network, run_training
 from meanflow.training.shares import save_shares
 from meanflow.training.state import checksum, save_state
 
-TINY = TrainConfig(
-    data="digits",
-    name="plain",
-    model="DiT",
-    hidden_size=8,
-    depth=1,
-    num_heads=2,
-    patch_size=4,
-    ratio=0.5,
-    steps=2,
-    batch_size=4,
-    device="cpu",
-    log_every=1,
-    checkpoint_every=1,
-    sample_every=0,
-    evaluate=False,
+TINY = dataclasses.replace(
+    tiny_runs.TINY, name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1
 )
 CANARY = Path("CANARY")  # what only code that must not run writes
 HOSTILE = f"open({str(CANARY)!r}, 'w').close()\ndef fire(**sizes):\n    raise ValueError('fired')\n"
