@@ -67,6 +67,18 @@ attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _
 # Whether a tensor is one of `torch.func`'s own, of whose values vmap gives none: `torch.func.debug_unwrap` is newer.
 is_transformed = lookup("torch:_C._functorch.is_functorch_wrapped_tensor", "checks of values within torch.func")
 
+# Whether anything sees operators before they run: torch.func's transforms, dispatch modes (fake tensors, make_fx …).
+_func_level = lookup("torch:_C._functorch.peek_interpreter_stack", "ops as autograd functions")
+_modes = lookup("torch:_C._len_torch_dispatch_stack", "ops as autograd functions")
+
+
+def nothing_intercepts() -> bool:
+    """Whether operators run as they are called; also False where this PyTorch does not tell."""
+    return _can_tell and _modes() == 0 and _func_level() is None
+
+
+_can_tell = bool(_func_level) and bool(_modes)
+
 
 def before_compile(module: Any) -> Any:
     """The module that `torch.compile` wrapped in `module`; None if it did not, or if it keeps it elsewhere."""

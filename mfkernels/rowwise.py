@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import unsupported_dtype
-from .launch import Launch, launch_config
+from .launch import Launch, cdiv, launch_config, next_power_of_2
 
 MAX_WIDTH = 16384  # of a row that one block holds in registers
 
 
 def block_of(width: int) -> int:
     """Columns of the block that holds a row: the next power of two, and not less than one warp's worth."""
-    return max(32, triton.next_power_of_2(width))
+    return max(32, next_power_of_2(width))
 
 
 def unsupported_row(name: str, x: Tensor, max_width: int = MAX_WIDTH) -> str | None:
@@ -125,7 +125,7 @@ def sum_partials_launch(partials: Tensor, out: Tensor, config=None) -> Launch:
     G, S, D = partials.shape
     return Launch.of(
         _sum_partials_kernel,
-        lambda config: (G, triton.cdiv(D, config["BLOCK_D"])),
+        lambda config: (G, cdiv(D, config["BLOCK_D"])),
         config or launch_config("sum_partials", out.device, out.dtype, parts=S),
         out.device,
         partials_ptr=partials,

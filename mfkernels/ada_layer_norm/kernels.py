@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 from ..rowwise import (
     block_of,
     contiguous,
@@ -205,7 +205,7 @@ def forward_launch(
     scale_dot, stride_scale_dot = per_sample(scale_dot)
     return Launch.of(
         _ada_layer_norm_forward_kernel,
-        lambda config: (B * triton.cdiv(N, config["CHUNK"]),),
+        lambda config: (B * cdiv(N, config["CHUNK"]),),
         config or launch_config("ada_layer_norm_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,
@@ -354,7 +354,7 @@ def norm_backward(
     if dx.numel() == 0:
         return dx, dy, torch.zeros((planes, B, D), device=scale.device, dtype=scale.dtype)
     config = launch_config("ada_layer_norm_backward", x_new.device, x_new.dtype, width=D)
-    chunks = triton.cdiv(N, config["CHUNK"])
+    chunks = cdiv(N, config["CHUNK"])
     dtype = scale.dtype if chunks == 1 else torch.float32
     partials = torch.empty((planes, B, chunks, D), device=scale.device, dtype=dtype)  # [planes, B, chunks, D]
     launch = backward_launch(

@@ -9,9 +9,10 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_number, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:
@@ -22,7 +23,7 @@ def promoted(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op("mfkernels::ada_layer_norm_forward", mutates_args=())
+@operator("ada_layer_norm_forward")
 def _forward(
     x: Tensor,
     shift: Tensor,
@@ -61,7 +62,7 @@ def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps):  # type: ignore[no-unt
     return h, h.new_empty((rows, N, D)), x.new_empty((B, N, 2), dtype=torch.float32)
 
 
-@torch.library.custom_op("mfkernels::ada_layer_norm_backward", mutates_args=())
+@operator("ada_layer_norm_backward")
 def _backward(dh: Tensor, x: Tensor, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """dx (B, N, D) and [dshift, dscale] (2, B, D)."""
     from .kernels import norm_backward

@@ -19,7 +19,7 @@ from mfkernels.attention.kernels import (
     shape_arguments,
     store_tile,
 )
-from mfkernels.launch import Launch, launch_config
+from mfkernels.launch import Launch, cdiv, launch_config
 
 
 @triton.jit
@@ -280,7 +280,7 @@ def dq_launch(
     config = config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=N_kv)
     return Launch.of(
         _dq_kernel,
-        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]) * H * B,),
+        lambda config: (cdiv(N_q, config["BLOCK_M"]) * H * B,),
         config,
         q.device,
         do_ptr=do,
@@ -323,7 +323,7 @@ def dkdv_launch(
     config = config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=N_q)
     return Launch.of(
         _dkdv_kernel,
-        lambda config: (triton.cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
+        lambda config: (cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
         config,
         q.device,
         do_ptr=do,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.launch import Launch, launch_config
+from mfkernels.launch import Launch, cdiv, launch_config, next_power_of_2
 
 from .limits import unsupported
 
@@ -24,11 +24,11 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
     72 is 64 + 16, not 128: 1.35x the tensor time of 64 against 2x. 16 is the least a tensor core takes.
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(16, next_power_of_2(head_dim))
     main = whole // 2
     if head_dim <= 16 or head_dim == whole:
         return whole, 0
-    tail = max(16, triton.next_power_of_2(head_dim - main))
+    tail = max(16, next_power_of_2(head_dim - main))
     return (main, tail) if main + tail < whole else (whole, 0)
 
 
@@ -466,7 +466,7 @@ def forward_launch(
         )
     return Launch.of(
         _attention_forward_kernel,
-        lambda config: (triton.cdiv(N_q, config["BLOCK_M"]), H, B),
+        lambda config: (cdiv(N_q, config["BLOCK_M"]), H, B),
         config,
         q.device,
         q_ptr=q,

@@ -9,15 +9,16 @@ from ..backend import choose, requested_part, triton_unavailable
 from ..checks import autocast_enabled, check_flag, check_number, check_operand, check_same, knows_autocast
 from ..dual import Dual, TensorOrDual, linear_map, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import cuda, reference
 from .backward import attention_backward_by, choose_backward
 from .limits import unsupported
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 # torch.compile keeps each of them whole.
 
 
-@torch.library.custom_op("mfkernels::attention_forward", mutates_args=())
+@operator("attention_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -73,7 +74,7 @@ def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton", backward
     )
 
 
-@torch.library.custom_op("mfkernels::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _backward(
     do: Tensor,
     q: Tensor,

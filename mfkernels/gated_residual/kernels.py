@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 from ..rowwise import (
     block_of,
     contiguous,
@@ -121,7 +121,7 @@ def forward_launch(
     gate_dot, stride_gate_dot = per_sample(gate_dot)
     return Launch.of(
         _gated_residual_forward_kernel,
-        lambda config: (B * triton.cdiv(N, config["CHUNK"]),),
+        lambda config: (B * cdiv(N, config["CHUNK"]),),
         config or launch_config("gated_residual_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,
@@ -210,7 +210,7 @@ def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     if dy.numel() == 0:
         return dy, torch.zeros((B, D), device=gate.device, dtype=gate.dtype)
     config = launch_config("gated_residual_backward", y.device, y.dtype, width=D)
-    chunks = triton.cdiv(N, config["CHUNK"])
+    chunks = cdiv(N, config["CHUNK"])
     dtype = gate.dtype if chunks == 1 else torch.float32
     partials = torch.empty((B, chunks, D), device=y.device, dtype=dtype)  # [B, chunks, D]
     backward_launch(dout.contiguous(), y.contiguous(), gate, dy, partials, config=config).run()

@@ -11,16 +11,17 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 
 
 def _rows(*dots: Tensor | None) -> int:
     return next((a.shape[0] for a in dots if a is not None), 0)
 
 
-@torch.library.custom_op("mfkernels::gated_residual_forward", mutates_args=())
+@operator("gated_residual_forward")
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -42,7 +43,7 @@ def _(x, y, gate, x_dot, y_dot, gate_dot):  # type: ignore[no-untyped-def]
     return out, out.new_empty((_rows(x_dot, y_dot, gate_dot), *x.shape[1:]))
 
 
-@torch.library.custom_op("mfkernels::gated_residual_backward", mutates_args=())
+@operator("gated_residual_backward")
 def _backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import gated_residual_backward
 
@@ -70,7 +71,7 @@ def _backward_rule(ctx, dout, _dout_dot):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
-@torch.library.custom_op("mfkernels::gated_residual_ada_layer_norm_forward", mutates_args=())
+@operator("gated_residual_ada_layer_norm_forward")
 def _norm_forward(
     x: Tensor,
     y: Tensor,
@@ -118,7 +119,7 @@ def _(x, y, gate, shift, scale, x_dot, y_dot, gate_dot, shift_dot, scale_dot, ep
     return x_new, h, x_new.new_empty((rows, N, D)), h.new_empty((rows, N, D)), stats
 
 
-@torch.library.custom_op("mfkernels::gated_residual_ada_layer_norm_backward", mutates_args=())
+@operator("gated_residual_ada_layer_norm_backward")
 def _norm_backward(
     dh: Tensor,
     dx_new: Tensor | None,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 from ..rms_norm.kernels import flat_rows, partial_sums
 from ..rowwise import block_of, load_row, load_rows, store_row, store_rows, sum_partials
 
@@ -84,7 +84,7 @@ def forward_launch(
     R, D = x.shape
     return Launch.of(
         _layer_scale_residual_forward_kernel,
-        lambda config: (triton.cdiv(R, config["BLOCK_R"]),),
+        lambda config: (cdiv(R, config["BLOCK_R"]),),
         config or launch_config("layer_scale_residual_forward", x.device, out.dtype, width=D),
         x.device,
         x_ptr=x,

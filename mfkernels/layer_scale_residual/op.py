@@ -7,12 +7,13 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_operand, check_rows, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 
 
-@torch.library.custom_op("mfkernels::layer_scale_residual_forward", mutates_args=())
+@operator("layer_scale_residual_forward")
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -34,7 +35,7 @@ def _(x, y, x_dot, y_dot, scale):  # type: ignore[no-untyped-def]
     return out, out.new_empty((0 if y_dot is None else y_dot.shape[0], *x.shape[1:]))
 
 
-@torch.library.custom_op("mfkernels::layer_scale_residual_backward", mutates_args=())
+@operator("layer_scale_residual_backward")
 def _backward(dout: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import layer_scale_residual_backward
 

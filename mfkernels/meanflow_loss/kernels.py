@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def loss_forward(
     if B == 0:
         return loss, squared_error, weight, error
     config = launch_config("meanflow_loss", u.device, u.dtype)
-    chunks = triton.cdiv(u[0].numel(), config["CHUNK"])
+    chunks = cdiv(u[0].numel(), config["CHUNK"])
     partials = torch.empty((B, chunks), device=u.device, dtype=torch.float32) if chunks > 1 else None  # [B, chunks]
     launch = forward_launch(
         u.contiguous(),
@@ -246,7 +246,7 @@ def backward_launch(
     config: Mapping[str, int],
 ) -> Launch:
     B, SIZE = du.shape[0], du[0].numel()
-    CHUNKS = triton.cdiv(SIZE, config["CHUNK"])
+    CHUNKS = cdiv(SIZE, config["CHUNK"])
     return Launch.of(
         _meanflow_loss_backward_kernel,
         lambda config: (B * CHUNKS,),

@@ -8,12 +8,13 @@ from torch import Tensor
 from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand, check_shape
 from ..dual import Dual, carries_tangent, check_tangent
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom op and its rules
+# ------------------------------------------------------------------------------------------- operator and its rules
 
 
-@torch.library.custom_op("mfkernels::meanflow_loss_forward", mutates_args=())
+@operator("meanflow_loss_forward")
 def _forward(
     u: Tensor,
     du_dt: Tensor,
@@ -46,7 +47,7 @@ def _(u, du_dt, v, t, r, norm_p, norm_eps, with_error):  # type: ignore[no-untyp
     return *per_sample, u.new_empty(u.shape if with_error else 0)
 
 
-@torch.library.custom_op("mfkernels::meanflow_loss_backward", mutates_args=())
+@operator("meanflow_loss_backward")
 def _backward(dloss: Tensor, error: Tensor, weight: Tensor) -> Tensor:
     from .kernels import loss_backward
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 from ..rowwise import sum_partials
 
 CUBIC: tl.constexpr = tl.constexpr(0.044715)
@@ -119,7 +119,7 @@ def forward_launch(
     M_t = 0 if h_dot is None else h_dot.shape[0]
     return Launch.of(
         _gelu_forward_kernel,
-        lambda config: (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(H, config["BLOCK_H"]),),
+        lambda config: (cdiv(M, config["BLOCK_M"]) * cdiv(H, config["BLOCK_H"]),),
         config or launch_config("gelu_forward", h.device, h.dtype, width=H),
         h.device,
         h_ptr=h,
@@ -157,7 +157,7 @@ def backward_launch(
     M, H = h.shape
     return Launch.of(
         _gelu_backward_kernel,
-        lambda config: (triton.cdiv(M, config["CHUNK"]) * triton.cdiv(H, config["BLOCK_H"]),),
+        lambda config: (cdiv(M, config["CHUNK"]) * cdiv(H, config["BLOCK_H"]),),
         config,
         h.device,
         h_ptr=h,
@@ -181,7 +181,7 @@ def gelu_backward(h: Tensor, bias: Tensor | None, da: Tensor) -> tuple[Tensor, T
     partials = None
     if bias is not None:
         bias = bias.contiguous()
-        chunks = triton.cdiv(h.shape[0], config["CHUNK"])
+        chunks = cdiv(h.shape[0], config["CHUNK"])
         partials = torch.empty((1, chunks, h.shape[1]), device=h.device, dtype=torch.float32)  # [1, chunks, H]
     backward_launch(h, bias, da.contiguous(), a, dh, partials, config=config).run()
     if bias is None or partials is None:

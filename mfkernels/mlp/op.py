@@ -8,14 +8,15 @@ from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import bridge_forward_mode, refuse_tangent
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom op and its rules
+# ------------------------------------------------------------------------------------------- operator and its rules
 # The first product is PyTorch's own. Bias, GELU and the second product are one op, so that the backward may keep the
 # pre-activation alone: a plain MLP keeps the activation as well, D_hidden numbers a token.
 
 
-@torch.library.custom_op("mfkernels::gelu_linear_forward", mutates_args=())
+@operator("gelu_linear_forward")
 def _forward(
     h: Tensor,
     b1: Tensor | None,
@@ -38,7 +39,7 @@ def _(h, b1, w2, b2, h_dot):  # type: ignore[no-untyped-def]
     return h.new_empty((h.shape[0], w2.shape[0])), h.new_empty((rows, w2.shape[0]))
 
 
-@torch.library.custom_op("mfkernels::gelu_linear_backward", mutates_args=())
+@operator("gelu_linear_backward")
 def _backward(
     dy: Tensor,
     h: Tensor,

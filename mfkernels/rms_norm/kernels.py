@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, Launch, launch_config
+from ..launch import Config, Launch, cdiv, launch_config
 from ..rowwise import block_of, load_row, load_rows, store_row, store_rows, sum_partials
 
 
@@ -92,7 +92,7 @@ def partial_sums(op: str, x: Tensor) -> tuple[Config, Tensor]:
     """The configuration of a backward over the rows of `x`, and room for the sums that its programs leave."""
     D = x.shape[-1]
     config = launch_config(op, x.device, x.dtype, width=D)
-    parts = min(triton.cdiv(x.numel() // D, config["BLOCK_R"]), config["PARTS"])
+    parts = min(cdiv(x.numel() // D, config["BLOCK_R"]), config["PARTS"])
     return config, torch.empty((parts, D), device=x.device, dtype=torch.float32)  # [parts, D]
 
 
@@ -110,7 +110,7 @@ def forward_launch(
     R, D = x.shape
     return Launch.of(
         _rms_norm_forward_kernel,
-        lambda config: (triton.cdiv(R, config["BLOCK_R"]),),
+        lambda config: (cdiv(R, config["BLOCK_R"]),),
         config or launch_config("rms_norm_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,

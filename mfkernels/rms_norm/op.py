@@ -7,12 +7,13 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_number, check_rows
 from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 
 
-@torch.library.custom_op("mfkernels::rms_norm_forward", mutates_args=())
+@operator("rms_norm_forward")
 def _forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (B, …, D) and its tangent (B_t, …, D), B_t = 0 where there is none."""
     from .kernels import rms_norm_forward
@@ -26,7 +27,7 @@ def _(x, x_dot, weight, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), x.new_empty((0 if x_dot is None else x_dot.shape[0], *x.shape[1:]))
 
 
-@torch.library.custom_op("mfkernels::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from .kernels import rms_norm_backward
 

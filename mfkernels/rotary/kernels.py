@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, Launch, launch_config
+from ..launch import Config, Launch, cdiv, launch_config, next_power_of_2
 
 
 @triton.jit
@@ -260,11 +260,11 @@ def strides_of(x: Tensor | None) -> tuple[int, ...]:
 
 
 def block_of_half(d: int) -> int:
-    return max(16, triton.next_power_of_2(d // 2))
+    return max(16, next_power_of_2(d // 2))
 
 
 def blocks_of(q: Tensor, k: Tensor, config: Config) -> int:
-    return triton.cdiv(q.shape[1] * max(q.shape[2], k.shape[2]), config["BLOCK_R"])
+    return cdiv(q.shape[1] * max(q.shape[2], k.shape[2]), config["BLOCK_R"])
 
 
 def forward_launch(

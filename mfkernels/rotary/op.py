@@ -7,13 +7,14 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_constant, check_flag, check_number, check_operand, check_same
 from ..dual import Dual, TensorOrDual, linear_map, primal_of, tangent_of
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 # `rotary` is the op without weights.
 
 
-@torch.library.custom_op("mfkernels::rotary_forward", mutates_args=())
+@operator("rotary_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -56,7 +57,7 @@ def _(q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps, interleaved):  # ty
     return *primals, *(x.new_empty((0 if dot is None else dot.shape[0], *x.shape[1:])) for x, dot in pairs)
 
 
-@torch.library.custom_op("mfkernels::rotary_backward", mutates_args=())
+@operator("rotary_backward")
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     from .kernels import rotary_forward
 
@@ -69,7 +70,7 @@ def _(dq, dk, cos, sin, interleaved):  # type: ignore[no-untyped-def]
     return dq.new_empty(dq.shape), dk.new_empty(dk.shape)
 
 
-@torch.library.custom_op("mfkernels::qk_norm_rotary_backward", mutates_args=())
+@operator("qk_norm_rotary_backward")
 def _norm_backward(
     dq: Tensor,
     dk: Tensor,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config
 
 FLAT_WIDTH = 256  # columns that flat memory is seen as; its configurations have blocks of as many
 
@@ -122,8 +122,8 @@ def _layout(*operands: Tensor | None) -> tuple[int, bool, list[int]]:
 
 
 def _grid(size: int, D: int):
-    rows = triton.cdiv(size, D)
-    return lambda config: (triton.cdiv(rows, config["BLOCK_R"]) * triton.cdiv(D, config["BLOCK_D"]),)
+    rows = cdiv(size, D)
+    return lambda config: (cdiv(rows, config["BLOCK_R"]) * cdiv(D, config["BLOCK_D"]),)
 
 
 def forward_launch(

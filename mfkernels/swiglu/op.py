@@ -7,12 +7,13 @@ from ..backend import choose, rows_unsupported
 from ..checks import check_operand, check_rows, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom ops and their rules
+# ------------------------------------------------------------------------------------------- operators and their rules
 
 
-@torch.library.custom_op("mfkernels::swiglu_forward", mutates_args=())
+@operator("swiglu_forward")
 def _forward(a: Tensor, b: Tensor, a_dot: Tensor | None, b_dot: Tensor | None) -> tuple[Tensor, Tensor]:
     """y (B, …, D) and its tangent (B_t, …, D), B_t = 0 where there is none."""
     from .kernels import swiglu_forward
@@ -28,7 +29,7 @@ def _(a, b, a_dot, b_dot):  # type: ignore[no-untyped-def]
     return y, y.new_empty((rows, *a.shape[1:]))
 
 
-@torch.library.custom_op("mfkernels::swiglu_backward", mutates_args=())
+@operator("swiglu_backward")
 def _backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import swiglu_backward
 

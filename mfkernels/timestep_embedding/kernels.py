@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, launch_config
+from ..launch import Launch, cdiv, launch_config, next_power_of_2
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def forward_launch(
     HALF = dim // 2
     return Launch.of(
         _timestep_embedding_forward_kernel,
-        lambda config: (triton.cdiv(B, config["BLOCK_B"]),),
+        lambda config: (cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),
         t.device,
         t_ptr=t,
@@ -101,7 +101,7 @@ def forward_launch(
         B=B,
         B_t=B_t,
         HALF=HALF,
-        BLOCK_H=triton.next_power_of_2(HALF),
+        BLOCK_H=next_power_of_2(HALF),
     )
 
 
@@ -129,7 +129,7 @@ def backward_launch(
     HALF = dim // 2
     return Launch.of(
         _timestep_embedding_backward_kernel,
-        lambda config: (triton.cdiv(B, config["BLOCK_B"]),),
+        lambda config: (cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),
         t.device,
         dout_ptr=dout,
@@ -138,7 +138,7 @@ def backward_launch(
         log_step=math.log(max_period) / HALF,
         B=B,
         HALF=HALF,
-        BLOCK_H=triton.next_power_of_2(HALF),
+        BLOCK_H=next_power_of_2(HALF),
     )
 
 

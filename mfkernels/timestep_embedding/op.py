@@ -10,12 +10,13 @@ from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand
 from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import bridge_forward_mode
+from ..operator import operator
 from . import reference
 
-# ------------------------------------------------------------------------------------------- custom op and its rules
+# ------------------------------------------------------------------------------------------- operator and its rules
 
 
-@torch.library.custom_op("mfkernels::timestep_embedding_forward", mutates_args=())
+@operator("timestep_embedding_forward")
 def _forward(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
     """(B, dim) and its tangent (B_t, dim), B_t = 0 where there is none."""
     from .kernels import embedding_forward
@@ -29,7 +30,7 @@ def _(t, t_dot, dim, max_period):  # type: ignore[no-untyped-def]
     return t.new_empty((t.shape[0], dim)), t.new_empty((0 if t_dot is None else t_dot.shape[0], dim))
 
 
-@torch.library.custom_op("mfkernels::timestep_embedding_backward", mutates_args=())
+@operator("timestep_embedding_backward")
 def _backward(dout: Tensor, t: Tensor, max_period: float) -> Tensor:
     from .kernels import embedding_backward
 

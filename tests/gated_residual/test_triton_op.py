@@ -119,14 +119,14 @@ def leaves_of(duals):
 def test_opcheck():
     leaves, dots = leaves_of(duals(2, 5, 12, rows=1))
     for tangents in (dots, [None] * 5, [None, dots[1], None, None, dots[4]]):
-        torch.library.opcheck(op._forward, (*leaves[:3], *tangents[:3]))
-        torch.library.opcheck(op._norm_forward, (*leaves, *tangents, 1e-6))
+        torch.library.opcheck(op._forward.custom_op, (*leaves[:3], *tangents[:3]))
+        torch.library.opcheck(op._norm_forward.custom_op, (*leaves, *tangents, 1e-6))
     x, y, gate, _, scale = (a.detach() for a in leaves)
     x_new, h, _, _, stats = op._norm_forward(*leaves, *[None] * 5, 1e-6)
-    torch.library.opcheck(op._backward, (torch.randn_like(x), y, gate))
+    torch.library.opcheck(op._backward.custom_op, (torch.randn_like(x), y, gate))
     for dx_new in (torch.randn_like(x), None):
         args = (torch.randn_like(h), dx_new, x_new.detach(), y, gate, scale, stats)
-        torch.library.opcheck(op._norm_backward, args)
+        torch.library.opcheck(op._norm_backward.custom_op, args)
 
 
 def test_forward_mode_ad():

@@ -82,9 +82,9 @@ def test_opcheck():
     for du_dt in (args[1], args[1][:0]):
         for with_error in (True, False):
             leaves = args if with_error else [args[0].detach(), *args[1:]]
-            torch.library.opcheck(op._forward, (leaves[0], du_dt, *leaves[2:], 1.0, 0.01, with_error))
+            torch.library.opcheck(op._forward.custom_op, (leaves[0], du_dt, *leaves[2:], 1.0, 0.01, with_error))
     error, weight = args[0].detach(), torch.rand(3, device=DEVICE)
-    torch.library.opcheck(op._backward, (torch.rand(1, device=DEVICE).expand(3), error, weight))
+    torch.library.opcheck(op._backward.custom_op, (torch.rand(1, device=DEVICE).expand(3), error, weight))
 
 
 def test_compiles_as_one_graph():

@@ -83,8 +83,8 @@ def test_opcheck():
     for biases in ((b1, b2), (None, None), (b1, None)):
         leaves = [a if a is None else a.detach().requires_grad_() for a in (h, biases[0], w2, biases[1])]
         for h_dot in (torch.randn(3, 12, device=DEVICE), None):
-            torch.library.opcheck(op._forward, (*leaves, h_dot))
-        torch.library.opcheck(op._backward, (torch.randn(7, 5, device=DEVICE), h, biases[0], w2, biases[1] is not None))
+            torch.library.opcheck(op._forward.custom_op, (*leaves, h_dot))
+        torch.library.opcheck(op._backward.custom_op, (torch.randn(7, 5, device=DEVICE), h, biases[0], w2, biases[1] is not None))
 
 
 def test_forward_mode_ad():

@@ -57,8 +57,8 @@ def test_strided_times():
 def test_opcheck():
     t, t_dot = torch.rand(5, device=DEVICE, requires_grad=True), torch.randn(2, device=DEVICE)
     for tangent in (t_dot, None):
-        torch.library.opcheck(op._forward, (t, tangent, 8, 10000.0))
-    torch.library.opcheck(op._backward, (torch.randn(5, 8, device=DEVICE), t.detach(), 10000.0))
+        torch.library.opcheck(op._forward.custom_op, (t, tangent, 8, 10000.0))
+    torch.library.opcheck(op._backward.custom_op, (torch.randn(5, 8, device=DEVICE), t.detach(), 10000.0))
 
 
 def test_forward_mode_ad():

@@ -1,0 +1,63 @@
+"""How PyTorch sees the kernels of an op: an `autograd.Function` in eager, a custom op everywhere else.
+
+A custom op is what `torch.compile`, `torch.func`, fake tensors and dispatch modes need: a graph keeps it whole, and it
+has a rule for shapes. In plain eager it costs several times an `autograd.Function`, which therefore takes its place
+there. Both run the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from ._torch import nothing_intercepts
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """An op of (optional) tensors and numbers that returns new tensors.
+
+    Args:
+        name: unique in the package.
+        run: what it does; its annotations are the custom op's schema.
+    """
+
+    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.custom_op = torch.library.custom_op(f"mfkernels::{name}", run, mutates_args=())
+        self.register_fake = self.custom_op.register_fake
+        self.function: type[Function] | None = None
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+    ) -> None:
+        """As of a custom op: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, once differentiable."""
+        self.custom_op.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        self.function = type(self.run.__name__, (Function,), members)
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not nothing_intercepts():
+            return self.custom_op(*inputs)
+        for x in inputs:
+            if isinstance(x, Tensor) and type(x) not in _PLAIN:
+                return self.custom_op(*inputs)
+        if self.function is None or not torch.is_grad_enabled():
+            return self.run(*inputs)
+        return self.function.apply(*inputs)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """The function below as an `Operator`."""
+    return lambda run: Operator(name, run)
