@@ -9,7 +9,7 @@ from .backend import requested_backend, use_backend
 from .checkpoint import checkpoint, checkpoint_module
 from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
 from .dualize import dualize
-from .gated_residual import gated_residual, gated_residual_ada_layer_norm
+from .gated_residual import ResidualStream, gated_residual, gated_residual_ada_layer_norm
 from .layer_scale_residual import layer_scale_residual
 from .linear import Linear, linear
 from .meanflow_loss import MeanFlowLoss, meanflow_loss
@@ -32,6 +32,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "RMSNorm",
+    "ResidualStream",
     "SiLU",
     "SwiGLU",
     "TensorOrDual",

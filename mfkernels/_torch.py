@@ -68,16 +68,16 @@ attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _
 is_transformed = lookup("torch:_C._functorch.is_functorch_wrapped_tensor", "checks of values within torch.func")
 
 # Whether anything sees operators before they run: torch.func's transforms, dispatch modes (fake tensors, make_fx …).
-_func_level = lookup("torch:_C._functorch.peek_interpreter_stack", "ops as autograd functions")
-_modes = lookup("torch:_C._len_torch_dispatch_stack", "ops as autograd functions")
+_INTERCEPTS = "ops as autograd functions"
+_func_level = lookup("torch:_C._functorch.peek_interpreter_stack", _INTERCEPTS)
+_modes = lookup("torch:_C._len_torch_dispatch_stack", _INTERCEPTS)
+_forward_ad = lookup("torch.autograd:forward_ad", _INTERCEPTS)
+_can_tell = bool(_func_level) and bool(_modes) and hasattr(_forward_ad, "_current_level")
 
 
 def nothing_intercepts() -> bool:
-    """Whether operators run as they are called; also False where this PyTorch does not tell."""
-    return _can_tell and _modes() == 0 and _func_level() is None
-
-
-_can_tell = bool(_func_level) and bool(_modes)
+    """Whether operators run as they are called, and nothing has a forward-mode tangent; False if that is not known."""
+    return _can_tell and _forward_ad._current_level < 0 and _modes() == 0 and _func_level() is None
 
 
 def before_compile(module: Any) -> Any:

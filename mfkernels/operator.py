@@ -19,6 +19,13 @@ from ._torch import nothing_intercepts
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def runs_plainly(*inputs: Any) -> bool:
+    """Whether this is eager PyTorch on tensors that are no more than that, and nothing looks on."""
+    if torch.compiler.is_compiling() or not nothing_intercepts():
+        return False
+    return all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor))
+
+
 class Operator:
     """An op of (optional) tensors and numbers that returns new tensors.
 
@@ -48,11 +55,8 @@ class Operator:
         self.function = type(self.run.__name__, (Function,), members)
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not nothing_intercepts():
+        if not runs_plainly(*inputs):
             return self.custom_op(*inputs)
-        for x in inputs:
-            if isinstance(x, Tensor) and type(x) not in _PLAIN:
-                return self.custom_op(*inputs)
         if self.function is None or not torch.is_grad_enabled():
             return self.run(*inputs)
         return self.function.apply(*inputs)

@@ -35,7 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest, without_gpu
 
 from without_gpu import TANGENT_SHARE, WAYS, as_on_h100, blocks, inputs
 
+from meanflow.models import DiTBlock
+from mfkernels import Dual, ResidualStream
 from mfkernels._torch import TorchDispatchMode, lookup, memory_of, overload_of, schema_of, tree_leaves
+from mfkernels.dual import primal_of
 from mfkernels.launch import Launch
 
 _METER = "bench/bytes/count.py"
@@ -187,13 +190,34 @@ def count(way: str, block: Block) -> list[Event]:
     """The launches of one block, forward and backward."""
 
     def run(meter: Meter) -> None:
-        forward, parameters = blocks(way, depth=1, width=block.width, heads=block.heads, mlp_ratio=block.mlp_ratio)
-        x, c, x_dot, c_dot, dy = inputs(block.batch, block.tokens, block.width)
+        B, N, D = block.batch, block.tokens, block.width
+        x, c, x_dot, c_dot, dx = inputs(B, N, D)
+        if way == "plain":
+            forward, parameters = blocks(way, depth=1, width=D, heads=block.heads, mlp_ratio=block.mlp_ratio)
+            with meter:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    out = forward(x, c, x_dot, c_dot)  # [B, N, D]
+                meter.phase = "B"
+                torch.autograd.grad(out, [x, c, *parameters], dx)
+            return
+        # a block between two others: what comes in, and what goes out, is a sum that is not written yet
+        middle = DiTBlock(D, block.heads, block.mlp_ratio)
+        y = torch.randn(B, N, D, dtype=torch.bfloat16, requires_grad=True)  # [B, N, D]
+        gate = torch.randn(B, D, dtype=torch.bfloat16, requires_grad=True)  # [B, D]
+        bias = torch.randn(D, requires_grad=True)  # [D]
+        grads = [dx, *(torch.randn_like(a) for a in (y, gate, bias))]
+        operands, condition = [x, y, gate], c
+        if way == "meanflow":
+            rows = B // TANGENT_SHARE
+            dots = (x_dot, torch.randn_like(y[:rows]), torch.randn_like(gate[:rows]))
+            operands = [Dual(a, a_dot) for a, a_dot in zip(operands, dots, strict=True)]
+            condition = Dual(c, c_dot)
         with meter:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = forward(x, c, x_dot, c_dot)  # [B, N, D]
+                stream = middle(ResidualStream(*operands, bias), condition)
             meter.phase = "B"
-            torch.autograd.grad(y, [x, c, *parameters], dy)
+            outs = [primal_of(a) for a in (stream.x, stream.y, stream.gate, stream.bias)]
+            torch.autograd.grad(outs, [x, y, gate, bias, c, *middle.parameters()], grads)
 
     return meter(run)
 

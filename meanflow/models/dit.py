@@ -18,13 +18,11 @@ from mfkernels import (
     Linear,
     Mlp,
     PatchEmbed,
+    ResidualStream,
     SiLU,
     TensorOrDual,
     TimestepEmbedder,
-    ada_layer_norm,
     dual_aware,
-    gated_residual,
-    gated_residual_ada_layer_norm,
     linear_map,
     split_map,
 )
@@ -72,14 +70,31 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: TensorOrDual, c: TensorOrDual) -> TensorOrDual:
+    def forward(self, x: TensorOrDual | ResidualStream, c: TensorOrDual) -> TensorOrDual | ResidualStream:
+        """(B, N, D) of x (B, N, D) and c (B, D); of a stream a stream, whose last update is still to be added."""
+        stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
         modulation = self.adaLN_modulation(c)  # [B, 6·D]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = split_map(
             lambda a: a.chunk(6, dim=1), modulation
         )  # [B, D] each
-        h = ada_layer_norm(x, shift_attn, scale_attn)  # [B, N, D]
-        x, h = gated_residual_ada_layer_norm(x, self.attn(h), gate_attn, shift_mlp, scale_mlp)  # [B, N, D] both
-        return gated_residual(x, self.mlp(h), gate_mlp)  # [B, N, D]
+        h, stream = stream.normed(shift_attn, scale_attn)  # [B, N, D]
+        y, bias = _branch(self.attn, self.attn.proj, h, stream)  # [B, N, D], [D]
+        h, stream = stream.update_and_norm(y, gate_attn, bias, shift_mlp, scale_mlp)  # [B, N, D]
+        y, bias = _branch(self.mlp, self.mlp.fc2, h, stream)  # [B, N, D], [D]
+        # the bias is used by the next block, when FSDP2 may have freed this one's parameters
+        stream = stream.updated(y, gate_mlp, None if bias is None else bias.clone())
+        return stream if isinstance(x, ResidualStream) else stream.value()
+
+
+def _branch(
+    module: nn.Module, last: nn.Linear, h: TensorOrDual, stream: ResidualStream
+) -> tuple[TensorOrDual, Tensor | None]:
+    """What `module` makes of h, and the bias of its last layer where the stream adds it."""
+    if type(last) in (nn.Linear, Linear) and stream.takes_bias(
+        last.bias
+    ):  # one put in its place adds its own
+        return module(h, add_bias=False), last.bias
+    return module(h), None
 
 
 @dual_aware
@@ -91,9 +106,11 @@ class FinalLayer(nn.Module):
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(SiLU(), Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: TensorOrDual, c: TensorOrDual) -> TensorOrDual:
+    def forward(self, x: TensorOrDual | ResidualStream, c: TensorOrDual) -> TensorOrDual:
+        stream = x if isinstance(x, ResidualStream) else ResidualStream(x)
         shift, scale = split_map(lambda a: a.chunk(2, dim=1), self.adaLN_modulation(c))  # [B, D] each
-        return self.linear(ada_layer_norm(x, shift, scale))  # [B, N, p·p·C]
+        h, _ = stream.normed(shift, scale)  # [B, N, D]
+        return self.linear(h)  # [B, N, p·p·C]
 
 
 @dual_aware
@@ -202,9 +219,10 @@ class DiT(nn.Module):
         check_inputs(z, r, t, y, (self.in_channels, self.input_size, self.input_size))
         x = self.x_embedder(z) + self.pos_embed  # [B, N, D]
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
+        stream = ResidualStream(x)
         for block in self.blocks:
-            x = block(x, c)  # [B, N, D]
-        x = self.final_layer(x, c)  # [B, N, p·p·C]
+            stream = block(stream, c)  # [B, N, D]
+        x = self.final_layer(stream, c)  # [B, N, p·p·C]
         return unpatchify(x, self.patch_size, self.in_channels)  # [B, C, H, W]
 
 

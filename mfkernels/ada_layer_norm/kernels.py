@@ -1,12 +1,15 @@
 """Triton adaptive layer norm, alone or behind a gated residual update: output and tangent in one launch; backward.
 
-With a residual, x_new = x + gate·y is written and normed in one read and one write of the stream. The backward adds up
-shift, scale and gate gradients over a chunk of tokens in registers; a second launch adds the chunks: no atomics.
+With a residual, x_new = x + gate·(y + bias) is normed in one read of the stream, and written unless the update after
+this one makes it again ("base": that update reads x, and the y, gate and bias of the first). The backward adds up the
+gradients of shift, scale, gate and bias over a chunk of tokens in registers; another launch adds the chunks: no
+atomics.
 """
 
 # mypy: allow-untyped-defs
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,10 +31,22 @@ from ..rowwise import (
 
 
 @triton.jit
+def updated(x, y, gate, bias_ptr, stored_dtype: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x + gate·(y + bias) as it is stored: whoever makes it again gets the same number."""
+    if bias_ptr is not None:
+        y += load_row(bias_ptr, D, BLOCK_D)
+    return (x + gate * y).to(stored_dtype).to(tl.float32)
+
+
+@triton.jit
 def _ada_layer_norm_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
+    bias_ptr,
+    base_y_ptr,
+    base_gate_ptr,
+    base_bias_ptr,
     shift_ptr,
     scale_ptr,
     x_dot_ptr,
@@ -45,6 +60,7 @@ def _ada_layer_norm_forward_kernel(
     h_dot_ptr,
     stats_ptr,
     stride_gate,
+    stride_base_gate,
     stride_shift,
     stride_scale,
     stride_gate_dot,
@@ -57,10 +73,14 @@ def _ada_layer_norm_forward_kernel(
     BLOCK_D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_TANGENT: tl.constexpr,
+    DEFERRED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One chunk of tokens of one sample, whose vectors come from L1 after the first (registers are worth more)."""
+    """One chunk of tokens of one sample, whose vectors come from L1 after the first (registers are worth more).
+
+    `DEFERRED`: x_new is not written; its first element is NaN, for whoever reads it nevertheless.
+    """
     chunks = tl.cdiv(N, CHUNK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -70,12 +90,17 @@ def _ada_layer_norm_forward_kernel(
         rows = b * N + offs_n  # [BLOCK_N]
         x = load_rows(x_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         if HAS_RESIDUAL:
+            stored: tl.constexpr = x_new_ptr.dtype.element_ty
+            if base_y_ptr is not None:
+                base_y = load_rows(base_y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+                base_gate = load_row(base_gate_ptr + b * stride_base_gate, D, BLOCK_D)  # [1, BLOCK_D]
+                x = updated(x, base_y, base_gate, base_bias_ptr, stored, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             gate = load_row(gate_ptr + b * stride_gate, D, BLOCK_D)  # [1, BLOCK_D]
             # the norm sees x_new as it is stored: the backward reads it from there
-            x = (x + gate * y).to(x_new_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_D]
-            store_rows(x_new_ptr, rows, mask_n, x, D, BLOCK_D)
-            x = x.to(tl.float32)
+            x = updated(x, y, gate, bias_ptr, stored, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            if not DEFERRED:
+                store_rows(x_new_ptr, rows, mask_n, x, D, BLOCK_D)
         mean = tl.sum(x, 1) / D  # [BLOCK_N]
         centred = zero_past(x - mean[:, None], D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)  # [BLOCK_N]
@@ -97,6 +122,8 @@ def _ada_layer_norm_forward_kernel(
                         if y_dot_ptr is not None:
                             x_dot += gate * load_rows(y_dot_ptr, rows, mask_n, D, BLOCK_D)
                         if gate_dot_ptr is not None:
+                            if bias_ptr is not None:
+                                y += load_row(bias_ptr, D, BLOCK_D)
                             x_dot += load_row(gate_dot_ptr + b * stride_gate_dot, D, BLOCK_D) * y
                         store_rows(x_new_dot_ptr, rows, mask_n, x_dot, D, BLOCK_D)
                     mean_dot = tl.sum(x_dot, 1) / D  # [BLOCK_N]
@@ -108,15 +135,18 @@ def _ada_layer_norm_forward_kernel(
                 if shift_dot_ptr is not None:
                     h_dot += load_row(shift_dot_ptr + b * stride_shift_dot, D, BLOCK_D)
                 store_rows(h_dot_ptr, rows, mask_n, h_dot, D, BLOCK_D)
+    if DEFERRED:
+        tl.store(x_new_ptr, float("nan"), mask=tl.program_id(0) == 0)
 
 
 @triton.jit
 def _ada_layer_norm_backward_kernel(
     dh_ptr,
     dx_new_ptr,
-    x_new_ptr,
+    x_ptr,
     y_ptr,
     gate_ptr,
+    bias_ptr,
     scale_ptr,
     stats_ptr,
     dx_ptr,
@@ -129,10 +159,14 @@ def _ada_layer_norm_backward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DEFERRED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One chunk of tokens of one sample; partials are [dshift, dscale, dgate] × [B, CHUNKS, D]."""
+    """One chunk of tokens of one sample; partials are [dshift, dscale, dgate, dbias] × [B, CHUNKS, D].
+
+    `x_ptr` is what was normed; `DEFERRED`: what was updated, from which that is made again.
+    """
     b = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
     gain = 1.0 + load_row(scale_ptr + b * stride_scale, D, BLOCK_D)  # [1, BLOCK_D]
@@ -141,12 +175,18 @@ def _ada_layer_norm_backward_kernel(
     if HAS_RESIDUAL:
         gate = load_row(gate_ptr + b * stride_gate, D, BLOCK_D)  # [1, BLOCK_D]
         dgate = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
+        if bias_ptr is not None:
+            dx_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [BLOCK_N, BLOCK_D]
     for start in range(0, tl.minimum(CHUNK, N - chunk * CHUNK), BLOCK_N):
         offs_n = chunk * CHUNK + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         mask_n = offs_n < N  # [BLOCK_N]
         rows = b * N + offs_n  # [BLOCK_N]
         dh = load_rows(dh_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        x = load_rows(x_new_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        x = load_rows(x_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        if HAS_RESIDUAL:
+            y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            if DEFERRED:
+                x = updated(x, y, gate, bias_ptr, x_ptr.dtype.element_ty, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         mean = tl.load(stats_ptr + rows * 2, mask=mask_n, other=0.0)  # [BLOCK_N]
         rstd = tl.load(stats_ptr + rows * 2 + 1, mask=mask_n, other=0.0)  # [BLOCK_N]
         x_hat = (x - mean[:, None]) * rstd[:, None]  # [BLOCK_N, BLOCK_D]; past D it only ever meets zeros
@@ -161,30 +201,51 @@ def _ada_layer_norm_backward_kernel(
         store_rows(dx_ptr, rows, mask_n, dx, D, BLOCK_D)
         if HAS_RESIDUAL:
             store_rows(dy_ptr, rows, mask_n, dx * gate, D, BLOCK_D)
-            dgate += dx * load_rows(y_ptr, rows, mask_n, D, BLOCK_D)
+            dgate += dx * y
+            if bias_ptr is not None:
+                dx_sum += dx
     B = tl.num_programs(0) // CHUNKS
     row = partials_ptr + tl.program_id(0).to(tl.int64) * D
     plane = (B * CHUNKS).to(tl.int64) * D
     store_row(row, tl.sum(dshift, 0), D, BLOCK_D)
     store_row(row + plane, tl.sum(dscale, 0), D, BLOCK_D)
     if HAS_RESIDUAL:
-        store_row(row + 2 * plane, tl.sum(dgate, 0), D, BLOCK_D)
+        dgate_row = tl.sum(dgate, 0)  # [BLOCK_D]
+        if bias_ptr is not None:
+            dx_row = tl.sum(dx_sum, 0)  # [BLOCK_D]
+            dgate_row += tl.sum(load_row(bias_ptr, D, BLOCK_D), 0) * dx_row
+            store_row(row + 3 * plane, tl.sum(gate, 0) * dx_row, D, BLOCK_D)
+        store_row(row + 2 * plane, dgate_row, D, BLOCK_D)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
 
 
+class Update(NamedTuple):
+    """x + gate·(y + bias): y [B, N, D], gate [B, D], bias [D] or None."""
+
+    y: Tensor
+    gate: Tensor
+    bias: Tensor | None = None
+
+
+class Tangents(NamedTuple):
+    """Of the first B_t samples, or None: x and y [B_t, N, D]; gate, shift and scale [B_t, D]."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+    gate: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+
 def forward_launch(
     x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
+    update: Update | None,
+    base: Update | None,
     shift: Tensor,
     scale: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
+    dots: Tangents,
     x_new: Tensor | None,
     h: Tensor,
     x_new_dot: Tensor | None,
@@ -194,27 +255,35 @@ def forward_launch(
     eps: float,
     config: Mapping[str, int] | None = None,
 ) -> Launch:
-    """The launch that fills x_new, h, their tangents and stats; big tensors contiguous, y is None: no residual."""
+    """The launch that fills x_new, h, their tangents and stats; big tensors contiguous.
+
+    What is normed is x + `base` + `update`, each where there is one; x_new of one element is not filled.
+    """
     B, N, D = x.shape
     B_t = 0 if h_dot is None else h_dot.shape[0]
-    gate, stride_gate = per_sample(gate)
+    gate, stride_gate = per_sample(None if update is None else update.gate)
+    base_gate, stride_base_gate = per_sample(None if base is None else base.gate)
     shift_, stride_shift = per_sample(shift)
     scale_, stride_scale = per_sample(scale)
-    gate_dot, stride_gate_dot = per_sample(gate_dot)
-    shift_dot, stride_shift_dot = per_sample(shift_dot)
-    scale_dot, stride_scale_dot = per_sample(scale_dot)
+    gate_dot, stride_gate_dot = per_sample(dots.gate)
+    shift_dot, stride_shift_dot = per_sample(dots.shift)
+    scale_dot, stride_scale_dot = per_sample(dots.scale)
     return Launch.of(
         _ada_layer_norm_forward_kernel,
         lambda config: (B * cdiv(N, config["CHUNK"]),),
         config or launch_config("ada_layer_norm_forward", x.device, x.dtype, width=D),
         x.device,
         x_ptr=x,
-        y_ptr=y,
+        y_ptr=None if update is None else update.y,
         gate_ptr=gate,
+        bias_ptr=None if update is None else update.bias,
+        base_y_ptr=None if base is None else base.y,
+        base_gate_ptr=base_gate,
+        base_bias_ptr=None if base is None else base.bias,
         shift_ptr=shift_,
         scale_ptr=scale_,
-        x_dot_ptr=x_dot if B_t else None,
-        y_dot_ptr=y_dot if B_t else None,
+        x_dot_ptr=dots.x if B_t else None,
+        y_dot_ptr=dots.y if B_t else None,
         gate_dot_ptr=gate_dot if B_t else None,
         shift_dot_ptr=shift_dot if B_t else None,
         scale_dot_ptr=scale_dot if B_t else None,
@@ -224,6 +293,7 @@ def forward_launch(
         h_dot_ptr=h_dot if B_t else None,
         stats_ptr=stats,
         stride_gate=stride_gate,
+        stride_base_gate=stride_base_gate,
         stride_shift=stride_shift,
         stride_scale=stride_scale,
         stride_gate_dot=stride_gate_dot,
@@ -234,29 +304,29 @@ def forward_launch(
         N=N,
         D=D,
         BLOCK_D=block_of(D),
-        HAS_RESIDUAL=y is not None,
+        HAS_RESIDUAL=update is not None,
         HAS_TANGENT=B_t > 0,
+        DEFERRED=x_new is not None and x_new.numel() < x.numel(),
     )
 
 
 def norm_forward(
     x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
+    update: Update | None,
+    base: Update | None,
     shift: Tensor,
     scale: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
+    dots: Tangents,
     *,
     eps: float,
     x_dtype: torch.dtype,
     h_dtype: torch.dtype,
+    defer: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """x_new and h [B, N, D], their tangents [B_t, N, D], mean and rstd [B, N, 2]; x_new and its tangent only with y."""
-    dots = (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
+    """x_new and h [B, N, D], their tangents [B_t, N, D], mean and rstd [B, N, 2].
+
+    x_new and its tangent only with `update`. With `defer` x_new has the shape and no memory: NaN.
+    """
     B_t = next((a.shape[0] for a in dots if a is not None), None)
     B, N, D = x.shape
 
@@ -265,21 +335,20 @@ def norm_forward(
 
     h = new(B, h_dtype)  # [B, N, D]
     h_dot = None if B_t is None else new(B_t, h_dtype)  # [B_t, N, D]
-    x_new = None if y is None else new(B, x_dtype)  # [B, N, D]
-    x_new_dot = None if y is None or B_t is None else new(B_t, x_dtype)  # [B_t, N, D]
+    x_new = x_new_dot = None
+    if update is not None:
+        # [1, 1, 1] or [B, N, D]
+        x_new = torch.empty((1, 1, 1), device=x.device, dtype=x_dtype) if defer else new(B, x_dtype)
+        x_new_dot = None if B_t is None else new(B_t, x_dtype)  # [B_t, N, D]
     stats = torch.empty((B, N, 2), device=x.device, dtype=torch.float32)  # [B, N, mean and rstd]
     if h.numel():
         launch = forward_launch(
             x.contiguous(),
-            contiguous(y),
-            gate,
+            contiguous_update(update),
+            contiguous_update(base),
             shift,
             scale,
-            contiguous(x_dot),
-            contiguous(y_dot),
-            gate_dot,
-            shift_dot,
-            scale_dot,
+            dots._replace(x=contiguous(dots.x), y=contiguous(dots.y)),
             x_new,
             h,
             x_new_dot,
@@ -288,38 +357,43 @@ def norm_forward(
             eps=eps,
         )
         launch.run()
-    return x_new, h, x_new_dot, h_dot, stats
+    return x_new if x_new is None else x_new.expand(B, N, D), h, x_new_dot, h_dot, stats
+
+
+def contiguous_update(update: Update | None) -> Update | None:
+    return None if update is None else Update(update.y.contiguous(), update.gate, contiguous(update.bias))
 
 
 def backward_launch(
     dh: Tensor,
     dx_new: Tensor | None,
-    x_new: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
+    x: Tensor,
+    update: Update | None,
     scale: Tensor,
     stats: Tensor,
     dx: Tensor,
     dy: Tensor | None,
     partials: Tensor,
     *,
+    deferred: bool,
     config: Mapping[str, int],
 ) -> Launch:
-    """The launch that fills dx, dy and partials [2 or 3, B, chunks of config["CHUNK"] tokens, D]."""
-    B, N, D = x_new.shape
+    """The launch that fills dx, dy and partials [2, 3 or 4, B, chunks of config["CHUNK"] tokens, D]."""
+    B, N, D = x.shape
     chunks = partials.shape[2]
-    gate, stride_gate = per_sample(gate)
+    gate, stride_gate = per_sample(None if update is None else update.gate)
     scale_, stride_scale = per_sample(scale)
     return Launch.of(
         _ada_layer_norm_backward_kernel,
         lambda config: (B * chunks,),
         config,
-        x_new.device,
+        x.device,
         dh_ptr=dh,
         dx_new_ptr=dx_new,
-        x_new_ptr=x_new,
-        y_ptr=y,
+        x_ptr=x,
+        y_ptr=None if update is None else update.y,
         gate_ptr=gate,
+        bias_ptr=None if update is None else update.bias,
         scale_ptr=scale_,
         stats_ptr=stats,
         dx_ptr=dx,
@@ -331,46 +405,56 @@ def backward_launch(
         CHUNKS=chunks,
         D=D,
         BLOCK_D=block_of(D),
-        HAS_RESIDUAL=y is not None,
+        HAS_RESIDUAL=update is not None,
+        DEFERRED=deferred,
     )
 
 
 def norm_backward(
     dh: Tensor,
     dx_new: Tensor | None,
-    x_new: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
+    x: Tensor,
+    update: Update | None,
     scale: Tensor,
     stats: Tensor,
     *,
-    x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dx and dy [B, N, D] (dy only with y), and [dshift, dscale, with y dgate] stacked as [2 or 3, B, D]."""
-    B, N, D = x_new.shape
-    dx = torch.empty(x_new.shape, device=x_new.device, dtype=x_dtype)  # [B, N, D]
-    dy = None if y is None else torch.empty(y.shape, device=y.device, dtype=y.dtype)  # [B, N, D]
-    planes = 2 if y is None else 3
+    deferred: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """dx and dy [B, N, D], [dshift, dscale and dgate] stacked as [2 or 3, B, D], and dbias [D].
+
+    `x` is what was normed; `deferred`: what was updated by `update`. dy and dgate only with `update`, dbias with its.
+    """
+    B, N, D = x.shape
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)  # [B, N, D]
+    dy, bias = None, None
+    update = contiguous_update(update)
+    if update is not None:
+        dy, bias = torch.empty(update.y.shape, device=x.device, dtype=update.y.dtype), update.bias  # [B, N, D], [D]
+    planes = 2 if update is None else 3
     if dx.numel() == 0:
-        return dx, dy, torch.zeros((planes, B, D), device=scale.device, dtype=scale.dtype)
-    config = launch_config("ada_layer_norm_backward", x_new.device, x_new.dtype, width=D)
+        nothing = torch.zeros((planes, B, D), device=scale.device, dtype=scale.dtype)
+        return dx, dy, nothing, None if bias is None else torch.zeros_like(bias)
+    config = launch_config("ada_layer_norm_backward", x.device, x.dtype, width=D)
     chunks = cdiv(N, config["CHUNK"])
-    dtype = scale.dtype if chunks == 1 else torch.float32
-    partials = torch.empty((planes, B, chunks, D), device=scale.device, dtype=dtype)  # [planes, B, chunks, D]
+    dtype = scale.dtype if chunks == 1 and bias is None else torch.float32
+    # [planes and dbias, B, chunks, D]
+    partials = torch.empty((planes + (bias is not None), B, chunks, D), device=scale.device, dtype=dtype)
     launch = backward_launch(
         dh.contiguous(),
         contiguous(dx_new),
-        x_new,
-        contiguous(y),
-        gate,
+        x.contiguous(),
+        update,
         scale,
         stats,
         dx,
         dy,
         partials,
+        deferred=deferred,
         config=config,
     )
     launch.run()
-    if chunks > 1:
-        partials = sum_partials(partials.view(planes * B, chunks, D), scale.dtype)  # [planes·B, D]
-    return dx, dy, partials.view(planes, B, D)
+    modulation = partials[:planes]
+    if dtype != scale.dtype or chunks > 1:
+        modulation = sum_partials(modulation.view(planes * B, chunks, D), scale.dtype)  # [planes·B, D]
+    dbias = None if bias is None else sum_partials(partials[3].view(1, B * chunks, D), bias.dtype).view(D)  # [D]
+    return dx, dy, modulation.view(planes, B, D), dbias

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import choose, rows_unsupported
-from ..checks import check_number, check_operand, check_same, check_shape
+from ..checks import autocast_enabled, check_number, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
 from ..operator import operator
@@ -23,6 +23,14 @@ def promoted(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def normed_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a norm's output. Under autocast it is autocast's: a product reads it, and would cast it first."""
+    dtype, device = promoted(*tensors), tensors[0].device
+    if dtype != torch.float64 and autocast_enabled(device):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
 @operator("ada_layer_norm_forward")
 def _forward(
     x: Tensor,
@@ -32,9 +40,10 @@ def _forward(
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h (B, N, D), its tangent (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2) float32."""
-    from .kernels import norm_forward
+    from .kernels import Tangents, norm_forward
 
     _, h, _, h_dot, stats = norm_forward(
         x,
@@ -42,23 +51,19 @@ def _forward(
         None,
         shift,
         scale,
-        x_dot,
-        None,
-        None,
-        shift_dot,
-        scale_dot,
+        Tangents(x=x_dot, shift=shift_dot, scale=scale_dot),
         eps=eps,
         x_dtype=x.dtype,
-        h_dtype=promoted(x, shift, scale),
+        h_dtype=dtype,
     )
     return h, h.new_empty((0, *h.shape[1:])) if h_dot is None else h_dot, stats
 
 
 @_forward.register_fake
-def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps):  # type: ignore[no-untyped-def]
+def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps, dtype):  # type: ignore[no-untyped-def]
     rows = next((a.shape[0] for a in (x_dot, shift_dot, scale_dot) if a is not None), 0)
     B, N, D = x.shape
-    h = x.new_empty((B, N, D), dtype=promoted(x, shift, scale))
+    h = x.new_empty((B, N, D), dtype=dtype)
     return h, h.new_empty((rows, N, D)), x.new_empty((B, N, 2), dtype=torch.float32)
 
 
@@ -67,7 +72,7 @@ def _backward(dh: Tensor, x: Tensor, scale: Tensor, stats: Tensor) -> tuple[Tens
     """dx (B, N, D) and [dshift, dscale] (2, B, D)."""
     from .kernels import norm_backward
 
-    dx, _, dmodulation = norm_backward(dh, None, x.contiguous(), None, None, scale, stats, x_dtype=x.dtype)
+    dx, _, dmodulation, _ = norm_backward(dh, None, x, None, scale, stats)
     return dx, dmodulation
 
 
@@ -86,9 +91,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, dh, _dh_dot, _dstats):  # type: ignore[no-untyped-def]
     if dh is None:
-        return (None,) * 7
+        return (None,) * 8
     dx, (dshift, dscale) = _backward(dh, *ctx.saved_tensors)
-    return dx, dshift, dscale, *(None,) * 4
+    return dx, dshift, dscale, *(None,) * 5
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -116,7 +121,8 @@ def ada_layer_norm(
         eps: added to the variance, >= 0.
 
     Returns:
-        (B, N, D); a Dual if any argument is one.
+        (B, N, D); a Dual if any argument is one. In the arguments' dtype; under autocast in autocast's, unless they are
+        float64.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -142,7 +148,7 @@ def _run(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) 
         return run_reference(x, shift, scale, eps)
     rows = tangent_rows(*operands)
     dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in operands)
-    h, h_dot, _ = _forward(*map(primal_of, operands), *dots, eps)
+    h, h_dot, _ = _forward(*map(primal_of, operands), *dots, eps, normed_dtype(*primals.values()))
     if not any(isinstance(a, Dual) for a in operands):
         return h
     return Dual(h, None if rows is None else h_dot)
@@ -151,6 +157,7 @@ def _run(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) 
 def run_reference(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
     xp, sp, cp = primal_of(x), primal_of(shift), primal_of(scale)
     y, (x_hat, mean, rstd) = reference.ada_layer_norm(xp, sp, cp, eps)
+    y = y.to(normed_dtype(xp, sp, cp))
     if not any(isinstance(a, Dual) for a in (x, shift, scale)):
         return y
     rows = tangent_rows(x, shift, scale)

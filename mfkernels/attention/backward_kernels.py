@@ -1,4 +1,8 @@
-"""Attention's primal backward from (q, k, v, o, lse): two Triton kernels without atomics."""
+"""Attention's primal backward from (q, k, v, o, lse): two Triton kernels without atomics.
+
+The gradients may be views of one buffer, dqkv [B, N, 3, H, D], of which the kernels also give the sum over the tokens:
+the gradient of the bias of the projection that q, k and v come from.
+"""
 
 # mypy: allow-untyped-defs
 
@@ -20,6 +24,14 @@ from mfkernels.attention.kernels import (
     store_tile,
 )
 from mfkernels.launch import Launch, cdiv, launch_config
+from mfkernels.rowwise import sum_partials
+
+
+@triton.jit
+def store_sum(ptr, tile, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum over the rows of a tile of columns FIRST to FIRST + WIDTH."""
+    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
+    tl.store(ptr + cols, tl.sum(tile, 0), mask=cols < D)
 
 
 @triton.jit
@@ -31,7 +43,8 @@ def _dq_kernel(
     o_ptr,  # [B, N_q, H, D]
     lse_ptr,  # [B, H, N_q] contiguous
     delta_ptr,  # [B, H, N_q] contiguous, written here
-    dq_ptr,  # [B, N_q, H, D] contiguous
+    dq_ptr,  # [B, N_q, H, D], tokens OUT_HEADS · D elements apart
+    partials_ptr,  # [B, SUM_BLOCKS, 3, H, D] float32: sums over a block of tokens; or None
     stride_do_b,  # all strides count vectors of ALIGN elements
     stride_do_n,
     stride_do_h,
@@ -52,6 +65,8 @@ def _dq_kernel(
     N_kv,
     H,
     GROUP,
+    OUT_HEADS,
+    SUM_BLOCKS,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -94,7 +109,7 @@ def _dq_kernel(
     k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN
     v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN
     offs_row = (batch * H + head) * N_q + row_m
-    dq_ptr += ((batch * N_q + row_m) * H + head) * D
+    dq_ptr += ((batch * N_q + row_m) * OUT_HEADS + head) * D
 
     q = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
     do = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
@@ -137,9 +152,17 @@ def _dq_kernel(
         if D_TAIL > 0:
             dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
 
-    store_tile(dq_ptr, H * D, rows_m, left_m, dq * scale, D, 0, D_MAIN)
+    store_tile(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq * scale, D, 0, D_MAIN)
     if D_TAIL > 0:
-        store_tile(dq_ptr, H * D, rows_m, left_m, dq_tail * scale, D, D_MAIN, D_TAIL)
+        store_tile(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq_tail * scale, D, D_MAIN, D_TAIL)
+    if partials_ptr is not None:
+        # where the other kernel has more blocks, the rows past this one's are zero
+        for block in range(block_m, SUM_BLOCKS, num_m):
+            row_ptr = partials_ptr + ((batch * SUM_BLOCKS + block) * 3 * H + head) * D
+            there = tl.where(block == block_m, scale, 0.0)
+            store_sum(row_ptr, dq * there, D, 0, D_MAIN)
+            if D_TAIL > 0:
+                store_sum(row_ptr, dq_tail * there, D, D_MAIN, D_TAIL)
 
 
 @triton.jit
@@ -150,8 +173,9 @@ def _dkdv_kernel(
     v_ptr,  # [B, N_kv, H_kv, D]
     lse_ptr,  # [B, H, N_q] contiguous
     delta_ptr,  # [B, H, N_q] contiguous
-    dk_ptr,  # [B, N_kv, H_kv, D] contiguous
-    dv_ptr,  # [B, N_kv, H_kv, D] contiguous
+    dk_ptr,  # [B, N_kv, H_kv, D], tokens OUT_HEADS · D elements apart
+    dv_ptr,  # [B, N_kv, H_kv, D], the same
+    partials_ptr,  # [B, SUM_BLOCKS, 3, H, D] float32: sums over a block of tokens; or None
     stride_do_b,  # all strides count vectors of ALIGN elements
     stride_do_n,
     stride_do_h,
@@ -169,6 +193,8 @@ def _dkdv_kernel(
     N_kv,
     H,
     GROUP,
+    OUT_HEADS,
+    SUM_BLOCKS,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_TAIL: tl.constexpr,
@@ -203,7 +229,7 @@ def _dkdv_kernel(
         stride_do_n = stride_q_n
     k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN + row_n * stride_k_n
     v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN + row_n * stride_v_n
-    offs_out = ((batch * N_kv + row_n) * H_kv + head_kv) * D
+    offs_out = ((batch * N_kv + row_n) * OUT_HEADS + head_kv) * D
 
     k = load_tile(k_ptr, stride_k_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
     v = load_tile(v_ptr, stride_v_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
@@ -252,11 +278,24 @@ def _dkdv_kernel(
             dv_tail = tl.dot(p_low, do_tail, dv_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
             dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
 
-    store_tile(dk_ptr + offs_out, H_kv * D, rows_n, left_n, dk * scale, D, 0, D_MAIN)
-    store_tile(dv_ptr + offs_out, H_kv * D, rows_n, left_n, dv, D, 0, D_MAIN)
+    dk *= scale
+    store_tile(dk_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dk, D, 0, D_MAIN)
+    store_tile(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv, D, 0, D_MAIN)
     if D_TAIL > 0:
-        store_tile(dk_ptr + offs_out, H_kv * D, rows_n, left_n, dk_tail * scale, D, D_MAIN, D_TAIL)
-        store_tile(dv_ptr + offs_out, H_kv * D, rows_n, left_n, dv_tail, D, D_MAIN, D_TAIL)
+        dk_tail *= scale
+        store_tile(dk_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dk_tail, D, D_MAIN, D_TAIL)
+        store_tile(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv_tail, D, D_MAIN, D_TAIL)
+    if partials_ptr is not None:
+        there = (rows_n < left_n)[:, None]  # [BLOCK_N, 1]; absent keys have gradients that nobody reads
+        first_block = start_n // BLOCK_N
+        for block in range(first_block, SUM_BLOCKS, num_n):
+            row_ptr = partials_ptr + (((batch * SUM_BLOCKS + block) * 3 + 1) * H + head_kv) * D
+            kept = there & (block == first_block)  # [BLOCK_N, 1]
+            store_sum(row_ptr, tl.where(kept, dk, 0.0), D, 0, D_MAIN)
+            store_sum(row_ptr + H * D, tl.where(kept, dv, 0.0), D, 0, D_MAIN)
+            if D_TAIL > 0:
+                store_sum(row_ptr, tl.where(kept, dk_tail, 0.0), D, D_MAIN, D_TAIL)
+                store_sum(row_ptr + H * D, tl.where(kept, dv_tail, 0.0), D, D_MAIN, D_TAIL)
 
 
 def dq_launch(
@@ -268,6 +307,7 @@ def dq_launch(
     lse: Tensor,
     delta: Tensor,
     dq: Tensor,
+    partials: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -277,7 +317,7 @@ def dq_launch(
     """The launch that fills delta and dq."""
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
-    config = config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=N_kv)
+    config = backward_configs(q, k, config)[0]
     return Launch.of(
         _dq_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]) * H * B,),
@@ -291,9 +331,12 @@ def dq_launch(
         lse_ptr=lse,
         delta_ptr=delta,
         dq_ptr=dq,
+        partials_ptr=partials,
         **row_strides(do=do, q=q, k=k, v=v, o=o),
         scale=scale,
         **shape_arguments(q, k),
+        OUT_HEADS=dq.stride(1) // D,
+        SUM_BLOCKS=0 if partials is None else partials.shape[1],
         CAUSAL=causal,
         MASK_N=N_kv % config["BLOCK_N"] != 0,
         LONG_HEAD=long_head(k, v),
@@ -311,6 +354,7 @@ def dkdv_launch(
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
+    partials: Tensor | None = None,
     *,
     scale: float,
     causal: bool,
@@ -320,7 +364,7 @@ def dkdv_launch(
     """The launch that fills dk and dv; delta comes from the launch above."""
     B, N_q, _, D = q.shape
     N_kv, H_kv = k.shape[1:3]
-    config = config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=N_q)
+    config = backward_configs(q, k, None, config)[1]
     return Launch.of(
         _dkdv_kernel,
         lambda config: (cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
@@ -334,9 +378,12 @@ def dkdv_launch(
         delta_ptr=delta,
         dk_ptr=dk,
         dv_ptr=dv,
+        partials_ptr=partials,
         **row_strides(do=do, q=q, k=k, v=v),
         scale=scale,
         **shape_arguments(q, k),
+        OUT_HEADS=dk.stride(1) // D,
+        SUM_BLOCKS=0 if partials is None else partials.shape[1],
         CAUSAL=causal,
         MASK_M=N_q % config["BLOCK_M"] != 0,
         LONG_HEAD=long_head(q, do),
@@ -366,6 +413,71 @@ def attention_backward(
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)  # [B, N_kv, H_kv, D]
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
+    configs = backward_configs(q, k, dq_config, dkdv_config)
+    _run(do, q, k, v, o, lse, dq, dk, dv, None, scale=scale, causal=causal, precision=precision, configs=configs)
+    return dq, dk, dv
+
+
+def packed_backward(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    precision: str,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """dqkv [B, N, 3, H, D] of qkv without a mask, and with `bias_dtype` its sum over batch and tokens, [3 · H · D]."""
+    B, N, _, H, D = qkv.shape
+    q, k, v = qkv.unbind(2)  # [B, N, H, D] each
+    require_supported(q, k, scale)
+    dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)  # [B, N, 3, H, D]
+    if dqkv.numel() == 0:
+        return dqkv, None if bias_dtype is None else torch.zeros(3 * H * D, device=qkv.device, dtype=bias_dtype)
+    configs, partials = backward_configs(q, k), None
+    if bias_dtype is not None:
+        blocks = max(cdiv(N, configs[0]["BLOCK_M"]), cdiv(N, configs[1]["BLOCK_N"]))
+        # [B, blocks, 3, H, D]
+        partials = torch.empty((B, blocks, 3, H, D), device=qkv.device, dtype=torch.float32)
+    dq, dk, dv = dqkv.unbind(2)  # [B, N, H, D] each
+    _run(do, q, k, v, o, lse, dq, dk, dv, partials, scale=scale, causal=False, precision=precision, configs=configs)
+    if partials is None or bias_dtype is None:
+        return dqkv, None
+    return dqkv, sum_partials(partials.view(1, -1, 3 * H * D), bias_dtype).view(-1)
+
+
+def backward_configs(
+    q: Tensor,
+    k: Tensor,
+    dq_config: Mapping[str, int] | None = None,
+    dkdv_config: Mapping[str, int] | None = None,
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Of the dq and of the dk, dv kernel: what is given, else the table's."""
+    D = q.shape[3]
+    return (
+        dq_config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=k.shape[1]),
+        dkdv_config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=q.shape[1]),
+    )
+
+
+def _run(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    partials: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    precision: str,
+    configs: tuple[Mapping[str, int], Mapping[str, int]],
+) -> None:
     do, q, k, v, o = (as_rows(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()  # [B, H, N_q]
     delta = torch.empty_like(lse)  # [B, H, N_q]
@@ -378,10 +490,11 @@ def attention_backward(
         lse,
         delta,
         dq,
+        partials,
         scale=scale,
         causal=causal,
         precision=precision,
-        config=dq_config,
+        config=configs[0],
     ).run()
     dkdv_launch(
         do,
@@ -392,9 +505,9 @@ def attention_backward(
         delta,
         dk,
         dv,
+        partials,
         scale=scale,
         causal=causal,
         precision=precision,
-        config=dkdv_config,
+        config=configs[1],
     ).run()
-    return dq, dk, dv

@@ -3,8 +3,9 @@ from __future__ import annotations
 from torch import nn
 
 from ..dual import TensorOrDual, dual_aware, linear_map, split_map
-from ..linear import Linear
+from ..linear import Linear, linear
 from .op import attention
+from .projected import projected_attention
 
 
 @dual_aware
@@ -28,9 +29,12 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: TensorOrDual) -> TensorOrDual:
-        H, d = self.num_heads, x.shape[-1] // self.num_heads
-        qkv = self.qkv(x)  # [B, N, 3·D]
-        q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d] each, views
-        o = attention(q, k, v)  # [B, N, H, d]
-        return self.proj(linear_map(lambda a: a.flatten(2), o))  # [B, N, D]
+    def forward(self, x: TensorOrDual, *, add_bias: bool = True) -> TensorOrDual:
+        """(B, N, D); without `add_bias` before the bias of `proj`, which the caller adds (see `ResidualStream`)."""
+        if type(self.qkv) is Linear:
+            o = projected_attention(x, self.qkv.weight, self.qkv.bias, self.num_heads)  # [B, N, D]
+        else:  # one that was put in its place
+            H, d = self.num_heads, x.shape[-1] // self.num_heads
+            q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), self.qkv(x))  # [B, N, H, d] each
+            o = linear_map(lambda a: a.flatten(2), attention(q, k, v))  # [B, N, D]
+        return self.proj(o) if add_bias else linear(o, self.proj.weight)

@@ -15,11 +15,10 @@ from .backward import attention_backward_by, choose_backward
 from .limits import unsupported
 
 # ------------------------------------------------------------------------------------------- operators and their rules
-# torch.compile keeps each of them whole.
 
 
 @operator("attention_forward")
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -58,12 +57,12 @@ def _forward(
             v_dot,
             scale=scale,
             causal=is_causal,
-            precision=_product_precision(q),
+            precision=product_precision(q),
         )
     return o, o.new_empty((0, *o.shape[1:])) if o_dot is None else o_dot, lse
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton", backward="triton"):  # type: ignore[no-untyped-def]
     rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
     B, N_q, H, _d = q.shape
@@ -99,7 +98,7 @@ def _backward(
         lse,
         scale=scale,
         causal=is_causal,
-        precision=_product_precision(q),
+        precision=product_precision(q),
     )
 
 
@@ -123,10 +122,10 @@ def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
     return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal, ctx.backward), *(None,) * 7
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
-def _product_precision(q: Tensor) -> str:
+def product_precision(q: Tensor) -> str:
     """Products of float32 operands are exact unless the user asked PyTorch for TF32."""
     if q.dtype != torch.float32:
         return "ieee"
@@ -209,6 +208,29 @@ def _autocast(x: TensorOrDual) -> TensorOrDual:
     return x if x.dtype == torch.float64 else linear_map(lambda a: a.to(dtype), x)
 
 
+def choose_backends(q: Tensor, k: Tensor, scale: float, *, is_causal: bool) -> tuple[str, str]:
+    """The backends of the forward and of the backward of a call."""
+    backend = choose(
+        "attention",
+        q.device,
+        {
+            "triton": lambda: _triton_unsupported(q, k, scale),
+            "cuda": lambda: cuda.unsupported(q, scale),
+        },
+        on_request=("cuda",),  # it has not run on a GPU yet
+    )
+    asked = requested_part("attention_backward")
+    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
+    if asked is None or not torch.is_grad_enabled():
+        return backend, "triton"
+    if backend == "reference":
+        raise NotImplementedError(
+            f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
+            "this call: ask for one of them too (their message says what they cannot do), or leave it out"
+        )
+    return backend, choose_backward(asked, q, k, causal=is_causal)
+
+
 def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
     if autocast_enabled(q.device):
         q, k, v = (_autocast(a) for a in (q, k, v))
@@ -218,27 +240,10 @@ def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_cau
     qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
     dual = any(isinstance(a, Dual) for a in (q, k, v))
     rows = tangent_rows(q, k, v)
-    backend = choose(
-        "attention",
-        qp.device,
-        {
-            "triton": lambda: _triton_unsupported(qp, kp, scale),
-            "cuda": lambda: cuda.unsupported(qp, scale),
-        },
-        on_request=("cuda",),  # it has not run on a GPU yet
-    )
-    backward, asked = "triton", requested_part("attention_backward")
-    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
-    if asked is not None and torch.is_grad_enabled():
-        if backend == "reference":
-            raise NotImplementedError(
-                f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
-                "this call: ask for one of them too (their message says what they cannot do), or leave it out"
-            )
-        backward = choose_backward(asked, qp, kp, causal=is_causal)
+    backend, backward = choose_backends(qp, kp, scale, is_causal=is_causal)
     if backend != "reference":
         dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
-        o, o_dot, _ = _forward(qp, kp, vp, *dots, scale, is_causal, backend, backward)
+        o, o_dot, _ = forward(qp, kp, vp, *dots, scale, is_causal, backend, backward)
         return Dual(o, None if rows is None else o_dot) if dual else o
 
     o = reference.attention(qp, kp, vp, scale, is_causal)

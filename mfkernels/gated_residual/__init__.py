@@ -1,3 +1,4 @@
 from .op import gated_residual, gated_residual_ada_layer_norm
+from .stream import ResidualStream
 
-__all__ = ["gated_residual", "gated_residual_ada_layer_norm"]
+__all__ = ["ResidualStream", "gated_residual", "gated_residual_ada_layer_norm"]

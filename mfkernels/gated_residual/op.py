@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ada_layer_norm.op import check_ada_layer_norm, promoted
+from ..ada_layer_norm.op import check_ada_layer_norm, normed_dtype, promoted
 from ..ada_layer_norm.op import run_reference as ada_layer_norm_reference
 from ..backend import choose, rows_unsupported
-from ..checks import check_operand, check_same, check_shape
+from ..checks import check_constant, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
 from ..operator import operator
@@ -71,11 +71,21 @@ def _backward_rule(ctx, dout, _dout_dot):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
+# The update followed by a norm. `defer` leaves out writing the sum: the next update makes it again, from x and this
+# update's y, gate and bias, which it calls the base. `seen` is what this one returned in the sum's place, and carries
+# the sum's gradient from that update to this one.
+
+
 @operator("gated_residual_ada_layer_norm_forward")
 def _norm_forward(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    base_y: Tensor | None,
+    base_gate: Tensor | None,
+    base_bias: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     x_dot: Tensor | None,
@@ -84,24 +94,26 @@ def _norm_forward(
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
+    defer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x_new and h (B, N, D), their tangents (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2)."""
-    from ..ada_layer_norm.kernels import norm_forward
+    """x_new and h (B, N, D), their tangents (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2).
+
+    x_dot is that of the sum with the base, which is written in any case. With `defer` x_new is NaN without memory.
+    """
+    from ..ada_layer_norm.kernels import Tangents, Update, norm_forward
 
     x_new, h, x_new_dot, h_dot, stats = norm_forward(
         x,
-        y,
-        gate,
+        Update(y, gate, bias),
+        None if base_y is None or base_gate is None else Update(base_y, base_gate, base_bias),
         shift,
         scale,
-        x_dot,
-        y_dot,
-        gate_dot,
-        shift_dot,
-        scale_dot,
+        Tangents(x_dot, y_dot, gate_dot, shift_dot, scale_dot),
         eps=eps,
         x_dtype=promoted(x, y, gate),
-        h_dtype=promoted(x, y, gate, shift, scale),
+        h_dtype=dtype,
+        defer=defer,
     )
     assert x_new is not None
     if x_new_dot is None or h_dot is None:
@@ -110,11 +122,14 @@ def _norm_forward(
 
 
 @_norm_forward.register_fake
-def _(x, y, gate, shift, scale, x_dot, y_dot, gate_dot, shift_dot, scale_dot, eps):  # type: ignore[no-untyped-def]
-    rows = _rows(x_dot, y_dot, gate_dot, shift_dot, scale_dot)
+def _(  # type: ignore[no-untyped-def]
+    x, y, gate, bias, seen, base_y, base_gate, base_bias, shift, scale, *dots_and_rest
+):
+    *dots, _eps, dtype, defer = dots_and_rest
+    rows = _rows(*dots)
     B, N, D = x.shape
-    x_new = x.new_empty((B, N, D), dtype=promoted(x, y, gate))
-    h = x.new_empty((B, N, D), dtype=promoted(x, y, gate, shift, scale))
+    x_new = x.new_empty((1, 1, 1) if defer else (B, N, D), dtype=promoted(x, y, gate)).expand(B, N, D)
+    h = x.new_empty((B, N, D), dtype=dtype)
     stats = x.new_empty((B, N, 2), dtype=torch.float32)
     return x_new, h, x_new.new_empty((rows, N, D)), h.new_empty((rows, N, D)), stats
 
@@ -123,41 +138,65 @@ def _(x, y, gate, shift, scale, x_dot, y_dot, gate_dot, shift_dot, scale_dot, ep
 def _norm_backward(
     dh: Tensor,
     dx_new: Tensor | None,
-    x_new: Tensor,
+    x: Tensor,
     y: Tensor,
     gate: Tensor,
+    bias: Tensor | None,
     scale: Tensor,
     stats: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dy (B, N, D) and [dshift, dscale, dgate] (3, B, D)."""
-    from ..ada_layer_norm.kernels import norm_backward
+    deferred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx and dy (B, N, D), [dshift, dscale, dgate] (3, B, D) and dbias (D,), or (0,) without a bias.
 
-    dx, dy, dmodulation = norm_backward(dh, dx_new, x_new, y, gate, scale, stats, x_dtype=x_new.dtype)
+    x is what was normed; with `deferred` what was updated.
+    """
+    from ..ada_layer_norm.kernels import Update, norm_backward
+
+    dx, dy, dmodulation, dbias = norm_backward(
+        dh,
+        dx_new,
+        x,
+        Update(y, gate, bias),
+        scale,
+        stats,
+        deferred=deferred,
+    )
     assert dy is not None
-    return dx, dy, dmodulation
+    return dx, dy, dmodulation, dy.new_empty(0) if dbias is None else dbias
 
 
 @_norm_backward.register_fake
-def _(dh, dx_new, x_new, y, gate, scale, stats):  # type: ignore[no-untyped-def]
-    return x_new.new_empty(x_new.shape), y.new_empty(y.shape), scale.new_empty((3, *scale.shape))
+def _(dh, dx_new, x, y, gate, bias, scale, stats, deferred):  # type: ignore[no-untyped-def]
+    dbias = y.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty((3, *scale.shape)), dbias
 
 
 def _norm_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, y, gate, _, scale, *_ = inputs
+    x, y, gate, bias, seen, _, _, _, _, scale, *_, ctx.deferred = inputs
     x_new, _, x_new_dot, h_dot, stats = output
+    ctx.seen = seen is not None
     ctx.mark_non_differentiable(x_new_dot, h_dot, stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_new, y, gate, scale, stats)  # nothing of the tangents
+    # nothing of the tangents, nor of the base: its gradients come from the update that it was
+    ctx.save_for_backward(x if ctx.deferred else x_new, y, gate, bias, scale, stats)
 
 
 def _norm_backward_rule(ctx, dx_new, dh, *_):  # type: ignore[no-untyped-def]
-    x_new, y, gate, scale, stats = ctx.saved_tensors
-    if dh is None:
-        if dx_new is None:
-            return (None,) * 11
-        return dx_new, *_backward(dx_new, y, gate), *(None,) * 8
-    dx, dy, (dshift, dscale, dgate) = _norm_backward(dh, dx_new, x_new, y, gate, scale, stats)
-    return dx, dy, dgate, dshift, dscale, *(None,) * 6
+    x, y, gate, bias, scale, stats = ctx.saved_tensors
+    if dh is not None:
+        dx, dy, (dshift, dscale, dgate), dbias = _norm_backward(
+            dh, dx_new, x, y, gate, bias, scale, stats, ctx.deferred
+        )
+    elif dx_new is not None:  # the norm was not used
+        dx, dshift, dscale = dx_new, None, None
+        dy, dgate = _backward(dx_new, y if bias is None else y + bias, gate)
+        dbias = None if bias is None else (dx_new * gate.unsqueeze(1)).sum((0, 1)).to(bias.dtype)
+        dy = dy.to(y.dtype)
+    else:
+        return (None,) * 18
+    to_x, to_seen = (None, dx) if ctx.seen else (dx, None)
+    dbias = None if bias is None else dbias
+    return to_x, dy, dgate, dbias, to_seen, None, None, None, dshift, dscale, *(None,) * 8
 
 
 _norm_forward.register_autograd(_norm_backward_rule, setup_context=_norm_setup_context)
@@ -166,14 +205,16 @@ _norm_forward.register_autograd(_norm_backward_rule, setup_context=_norm_setup_c
 # ------------------------------------------------------------------------------------------------ the public functions
 
 
-def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:
-    """The residual update of an adaLN-Zero block (arXiv 2212.09748, §3.2): x + gate·y.
+def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, *, bias: Tensor | None = None) -> TensorOrDual:
+    """The residual update of an adaLN-Zero block (arXiv 2212.09748, §3.2): x + gate·(y + bias).
 
-    Tangent: ẋ + gate_dot·y + gate·ẏ; under `torch.func.jvp` or `forward_ad` the same rule serves plain tensors.
+    Tangent: ẋ + gate_dot·(y + bias) + gate·ẏ; under `torch.func.jvp` or `forward_ad` the same rule serves plain
+    tensors.
 
     Args:
         x, y: (B, N, D) tensors or Duals.
         gate: (B, D) tensor or Dual; a view with any strides.
+        bias: (D,), added to `y` first; any float dtype.
 
     Returns:
         (B, N, D); a Dual if any argument is one.
@@ -182,8 +223,8 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> Tens
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    _check(x, y, gate)
-    return bridge_forward_mode("gated_residual", _run, x, y, gate)
+    _check(x, y, gate, bias)
+    return bridge_forward_mode("gated_residual", partial(_run, bias=bias), x, y, gate)
 
 
 def gated_residual_ada_layer_norm(
@@ -193,6 +234,7 @@ def gated_residual_ada_layer_norm(
     shift: TensorOrDual,
     scale: TensorOrDual,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[TensorOrDual, TensorOrDual]:
     """A block's residual update and the adaptive layer norm that follows it, in one pass over the residual stream.
@@ -200,23 +242,37 @@ def gated_residual_ada_layer_norm(
     Args:
         x, y: (B, N, D) tensors or Duals.
         gate, shift, scale: (B, D) tensors or Duals; views with any strides.
+        bias: (D,), added to `y` first: that of the layer that made it, whose gradient this pass sums up; any float
+            dtype.
         eps: added to the variance, >= 0.
 
     Returns:
-        `(x + gate·y, ada_layer_norm(x + gate·y, shift, scale))`, both (B, N, D). Each is a Dual if an argument that it
-        depends on is one.
+        `(x + gate·(y + bias), ada_layer_norm(x + gate·(y + bias), shift, scale))`, both (B, N, D). Each is a Dual if an
+        argument that it depends on is one.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        NotImplementedError: the backend that was asked for cannot serve the call; `bias` has a tangent.
     """
-    _check(x, y, gate)
-    eps = check_ada_layer_norm(x, shift, scale, eps)
-    run = partial(_run_norm, eps=eps)
+    eps = check_update_and_norm(x, y, gate, bias, shift, scale, eps)
+    run = partial(_run_norm, bias=bias, eps=eps)
     return bridge_forward_mode("gated_residual_ada_layer_norm", run, x, y, gate, shift, scale)
 
 
-def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> None:
+def check_update_and_norm(
+    x: TensorOrDual,
+    y: TensorOrDual,
+    gate: TensorOrDual,
+    bias: Tensor | None,
+    shift: TensorOrDual,
+    scale: TensorOrDual,
+    eps: float,
+) -> float:
+    _check(x, y, gate, bias)
+    return check_ada_layer_norm(x, shift, scale, eps)
+
+
+def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None) -> None:
     check_operand("x", x, 3)
     check_operand("y", y, 3)
     check_shape("y", y, tuple(x.shape), "(B, N, D) of x")
@@ -224,9 +280,13 @@ def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> None:
     check_operand("gate", gate, 2)
     check_shape("gate", gate, (x.shape[0], x.shape[2]), "(B, D) of x")
     check_same("gate", gate, "x", x)
+    if bias is not None:
+        check_constant("bias", bias, x.shape[-1:], "(D,) of x", x)
 
 
-def _run(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:
+def _run(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None) -> TensorOrDual:
+    if bias is not None:
+        y = _with_bias(y, bias)
     operands = (x, y, gate)
     primals = {"x": primal_of(x), "y": primal_of(y), "gate": primal_of(gate)}
     if choose("gated_residual", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
@@ -245,25 +305,59 @@ def _run_norm(
     gate: TensorOrDual,
     shift: TensorOrDual,
     scale: TensorOrDual,
+    bias: Tensor | None,
     eps: float,
 ) -> tuple[TensorOrDual, TensorOrDual]:
-    operands = (x, y, gate, shift, scale)
-    primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=True))
-    serves = {"triton": lambda: rows_unsupported(**primals)}
-    if choose("gated_residual_ada_layer_norm", x.device, serves) == "reference":
-        x_new = _run_reference(x, y, gate)
+    if choose_norm(x, y, gate, shift, scale) == "reference":
+        x_new = _run_reference(x, y if bias is None else _with_bias(y, bias), gate)
         return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
+    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps)
+
+
+def _with_bias(y: TensorOrDual, bias: Tensor) -> TensorOrDual:
+    added = (primal_of(y) + bias).to(y.dtype)  # [B, N, D]
+    return Dual(added, y.tangent) if isinstance(y, Dual) else added
+
+
+def choose_norm(*operands: TensorOrDual) -> str:
+    """The backend of an update and norm of (x, y, gate, shift, scale), or of the first few of these."""
+    primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=False))
+    serves = {"triton": lambda: rows_unsupported(**primals)}
+    return choose("gated_residual_ada_layer_norm", operands[0].device, serves)
+
+
+def update_and_norm(
+    x: TensorOrDual,
+    y: TensorOrDual,
+    gate: TensorOrDual,
+    bias: Tensor | None,
+    shift: TensorOrDual,
+    scale: TensorOrDual,
+    *,
+    eps: float,
+    seen: TensorOrDual | None = None,
+    base: tuple[TensorOrDual, TensorOrDual, Tensor | None] = (None, None, None),  # type: ignore[assignment]
+    defer: bool = False,
+) -> tuple[TensorOrDual, TensorOrDual]:
+    """The Triton kernels' x_new and h; of `seen`, `base` and `defer` see the operator."""
+    sum_of = x if seen is None else seen  # whose tangent is the stream's
+    operands = (sum_of, y, gate, shift, scale)
     rows = tangent_rows(*operands)
     dots = (None,) * 5 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
-    x_new, h, x_new_dot, h_dot, _ = _norm_forward(*map(primal_of, operands), *dots, eps)
+    xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
+    before = (primal_of(seen), *(None if a is None else primal_of(a).detach() for a in base))
+    if seen is not None:
+        xp = xp.detach()
+    dtype = normed_dtype(xp, yp, gp, sp, cp)
+    x_new, h, x_new_dot, h_dot, _ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *dots, eps, dtype, defer)
     if not any(isinstance(a, Dual) for a in operands):
         return x_new, h
-    if rows is None:
-        return (Dual(x_new) if any(isinstance(a, Dual) for a in operands[:3]) else x_new), Dual(h)
-    moved = tangent_rows(x, y, gate)  # x_new has the tangent rows of its own arguments alone, as in the reference
-    if moved is None:
-        return (Dual(x_new) if any(isinstance(a, Dual) for a in operands[:3]) else x_new), Dual(h, h_dot)
-    return Dual(x_new, x_new_dot[:moved]), Dual(h, h_dot)
+    # x_new has the tangent rows of its own arguments alone, as in the reference
+    moved = tangent_rows(sum_of, y, gate)
+    if moved is not None:
+        return Dual(x_new, x_new_dot[:moved]), Dual(h, h_dot)
+    x_new = Dual(x_new) if any(isinstance(a, Dual) for a in operands[:3]) else x_new
+    return x_new, Dual(h, None if rows is None else h_dot)
 
 
 def _run_reference(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:

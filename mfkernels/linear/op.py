@@ -1,13 +1,70 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_operand, check_parameter, check_shape
-from ..dual import Dual, TensorOrDual
+from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import plain_forward_mode
+from ..operator import operator, runs_plainly
+from ..products import in_dtype, product_dtype, weight_gradient
 from . import reference
+
+# ------------------------------------------------------------------------------------------- operator and its rules
+# Under autocast in eager alone: elsewhere PyTorch's own function does as well, and a compiler sees into it.
+
+
+@operator("linear_forward")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_dot: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y (B, …, D_out), its tangent (B_t, …, D_out), B_t = 0 without one; x, weight in `dtype`, (0,) if given so."""
+    with torch.autocast(x.device.type, enabled=False):
+        x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
+        y = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, …, D_out]
+        y_dot = y.new_empty((0, *y.shape[1:])) if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)
+    return y, y_dot, x_low if x_low is not x else y.new_empty(0), low if low is not weight else y.new_empty(0)
+
+
+@_forward.register_fake
+def _(x, weight, bias, x_dot, dtype):  # type: ignore[no-untyped-def]
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    y_dot = y.new_empty((0 if x_dot is None else x_dot.shape[0], *y.shape[1:]))
+    return y, y_dot, *(y.new_empty(0 if a.dtype == dtype else a.shape) for a in (x, weight))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bias, _, dtype = inputs
+    _, y_dot, *low = output
+    ctx.mark_non_differentiable(y_dot, *low)
+    ctx.set_materialize_grads(False)
+    ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, weight.dtype
+    # nothing of the tangent
+    ctx.save_for_backward(*(a if a.dtype == dtype else b for a, b in zip((x, weight), low, strict=True)))
+
+
+def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 5
+    x, weight = ctx.saved_tensors
+    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+    rows = dy.flatten(0, -2)  # [B·…, D_out]
+    with torch.autocast(dy.device.type, enabled=False):
+        dx = dy @ weight if to_x else None  # [B, …, D_in]
+        dweight = weight_gradient(rows, x.flatten(0, -2), ctx.dtype) if to_weight else None  # [D_out, D_in]
+        dbias = rows.sum(0, dtype=ctx.bias_dtype) if to_bias else None  # [D_out]
+    return dx, dweight, dbias, None, None
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+# ------------------------------------------------------------------------------------------------- the public function
 
 
 def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> TensorOrDual:
@@ -38,6 +95,13 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _run(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> TensorOrDual:
+    xp = primal_of(x)
+    dtype = product_dtype(xp)
+    if dtype != weight.dtype and xp.ndim > 1 and torch.is_grad_enabled() and runs_plainly(xp, weight, bias):
+        y, y_dot, *_ = _forward(xp, weight, bias, x.tangent if isinstance(x, Dual) else None, dtype)
+        if not isinstance(x, Dual):
+            return y
+        return Dual(y, None if x.tangent is None else y_dot)
     if not isinstance(x, Dual):
         return reference.linear(x, weight, bias)
     y = reference.linear(x.primal, weight, bias)

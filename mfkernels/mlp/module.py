@@ -20,5 +20,6 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, in_features)
 
-    def forward(self, x: TensorOrDual) -> TensorOrDual:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+    def forward(self, x: TensorOrDual, *, add_bias: bool = True) -> TensorOrDual:
+        """(B, …, D); without `add_bias` before the bias of `fc2`, which the caller adds (see `ResidualStream`)."""
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias if add_bias else None)

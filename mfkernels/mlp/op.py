@@ -9,73 +9,99 @@ from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import bridge_forward_mode, refuse_tangent
 from ..operator import operator
+from ..products import in_dtype, product_dtype, weight_gradient
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
-# The first product is PyTorch's own. Bias, GELU and the second product are one op, so that the backward may keep the
-# pre-activation alone: a plain MLP keeps the activation as well, D_hidden numbers a token.
+# One op from end to end, so that the backward may keep the pre-activation alone: a plain MLP keeps the activation as
+# well, D_hidden numbers a token. Under autocast the weights are cast here, and their gradients are not.
 
 
-@operator("gelu_linear_forward")
+@operator("mlp_forward")
 def _forward(
-    h: Tensor,
+    x: Tensor,
+    w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    h_dot: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """gelu(h + b1) W₂ᵀ + b2 (M, D_out) of h (M, D_hidden), and its tangent (M_t, D_out), M_t = 0 without one."""
+    x_dot: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ (M, D_out) of x (M, D_in), its tangent (M_t, D_out), M_t = 0 without one.
+
+    Then what the backward reads: x and W₁, W₂ in `dtype`, each (0,) where it is given in that, and x W₁ᵀ (M, D_hidden).
+    """
     from .kernels import gelu_forward
 
-    with torch.autocast(h.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
+        x_low, w1_low, w2_low = (in_dtype(a, dtype) for a in (x, w1, w2))
+        h = F.linear(x_low, w1_low)  # [M, D_hidden]
+        h_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), w1_low)  # [M_t, D_hidden]
         a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
-        y = F.linear(a, w2, b2)  # [M, D_out]
-        return y, y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2)
+        y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
+        y_dot = y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
+    lows = [y.new_empty(0) if low is a else low for low, a in ((x_low, x), (w1_low, w1), (w2_low, w2))]
+    return y, y_dot, h, lows[0], lows[1], lows[2]
 
 
 @_forward.register_fake
-def _(h, b1, w2, b2, h_dot):  # type: ignore[no-untyped-def]
-    rows = 0 if h_dot is None else h_dot.shape[0]
-    return h.new_empty((h.shape[0], w2.shape[0])), h.new_empty((rows, w2.shape[0]))
+def _(x, w1, b1, w2, b2, x_dot, dtype):  # type: ignore[no-untyped-def]
+    rows = 0 if x_dot is None else x_dot.shape[0]
+    y, h = (x.new_empty((x.shape[0], w.shape[0]), dtype=dtype) for w in (w2, w1))
+    return (
+        y,
+        y.new_empty((rows, w2.shape[0])),
+        h,
+        *(y.new_empty(0 if a.dtype == dtype else a.shape) for a in (x, w1, w2)),
+    )
 
 
-@operator("gelu_linear_backward")
+@operator("mlp_backward")
 def _backward(
     dy: Tensor,
+    x: Tensor,
     h: Tensor,
+    w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     has_b2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dh (M, D_hidden), db1, dw2 and db2; the gradient of a bias that is not there has no elements."""
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx (M, D_in), dw1, db1, dw2 and db2, the weights' in `dtype`; of a bias that is not there (0,)."""
     from .kernels import gelu_backward
 
-    with torch.autocast(h.device.type, enabled=False):
-        a, dh, db1 = gelu_backward(h, b1, dy @ w2)
-        db2 = dy.sum(0) if has_b2 else dy.new_empty(0)  # [D_out]
-        return dh, dy.new_empty(0) if db1 is None else db1, dy.mT @ a, db2
+    with torch.autocast(x.device.type, enabled=False):
+        a, dh, db1 = gelu_backward(h, b1, dy @ w2)  # [M, D_hidden] both
+        dw2 = weight_gradient(dy, a, dtype)  # [D_out, D_hidden]
+        db2 = dy.sum(0, dtype=dtype) if has_b2 else dy.new_empty(0)  # [D_out]
+        dx, dw1 = dh @ w1, weight_gradient(dh, x, dtype)  # [M, D_in], [D_hidden, D_in]
+        return dx, dw1, dy.new_empty(0) if db1 is None else db1, dw2, db2
 
 
 @_backward.register_fake
-def _(dy, h, b1, w2, has_b2):  # type: ignore[no-untyped-def]
+def _(dy, x, h, w1, b1, w2, has_b2, dtype):  # type: ignore[no-untyped-def]
     db1 = dy.new_empty(0) if b1 is None else b1.new_empty(b1.shape)
-    return h.new_empty(h.shape), db1, w2.new_empty(w2.shape), dy.new_empty(dy.shape[1] if has_b2 else 0)
+    dw1, dw2 = (w.new_empty(w.shape, dtype=dtype) for w in (w1, w2))
+    return dy.new_empty(x.shape), dw1, db1, dw2, dy.new_empty(dy.shape[1] if has_b2 else 0, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    h, b1, w2, b2, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    x, w1, b1, w2, b2, _, dtype = inputs
+    _, y_dot, h, *low = output
+    ctx.mark_non_differentiable(y_dot, h, *low)
     ctx.set_materialize_grads(False)
     ctx.has_b2 = b2 is not None
-    ctx.save_for_backward(h, b1, w2)  # nothing of the tangent
+    ctx.dtype = w1.dtype
+    x, w1, w2 = (a if a.dtype == dtype else b for a, b in zip((x, w1, w2), low, strict=True))
+    ctx.save_for_backward(x, h, w1, b1, w2)  # nothing of the tangent
 
 
-def _backward_rule(ctx, dy, _dy_dot):  # type: ignore[no-untyped-def]
+def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 5
-    h, b1, w2 = ctx.saved_tensors
-    dh, db1, dw2, db2 = _backward(dy, h, b1, w2, ctx.has_b2)
-    return dh, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None, None
+        return (None,) * 7
+    x, h, w1, b1, w2 = ctx.saved_tensors
+    dx, dw1, db1, dw2, db2 = _backward(dy, x, h, w1, b1, w2, ctx.has_b2, ctx.dtype)
+    return dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None, None, None
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -131,13 +157,9 @@ def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     xp = primal_of(x)
     if choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp)}) == "reference":
         return _run_reference(x, w1, b1, w2, b2)
-    h = F.linear(xp, w1).flatten(0, -2)  # [M, D_hidden], M = B·…
-    h_dot = None
-    if isinstance(x, Dual) and x.tangent is not None:
-        with torch.no_grad():
-            h_dot = F.linear(x.tangent, w1).flatten(0, -2)  # [M_t, D_hidden]
-    # under autocast h is in its dtype and the parameters are not; b1 is added in float32 as it is
-    y, y_dot = _forward(h, b1, w2.to(h.dtype), None if b2 is None else b2.to(h.dtype), h_dot)
+    dtype = product_dtype(xp)
+    x_dot = x.tangent.flatten(0, -2) if isinstance(x, Dual) and x.tangent is not None else None  # [M_t, D_in]
+    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, dtype)  # M = B·…
     y = y.unflatten(0, xp.shape[:-1])  # [B, …, D_out]
     if not isinstance(x, Dual):
         return y

@@ -103,8 +103,10 @@ def test_forward_mode_keeps_the_choice(transform, monkeypatch):
 def test_the_operator_of_the_backward_obeys_pytorchs_rules():
     primals, _ = inputs(Case(9, 9, 8, B=2), torch.float32)
     with torch.no_grad():
-        o, _, lse = op._forward(*primals, None, None, None, 0.3, True)
-    torch.library.opcheck(op._backward.custom_op, (draw(tuple(o.shape), o.dtype, 7), *primals, o, lse, 0.3, True, "flash"))
+        o, _, lse = op.forward(*primals, None, None, None, 0.3, True)
+    torch.library.opcheck(
+        op._backward.custom_op, (draw(tuple(o.shape), o.dtype, 7), *primals, o, lse, 0.3, True, "flash")
+    )
 
 
 def test_a_request_that_cannot_be_served_is_an_error_where_a_gradient_is_wanted():

@@ -205,7 +205,7 @@ def test_public_function(is_causal: bool, scale: float | None, forward: Forward)
 def test_opcheck(forward: Forward) -> None:
     primals, tangents = inputs(Case(9, 9, 64, B=2), torch.float16)
     for dots in (tangents, [None, None, None]):
-        torch.library.opcheck(op._forward.custom_op, (*primals, *dots, 0.125, False, "cuda"))
+        torch.library.opcheck(op.forward.custom_op, (*primals, *dots, 0.125, False, "cuda"))
 
 
 def test_a_block_compiles_as_one_graph_with_attention_alone_on_cuda(forward: Forward) -> None:

@@ -58,7 +58,7 @@ def test_opcheck():
     q, k, v = leaves(2, 9, 2, 8)
     dots = [torch.randn(1, 9, 2, 8, device=DEVICE) for _ in range(3)]
     for tangents in (dots, [None, None, None], [None, dots[1], None]):
-        torch.library.opcheck(op._forward.custom_op, (q, k, v, *tangents, 0.3, False))
+        torch.library.opcheck(op.forward.custom_op, (q, k, v, *tangents, 0.3, False))
     with torch.no_grad():
         o, _, lse = op._forward(q, k, v, None, None, None, 0.3, True)
         saved = [a.detach() for a in (torch.randn_like(o), q, k, v, o, lse)]

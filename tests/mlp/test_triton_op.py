@@ -78,13 +78,16 @@ def low(inputs):
 
 def test_opcheck():
     inputs = low(make(7, 5, hidden=12))
-    h = torch.randn(7, 12, device=DEVICE)
-    b1, w2, b2 = (inputs[name] for name in ("b1", "w2", "b2"))
+    x, w1, b1, w2, b2 = (inputs[name] for name in ("x", "w1", "b1", "w2", "b2"))
+    x, h, dy = x.flatten(0, -2), torch.randn(7, 12, device=DEVICE), torch.randn(7, 5, device=DEVICE)
+    x = x[:7]
     for biases in ((b1, b2), (None, None), (b1, None)):
-        leaves = [a if a is None else a.detach().requires_grad_() for a in (h, biases[0], w2, biases[1])]
-        for h_dot in (torch.randn(3, 12, device=DEVICE), None):
-            torch.library.opcheck(op._forward.custom_op, (*leaves, h_dot))
-        torch.library.opcheck(op._backward.custom_op, (torch.randn(7, 5, device=DEVICE), h, biases[0], w2, biases[1] is not None))
+        leaves = [a if a is None else a.detach().requires_grad_() for a in (x, w1, biases[0], w2, biases[1])]
+        for x_dot in (torch.randn(3, x.shape[1], device=DEVICE), None):
+            for dtype in (torch.float32, torch.float16):
+                torch.library.opcheck(op._forward.custom_op, (*leaves, x_dot, dtype))
+        args = (dy, x, h, w1, biases[0], w2, biases[1] is not None, torch.float32)
+        torch.library.opcheck(op._backward.custom_op, args)
 
 
 def test_forward_mode_ad():

@@ -196,14 +196,14 @@ def test_opcheck():
     vector = torch.randn(D, device=DEVICE, requires_grad=True)
     dot = torch.randn(1, N, D, device=DEVICE)
     for x_dot in (dot, None):
-        torch.library.opcheck(rms_norm_op._forward, (x, x_dot, vector, 1e-6))
-        torch.library.opcheck(swiglu_op._forward, (x, y, x_dot, dot))
-        torch.library.opcheck(swiglu_op._forward, (x, y, dot, x_dot))
-        torch.library.opcheck(layer_scale_op._forward, (x, y, dot, x_dot, vector))
+        torch.library.opcheck(rms_norm_op._forward.custom_op, (x, x_dot, vector, 1e-6))
+        torch.library.opcheck(swiglu_op._forward.custom_op, (x, y, x_dot, dot))
+        torch.library.opcheck(swiglu_op._forward.custom_op, (x, y, dot, x_dot))
+        torch.library.opcheck(layer_scale_op._forward.custom_op, (x, y, dot, x_dot, vector))
     x, y, vector = x.detach(), y.detach(), vector.detach()
-    torch.library.opcheck(rms_norm_op._backward, (dot, x[:1], vector, 1e-6))
-    torch.library.opcheck(swiglu_op._backward, (dot, x[:1], y[:1]))
-    torch.library.opcheck(layer_scale_op._backward, (dot, y[:1], vector))
+    torch.library.opcheck(rms_norm_op._backward.custom_op, (dot, x[:1], vector, 1e-6))
+    torch.library.opcheck(swiglu_op._backward.custom_op, (dot, x[:1], y[:1]))
+    torch.library.opcheck(layer_scale_op._backward.custom_op, (dot, y[:1], vector))
 
 
 def test_opcheck_rotary():
@@ -211,11 +211,11 @@ def test_opcheck_rotary():
     weights = [torch.randn(d, device=DEVICE, requires_grad=True) for _ in range(2)]
     dot = torch.randn(1, N, H, d, device=DEVICE)
     for dots in ((dot, dot), (None, dot), (None, None)):
-        torch.library.opcheck(rotary_op._forward, (q, k, *dots, None, None, COS, SIN, 0.0, False))
-        torch.library.opcheck(rotary_op._forward, (q, k, *dots, *weights, COS, SIN, 1e-6, True))
+        torch.library.opcheck(rotary_op._forward.custom_op, (q, k, *dots, None, None, COS, SIN, 0.0, False))
+        torch.library.opcheck(rotary_op._forward.custom_op, (q, k, *dots, *weights, COS, SIN, 1e-6, True))
     q, k, *weights = (a.detach() for a in (q, k, *weights))
-    torch.library.opcheck(rotary_op._backward, (q, k, COS, SIN, True))
-    torch.library.opcheck(rotary_op._norm_backward, (k, q, q, k, *weights, COS, SIN, 1e-6, False))
+    torch.library.opcheck(rotary_op._backward.custom_op, (q, k, COS, SIN, True))
+    torch.library.opcheck(rotary_op._norm_backward.custom_op, (k, q, q, k, *weights, COS, SIN, 1e-6, False))
 
 
 @pytest.mark.parametrize("op", [rotary, qk_norm_rotary])

@@ -1,0 +1,153 @@
+"""Self-attention of a joint projection to q, k and v as one op, so that its backward writes dqkv once.
+
+Of three views of one qkv autograd gets three gradients and stacks them, and the bias's gradient is a pass of its own.
+Here the kernels write into one buffer, and give its sum over the tokens as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dual import Dual, TensorOrDual, linear_map, primal_of, split_map, tangent_of
+from ..linear import linear
+from ..operator import operator, runs_plainly
+from ..products import in_dtype, product_dtype, weight_gradient
+from . import op
+from .backward import attention_backward_by
+
+# ------------------------------------------------------------------------------------------- operator and its rules
+
+
+@operator("projected_attention_forward")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_dot: Tensor | None,
+    num_heads: int,
+    scale: float,
+    dtype: torch.dtype,
+    backend: str,
+    backward: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o (B, N, D) and its tangent (B_t, N, D), B_t = 0 without one.
+
+    Then what the backward reads: qkv (B, N, 3, H, d), lse (B, H, N), and x and the weight in `dtype`, each (0,) where
+    it is given in that.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
+        qkv = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, N, 3·D]
+        qkv_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, N, 3·D]
+    heads = (3, num_heads, x.shape[-1] // num_heads)
+    qkv = qkv.unflatten(-1, heads)  # [B, N, 3, H, d]
+    dots = (None,) * 3 if qkv_dot is None else qkv_dot.unflatten(-1, heads).unbind(2)  # [B_t, N, H, d] each
+    o, o_dot, lse = op.forward.run(*qkv.unbind(2), *dots, scale, False, backend, backward)
+    lows = [qkv.new_empty(0) if a is b else a for a, b in ((x_low, x), (low, weight))]
+    return o.flatten(2), o_dot.flatten(2), qkv, lse, lows[0], lows[1]
+
+
+@_forward.register_fake
+def _(x, weight, bias, x_dot, num_heads, scale, dtype, backend, backward):  # type: ignore[no-untyped-def]
+    B, N, D = x.shape
+    o = x.new_empty(x.shape, dtype=dtype)
+    o_dot = o.new_empty((0 if x_dot is None else x_dot.shape[0], N, D))
+    qkv, lse = o.new_empty((B, N, 3, num_heads, D // num_heads)), o.new_empty((B, num_heads, N), dtype=torch.float32)
+    return o, o_dot, qkv, lse, *(o.new_empty(0 if a.dtype == dtype else a.shape) for a in (x, weight))
+
+
+@operator("projected_attention_backward")
+def _backward(
+    do: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    has_bias: bool,
+    backward: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (B, N, D), and in `dtype` the gradients of the weight (3·D, D) and of the bias (3·D,), (0,) without one."""
+    H = qkv.shape[3]
+    do, o = (a.unflatten(-1, (H, -1)) for a in (do, o))  # [B, N, H, d]
+    if backward == "triton":
+        from .backward_kernels import packed_backward
+
+        dqkv, dbias = packed_backward(
+            do,
+            qkv,
+            o,
+            lse,
+            scale=scale,
+            precision=op.product_precision(qkv),
+            bias_dtype=dtype if has_bias else None,
+        )
+    else:
+        q, k, v = qkv.unbind(2)  # [B, N, H, d] each
+        dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
+        dbias = dqkv.sum((0, 1), dtype=dtype).flatten() if has_bias else None  # [3·D]
+    rows = dqkv.flatten(2).flatten(0, 1)  # [B·N, 3·D]
+    with torch.autocast(x.device.type, enabled=False):
+        dx = (rows @ weight).view(x.shape)  # [B, N, D]
+        dweight = weight_gradient(rows, x.flatten(0, 1), dtype)  # [3·D, D]
+    return dx, dweight, rows.new_empty(0, dtype=dtype) if dbias is None else dbias
+
+
+@_backward.register_fake
+def _(do, x, weight, qkv, o, lse, scale, dtype, has_bias, backward):  # type: ignore[no-untyped-def]
+    dbias = x.new_empty(weight.shape[0] if has_bias else 0, dtype=dtype)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), dbias
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, weight, bias, _, _, ctx.scale, dtype, _, ctx.backward = inputs
+    o, o_dot, qkv, lse, *low = output
+    ctx.mark_non_differentiable(o_dot, qkv, lse, *low)
+    ctx.set_materialize_grads(False)
+    ctx.has_bias, ctx.dtype = bias is not None, weight.dtype
+    x, weight = (a if a.dtype == dtype else b for a, b in zip((x, weight), low, strict=True))
+    ctx.save_for_backward(x, weight, qkv, o, lse)  # nothing of the tangent
+
+
+def _backward_rule(ctx, do, *_):  # type: ignore[no-untyped-def]
+    if do is None:
+        return (None,) * 9
+    rest = (ctx.scale, ctx.dtype, ctx.has_bias, ctx.backward)
+    dx, dweight, dbias = _backward(do, *ctx.saved_tensors, *rest)
+    return dx, dweight, dbias if ctx.has_bias else None, *(None,) * 6
+
+
+_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+
+
+# ----------------------------------------------------------------------------------------------- for the module alone
+
+
+def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, num_heads: int) -> TensorOrDual:
+    """`attention` of q, k, v = x Wᵀ + b, without a mask and with scale d^(-1/2): (B, N, D), of the kind of x.
+
+    Args:
+        x: (B, N, D) tensor or Dual.
+        weight: (3·D, D), of q, k and v in this order.
+        bias: (3·D,) or None.
+        num_heads: H, a divisor of D.
+    """
+    H, d = num_heads, x.shape[-1] // num_heads
+    xp = primal_of(x)
+    if runs_plainly(xp, weight, bias) and xp.ndim == 3:
+        dtype = product_dtype(xp)
+        like = xp.new_empty((1,), dtype=dtype).expand(*xp.shape[:2], H, d)  # [B, N, H, d], as q and k will be
+        backend, backward = op.choose_backends(like, like, d**-0.5, is_causal=False)
+        if backend != "reference":
+            o, o_dot, *_ = _forward(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
+            if not isinstance(x, Dual):
+                return o
+            return Dual(o, None if x.tangent is None else o_dot)
+    qkv = linear(x, weight, bias)  # [B, N, 3·D]
+    q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d] each, views
+    o = op.attention(q, k, v)  # [B, N, H, d]
+    return linear_map(lambda a: a.flatten(2), o)  # [B, N, D]

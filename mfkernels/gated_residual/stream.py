@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ada_layer_norm import ada_layer_norm
+from ..ada_layer_norm.op import promoted
+from ..dual import TensorOrDual, carries_tangent, primal_of
+from ..operator import runs_plainly
+from .op import check_update_and_norm, choose_norm, gated_residual, gated_residual_ada_layer_norm, update_and_norm
+
+
+class ResidualStream(NamedTuple):
+    """The residual stream between the parts of adaLN-Zero blocks: x + gate·(y + bias), added by the norm that reads it.
+
+    A block reads the stream twice and writes it once (arXiv 2212.09748, §3.2): `normed` gives the norm of the sum
+    without writing it, `update_and_norm` makes it again, adds the block's second update and writes. A NamedTuple, so
+    that hooks, pytrees and activation checkpointing see the tensors inside. On the reference every sum is written.
+
+    Args:
+        x: (B, N, D) tensor or Dual.
+        y: (B, N, D), what is still to be added; None: nothing.
+        gate: (B, D).
+        bias: (D,) or None, added to `y` first.
+        seen: of `normed` alone. In the graph it stands for the sum; its numbers are NaN, as nothing has written them.
+    """
+
+    x: TensorOrDual
+    y: TensorOrDual | None = None
+    gate: TensorOrDual | None = None
+    bias: Tensor | None = None
+    seen: TensorOrDual | None = None
+
+    def takes_bias(self, bias: Tensor | None) -> bool:
+        """Whether a layer's bias is better left to the update: that saves a pass; on plain PyTorch it adds one.
+
+        Not where the layer is sharded by itself: outside its own forward the bias is not whole.
+        """
+        if bias is None or choose_norm(self.x) == "reference":
+            return False
+        return torch.compiler.is_compiling() or runs_plainly(bias)
+
+    def normed(
+        self, shift: TensorOrDual, scale: TensorOrDual, *, eps: float = 1e-6
+    ) -> tuple[TensorOrDual, ResidualStream]:
+        """`ada_layer_norm` of the sum, (B, N, D), and the stream as it is from then on. Raises as that does."""
+        x, y, gate, bias, seen = self
+        if y is None or gate is None:
+            return ada_layer_norm(x, shift, scale, eps=eps), self
+        if seen is not None:
+            raise ValueError("stream: expected an update between two norms, and this one has been normed")
+        if not _can_defer(x, y, gate, bias, shift, scale):
+            x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
+            return h, ResidualStream(x)
+        eps = check_update_and_norm(x, y, gate, bias, shift, scale, eps)
+        seen, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, defer=True)
+        return h, self._replace(seen=seen)
+
+    def update_and_norm(
+        self,
+        y: TensorOrDual,
+        gate: TensorOrDual,
+        bias: Tensor | None,
+        shift: TensorOrDual,
+        scale: TensorOrDual,
+        *,
+        eps: float = 1e-6,
+    ) -> tuple[TensorOrDual, ResidualStream]:
+        """`gated_residual_ada_layer_norm` of the sum with an update: h, and the stream x_new. Raises as that does."""
+        if self.seen is None or self.y is None or self.gate is None:
+            x, h = gated_residual_ada_layer_norm(self.value(), y, gate, shift, scale, bias=bias, eps=eps)
+            return h, ResidualStream(x)
+        eps = check_update_and_norm(self.x, y, gate, bias, shift, scale, eps)
+        base = (self.y, self.gate, self.bias)
+        x, h = update_and_norm(self.x, y, gate, bias, shift, scale, eps=eps, seen=self.seen, base=base)
+        return h, ResidualStream(x)
+
+    def updated(self, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None = None) -> ResidualStream:
+        """The stream with an update that is still to be added; there is none before it."""
+        if self.y is not None:
+            raise ValueError("stream: expected one without an update that is still to be added")
+        return ResidualStream(self.x, y, gate, bias)
+
+    def value(self) -> TensorOrDual:
+        """The sum, (B, N, D)."""
+        if self.y is None or self.gate is None:
+            return self.x
+        if self.seen is not None:
+            raise ValueError("stream: expected an update after its norm, which left the sum unwritten")
+        return gated_residual(self.x, self.y, self.gate, bias=self.bias)
+
+
+def _can_defer(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, *others: TensorOrDual | None) -> bool:
+    """Whether the kernels may leave the sum unwritten: on plain tensors, where nothing else sees what they return."""
+    if choose_norm(x, y, gate) == "reference" or promoted(*map(primal_of, (x, y, gate))) != x.dtype:
+        return False
+    primals = [primal_of(a) for a in (x, y, gate, *others) if a is not None]
+    if torch.compiler.is_compiling():
+        return not any(map(carries_tangent, primals))
+    return runs_plainly(*primals)

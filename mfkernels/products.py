@@ -1,0 +1,40 @@
+"""What the ops that hold a matrix product share: under autocast they cast by themselves.
+
+Autocast's own cast of a weight rounds its gradient as well: the product writes it in bfloat16, another pass makes it
+float32. Here the product writes what it has added up, in the weight's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import autocast_enabled
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product of `x` with a weight: autocast's where it is on, as of PyTorch's own products."""
+    if x.dtype != torch.float64 and autocast_enabled(x.device):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dyᵀ x [D_out, D_in] in `dtype`, of dy [M, D_out] and x [M, D_in]."""
+    if dy.dtype == dtype:
+        return dy.mT @ x
+    if dtype == torch.float32 and writes_float32(dy.device):
+        return torch.mm(dy.mT, x, out_dtype=dtype)
+    return (dy.mT @ x).to(dtype)
+
+
+def writes_float32(device: torch.device) -> bool:
+    """Whether a product of narrower operands can be written in float32: cuBLAS's can, from torch 2.8 on."""
+    return device.type == "cuda" and _VERSION >= (2, 8)
+
+
+_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
