@@ -210,6 +210,12 @@ def schema_of(operator: Any) -> Any:
     return operator._schema
 
 
+def is_view(operator: Any) -> bool:
+    """Whether an output of an OpOverload is a view of an input, or the input itself, without having been written to."""
+    returns = schema_of(operator).returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
 def overload_of(operator: Any) -> str:
     """ "Tensor" of aten.add.Tensor."""
     return operator._overloadname

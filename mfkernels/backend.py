@@ -10,6 +10,7 @@ A request is a backend ("triton"), or one for a single op ("attention=cuda"), or
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -101,7 +102,8 @@ def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     return next(filter(None, (unsupported_row(name, x) for name, x in tensors.items())), None)
 
 
-def _parsed(request: str | None, source: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=64)
+def _parsed(request: str | None, source: str) -> Mapping[str, str]:
     """Backends by op; "" is every op that the request does not name."""
     wanted: dict[str, str] = {}
     for part in (request or "").split(","):

@@ -8,11 +8,14 @@ with the tightest sizes wins, then the one that names more, then a row of the us
 `python -m mfkernels.tune` writes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +96,21 @@ def _lookup(request: tuple[tuple[str, str | int], ...]) -> Config:
     return row["config"]
 
 
+_cleared_too: list[Callable[[], None]] = []
+
+
+def on_clear(clear: Callable[[], None]) -> None:
+    """Have `clear` called by `clear_cache`."""
+    _cleared_too.append(clear)
+
+
 def clear_cache() -> None:
     """Forget the tables read so far (they are read once a process)."""
     _rows.cache_clear()
     _lookup.cache_clear()
     _config.cache_clear()
+    for clear in _cleared_too:
+        clear()
 
 
 @functools.cache
@@ -107,6 +120,10 @@ def _arch(device: torch.device) -> str:
 
 
 _forced: dict[str, Config] = {}
+
+
+def any_forced() -> bool:
+    return bool(_forced)
 
 
 @contextlib.contextmanager
@@ -156,39 +173,46 @@ class Launch:
         device: torch.device,
         /,
         **arguments: Any,
-    ) -> "Launch":
+    ) -> Launch:
         return cls(kernel, grid, config, device, arguments)
 
-    def run(self) -> None:
-        if (
-            self.device.type != "cuda" or self.device.index == torch.cuda.current_device()
-        ):  # the interpreter, and tests that look at the Python of a launch
-            self._run()
-        else:
-            with torch.cuda.device(self.device):
-                self._run()
-
-    def _run(self) -> None:
-        """Triton's own launch the first time; then the kernel that it compiled, without being asked for it again."""
+    def values(self) -> list[Any]:
+        """What the kernel is called with, in its order."""
         bound = {**self.arguments, **self.config}
-        values = [bound[name] for name in self.kernel.arg_names]
-        # Triton compiles anew for another dtype, another alignment of a pointer and other properties of a number
-        facts = [(x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in values]
-        key = (self.kernel.__name__, self.device, self.config["num_warps"], self.config["num_stages"], *facts)
-        compiled = _compiled.get(key)
-        if compiled is not None:
-            grid = self.grid(self.config)
-            compiled[(*grid, 1, 1)[:3]](*values)
-            return
-        compiled = self.kernel[self.grid(self.config)](**self.arguments, **self.config, **OPTIONS)
-        if compiled is not None:  # the interpreter compiles nothing
-            if len(_compiled) >= MAX_COMPILED:
-                _compiled.clear()
-            _compiled[key] = compiled
+        return [bound[name] for name in self.kernel.arg_names]
+
+    def run(self) -> None:
+        with on_device(self.device):
+            compiled = self.kernel[self.grid(self.config)](**self.arguments, **self.config, **OPTIONS)
+        record = getattr(_recording, "launches", None)
+        if record is not None:
+            record.append((self, compiled))  # None in the interpreter
 
 
-MAX_COMPILED = 4096  # launches that differ in a size; the kernels themselves are Triton's to keep
-_compiled: dict[tuple[Any, ...], Any] = {}
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Where a launch to `device` may be made; the interpreter's tensors are on the CPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()
+_recording = threading.local()
+
+
+@contextlib.contextmanager
+def recorded(launches: list[tuple[Launch, Any]]) -> Iterator[None]:
+    """Put each launch of the block in this thread into `launches`, with the kernel that Triton compiled for it."""
+    before, _recording.launches = getattr(_recording, "launches", None), launches
+    try:
+        yield
+    finally:
+        _recording.launches = before
+
+
+def started(start: Callable[..., None], arguments: list[Any]) -> None:
+    """A launch that has been made before, with other addresses (see plan.py)."""
+    start(*arguments)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,6 +6,8 @@ float32. Here the product writes what it has added up, in the weight's dtype.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and autocast_enabled(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For a backward, whose operands have their dtypes; a forward's are in autocast's, which leaves them alone."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ from without_gpu import TANGENT_SHARE, WAYS, as_on_h100, blocks, inputs
 
 from meanflow.models import DiTBlock
 from mfkernels import Dual, ResidualStream
-from mfkernels._torch import TorchDispatchMode, lookup, memory_of, overload_of, schema_of, tree_leaves
+from mfkernels._torch import TorchDispatchMode, is_view, lookup, memory_of, overload_of, tree_leaves
 from mfkernels.dual import primal_of
 from mfkernels.launch import Launch
 
@@ -133,7 +133,7 @@ class Meter(TorchDispatchMode):
                 return out
         out = func(*args, **kwargs)
         made = [a for a in tree_leaves(out) if isinstance(a, Tensor)]
-        if namespace == "aten" and name not in ALLOCATE and made and not _is_view(func):
+        if namespace == "aten" and name not in ALLOCATE and made and not is_view(func):
             given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
             self._operator(name, given, made, overwrites=name in OVERWRITE or overload_of(func) == "out")
         return out
@@ -160,12 +160,6 @@ class Meter(TorchDispatchMode):
             kind, flops = "attention", _attention_flops(name, B, rows, H, N, d)
         every = list(tensors.values())
         self.events.append(Event(self.phase, name, kind, bytes_of(every), flops, every, every, launch.arguments))
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an output is a view of an input, or the input itself, without having been written to."""
-    returns = schema_of(func).returns
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 def _attention_flops(name: str, B: int, rows: int, H: int, N: int, d: int) -> int:

@@ -26,9 +26,9 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -39,6 +39,7 @@ from conftest import environment
 from measure import median_ratio
 from without_gpu import WAYS, as_on_h100, blocks, inputs, stub_driver
 
+from mfkernels import launch
 from mfkernels.launch import Launch
 
 B, N, D, H = 4, 2, 8, 1  # heads of 8 are the narrowest
@@ -71,15 +72,21 @@ def interleaved_seconds(steps: Mapping[str, Callable[[], None]], *, rounds: int,
 
 def triton_launches(step: Callable[[], None]) -> int:
     """Of one step."""
-    run, made = Launch.run, Counter[str]()
+    run, started, made = Launch.run, launch.started, 0
 
-    def counted(launch: Launch) -> None:
-        made[launch.kernel.__name__] += 1
-        run(launch)
+    def counted(this: Launch) -> None:
+        nonlocal made
+        made += 1
+        run(this)
 
-    with patch.object(Launch, "run", counted):
+    def counted_again(start: Callable[..., None], arguments: list[Any]) -> None:
+        nonlocal made
+        made += 1
+        started(start, arguments)
+
+    with patch.object(Launch, "run", counted), patch.object(launch, "started", counted_again):
         step()
-    return made.total()
+    return made
 
 
 def main() -> None:

@@ -90,9 +90,7 @@ def _branch(
     module: nn.Module, last: nn.Linear, h: TensorOrDual, stream: ResidualStream
 ) -> tuple[TensorOrDual, Tensor | None]:
     """What `module` makes of h, and the bias of its last layer where the stream adds it."""
-    if type(last) in (nn.Linear, Linear) and stream.takes_bias(
-        last.bias
-    ):  # one put in its place adds its own
+    if type(last) in (nn.Linear, Linear) and stream.takes_bias(last.bias):  # one put in its place adds its own
         return module(h, add_bias=False), last.bias
     return module(h), None
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config
+from ..plan import planned
 from ..rowwise import (
     block_of,
     contiguous,
@@ -310,6 +311,7 @@ def forward_launch(
     )
 
 
+@planned
 def norm_forward(
     x: Tensor,
     update: Update | None,
@@ -410,6 +412,7 @@ def backward_launch(
     )
 
 
+@planned
 def norm_backward(
     dh: Tensor,
     dx_new: Tensor | None,

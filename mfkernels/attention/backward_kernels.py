@@ -24,6 +24,7 @@ from mfkernels.attention.kernels import (
     store_tile,
 )
 from mfkernels.launch import Launch, cdiv, launch_config
+from mfkernels.plan import planned
 from mfkernels.rowwise import sum_partials
 
 
@@ -392,6 +393,7 @@ def dkdv_launch(
     )
 
 
+@planned
 def attention_backward(
     do: Tensor,
     q: Tensor,
@@ -418,6 +420,7 @@ def attention_backward(
     return dq, dk, dv
 
 
+@planned
 def packed_backward(
     do: Tensor,
     qkv: Tensor,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfkernels.launch import Launch, cdiv, launch_config, next_power_of_2
+from mfkernels.plan import planned
 
 from .limits import unsupported
 
@@ -492,6 +493,7 @@ def forward_launch(
     )
 
 
+@planned
 def attention_forward(
     q: Tensor,
     k: Tensor,

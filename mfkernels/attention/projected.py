@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dual import Dual, TensorOrDual, linear_map, primal_of, split_map, tangent_of
 from ..linear import linear
 from ..operator import operator, runs_plainly
-from ..products import in_dtype, product_dtype, weight_gradient
+from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import op
 from .backward import attention_backward_by
 
@@ -37,10 +37,9 @@ def _forward(
     Then what the backward reads: qkv (B, N, 3, H, d), lse (B, H, N), and x and the weight in `dtype`, each (0,) where
     it is given in that.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
-        qkv = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, N, 3·D]
-        qkv_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, N, 3·D]
+    x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
+    qkv = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, N, 3·D]
+    qkv_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, N, 3·D]
     heads = (3, num_heads, x.shape[-1] // num_heads)
     qkv = qkv.unflatten(-1, heads)  # [B, N, 3, H, d]
     dots = (None,) * 3 if qkv_dot is None else qkv_dot.unflatten(-1, heads).unbind(2)  # [B_t, N, H, d] each
@@ -91,7 +90,7 @@ def _backward(
         dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
         dbias = dqkv.sum((0, 1), dtype=dtype).flatten() if has_bias else None  # [3·D]
     rows = dqkv.flatten(2).flatten(0, 1)  # [B·N, 3·D]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         dx = (rows @ weight).view(x.shape)  # [B, N, D]
         dweight = weight_gradient(rows, x.flatten(0, 1), dtype)  # [3·D, D]
     return dx, dweight, rows.new_empty(0, dtype=dtype) if dbias is None else dbias

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config
+from ..plan import planned
 from ..rowwise import (
     block_of,
     contiguous,
@@ -142,6 +143,7 @@ def forward_launch(
     )
 
 
+@planned
 def gated_residual_forward(
     x: Tensor,
     y: Tensor,
@@ -203,6 +205,7 @@ def backward_launch(
     )
 
 
+@planned
 def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """dy [B, N, D] and dgate [B, D]."""
     B, N, D = y.shape

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config
+from ..plan import planned
 from ..rms_norm.kernels import flat_rows, partial_sums
 from ..rowwise import block_of, load_row, load_rows, store_row, store_rows, sum_partials
 
@@ -128,6 +129,7 @@ def backward_launch(
     )
 
 
+@planned
 def layer_scale_residual_forward(
     x: Tensor,
     y: Tensor,
@@ -159,6 +161,7 @@ def layer_scale_residual_forward(
     return out, out_dot
 
 
+@planned
 def layer_scale_residual_backward(dout: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """dy, contiguous, in the dtype of y, and dscale in that of the scale."""
     dy = torch.empty(y.shape, device=y.device, dtype=y.dtype)  # [B, …, D]

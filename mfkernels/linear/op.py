@@ -9,7 +9,7 @@ from ..checks import check_operand, check_parameter, check_shape
 from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import plain_forward_mode
 from ..operator import operator, runs_plainly
-from ..products import in_dtype, product_dtype, weight_gradient
+from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -25,10 +25,9 @@ def _forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, …, D_out), its tangent (B_t, …, D_out), B_t = 0 without one; x, weight in `dtype`, (0,) if given so."""
-    with torch.autocast(x.device.type, enabled=False):
-        x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
-        y = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, …, D_out]
-        y_dot = y.new_empty((0, *y.shape[1:])) if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)
+    x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
+    y = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, …, D_out]
+    y_dot = y.new_empty((0, *y.shape[1:])) if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)
     return y, y_dot, x_low if x_low is not x else y.new_empty(0), low if low is not weight else y.new_empty(0)
 
 
@@ -55,7 +54,7 @@ def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
     to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
     rows = dy.flatten(0, -2)  # [B·…, D_out]
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         dx = dy @ weight if to_x else None  # [B, …, D_in]
         dweight = weight_gradient(rows, x.flatten(0, -2), ctx.dtype) if to_weight else None  # [D_out, D_in]
         dbias = rows.sum(0, dtype=ctx.bias_dtype) if to_bias else None  # [D_out]

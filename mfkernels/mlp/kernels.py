@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config
+from ..plan import planned
 from ..rowwise import sum_partials
 
 CUBIC: tl.constexpr = tl.constexpr(0.044715)
@@ -133,6 +134,7 @@ def forward_launch(
     )
 
 
+@planned
 def gelu_forward(h: Tensor, bias: Tensor | None, h_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """gelu(h + bias), of the shape and dtype of h [M, H], and its tangent [M_t, H]."""
     h, h_dot = h.contiguous(), None if h_dot is None else h_dot.contiguous()
@@ -171,6 +173,7 @@ def backward_launch(
     )
 
 
+@planned
 def gelu_backward(h: Tensor, bias: Tensor | None, da: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """gelu(h + bias) once more, dh, both [M, H], and the bias gradient [H]."""
     h = h.contiguous()

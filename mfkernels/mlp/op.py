@@ -9,7 +9,7 @@ from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import bridge_forward_mode, refuse_tangent
 from ..operator import operator
-from ..products import in_dtype, product_dtype, weight_gradient
+from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -33,13 +33,12 @@ def _forward(
     """
     from .kernels import gelu_forward
 
-    with torch.autocast(x.device.type, enabled=False):
-        x_low, w1_low, w2_low = (in_dtype(a, dtype) for a in (x, w1, w2))
-        h = F.linear(x_low, w1_low)  # [M, D_hidden]
-        h_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), w1_low)  # [M_t, D_hidden]
-        a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
-        y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
-        y_dot = y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
+    x_low, w1_low, w2_low = (in_dtype(a, dtype) for a in (x, w1, w2))
+    h = F.linear(x_low, w1_low)  # [M, D_hidden]
+    h_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), w1_low)  # [M_t, D_hidden]
+    a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
+    y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
+    y_dot = y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
     lows = [y.new_empty(0) if low is a else low for low, a in ((x_low, x), (w1_low, w1), (w2_low, w2))]
     return y, y_dot, h, lows[0], lows[1], lows[2]
 
@@ -70,7 +69,7 @@ def _backward(
     """dx (M, D_in), dw1, db1, dw2 and db2, the weights' in `dtype`; of a bias that is not there (0,)."""
     from .kernels import gelu_backward
 
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         a, dh, db1 = gelu_backward(h, b1, dy @ w2)  # [M, D_hidden] both
         dw2 = weight_gradient(dy, a, dtype)  # [D_out, D_hidden]
         db2 = dy.sum(0, dtype=dtype) if has_b2 else dy.new_empty(0)  # [D_out]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Launch, cdiv, launch_config
+from ..plan import planned
 from ..rowwise import block_of, load_row, load_rows, store_row, store_rows, sum_partials
 
 
@@ -155,6 +156,7 @@ def backward_launch(
     )
 
 
+@planned
 def rms_norm_forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor | None]:
     """y and its tangent (None without one), contiguous, in the dtype of x; x_dot has the first rows of the batch."""
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)  # [B, …, D]
@@ -174,6 +176,7 @@ def rms_norm_forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, *, eps: fl
     return y, y_dot
 
 
+@planned
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """dx, contiguous, in the dtype of x, and dweight in that of the weight."""
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)  # [B, …, D]

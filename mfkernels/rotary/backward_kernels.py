@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Launch, launch_config
+from ..plan import planned
 from ..rowwise import sum_partials
 from .kernels import (
     as_heads,
@@ -224,6 +225,7 @@ def norm_backward_launch(
     )
 
 
+@planned
 def qk_norm_rotary_backward(
     dq_out: Tensor,
     dk_out: Tensor,

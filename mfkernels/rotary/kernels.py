@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Launch, cdiv, launch_config, next_power_of_2
+from ..plan import planned
 
 
 @triton.jit
@@ -337,6 +338,7 @@ def forward_launch(
     )
 
 
+@planned
 def rotary_forward(
     q: Tensor,
     k: Tensor,

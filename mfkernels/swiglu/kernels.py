@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config
+from ..plan import planned
 
 FLAT_WIDTH = 256  # columns that flat memory is seen as; its configurations have blocks of as many
 
@@ -190,6 +191,7 @@ def backward_launch(
     )
 
 
+@planned
 def swiglu_forward(
     a: Tensor,
     b: Tensor,
@@ -215,6 +217,7 @@ def swiglu_forward(
     return y, y_dot
 
 
+@planned
 def swiglu_backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """da and db, contiguous."""
     da, db = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (a, b))  # [B, …, D]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Launch, cdiv, launch_config, next_power_of_2
+from ..plan import planned
 
 
 @triton.jit
@@ -105,6 +106,7 @@ def forward_launch(
     )
 
 
+@planned
 def embedding_forward(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor | None]:
     """[B, dim] and its tangent [B_t, dim]."""
     out = torch.empty((t.shape[0], dim), device=t.device, dtype=t.dtype)  # [B, dim]
@@ -142,6 +144,7 @@ def backward_launch(
     )
 
 
+@planned
 def embedding_backward(dout: Tensor, t: Tensor, max_period: float) -> Tensor:
     """dt [B]."""
     dt = torch.empty(t.shape, device=t.device, dtype=t.dtype)  # [B]
