@@ -71,15 +71,18 @@ _NO_TRITON = _triton_missing()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device` in this process, and what to do about it; None where they can."""
     if _NO_TRITON is not None:
         return _NO_TRITON
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        if properties.major < 8:
-            return f"device: expected compute capability 8.0 or newer, got {properties.major}.{properties.minor}"
-        return None
+        major, minor = _capability(device)
+        return None if major >= 8 else f"device: expected compute capability 8.0 or newer, got {major}.{minor}"
     if device.type == "cpu" and _INTERPRETED:
         return None
     return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
@@ -97,9 +100,18 @@ def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     reason = triton_unavailable(next(iter(tensors.values())).device)
     if reason is not None:
         return reason
+    for name, x in tensors.items():
+        reason = _row_unsupported(name, x.dtype, x.shape[-1])
+        if reason is not None:
+            return reason
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_unsupported(name: str, dtype: torch.dtype, width: int) -> str | None:
     from .rowwise import unsupported_row
 
-    return next(filter(None, (unsupported_row(name, x) for name, x in tensors.items())), None)
+    return unsupported_row(name, torch.empty((1, width), dtype=dtype, device="meta"))
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,6 +159,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def circumstances() -> tuple[str | None, bool]:
+    """All that `choose` looks at beside a call's own arguments."""
+    return _requested, _INTERPRETED
 
 
 def requested_backend(op: str = "") -> str | None:

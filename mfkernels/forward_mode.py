@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from ._torch import nothing_intercepts
 from .dual import CarriesTangent, Dual, carries_tangent
 
 # ------------------------------------------------------------------------------------------------------------ the ops'
@@ -32,6 +33,8 @@ def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any
     if carrier is not None:
         return carrier.through(run, operands)
 
+    if _nothing_looks():
+        return run(*operands)
     pairs = [fwAD.unpack_dual(x) for x in operands]
     if all(t is None for _, t in pairs):
         return _run(op, run, operands)
@@ -72,13 +75,18 @@ def plain_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
         _refuse_mixed(op, operands)
         return run(*operands)
     out = run(*operands)
-    if isinstance(out, CarriesTangent) or not torch.is_grad_enabled():
+    if isinstance(out, CarriesTangent) or not torch.is_grad_enabled() or _nothing_looks():
         return out
     p, t = fwAD.unpack_dual(out)
     if t is None:
         return out
     _refuse_second_derivative(op, p, t)
     return fwAD.make_dual(p, _constant(t.detach(), p, op))
+
+
+def _nothing_looks() -> bool:
+    """Whether no tensor can have a tangent of forward mode: asking each takes microseconds."""
+    return not torch.compiler.is_compiling() and nothing_intercepts()
 
 
 def refuse_tangent(name: str, x: Any, kind: str) -> None:

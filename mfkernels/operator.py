@@ -23,7 +23,7 @@ def runs_plainly(*inputs: Any) -> bool:
     """Whether this is eager PyTorch on tensors that are no more than that, and nothing looks on."""
     if torch.compiler.is_compiling() or not nothing_intercepts():
         return False
-    for x in inputs:  # a generator would take twice as long
+    for x in inputs:  # noqa: SIM110 (a generator takes twice as long)
         if type(x) not in _PLAIN and isinstance(x, Tensor):
             return False
     return True
@@ -61,7 +61,7 @@ class Operator:
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
         function = type(self.run.__name__, (Function,), members)
-        self.apply = super(Function, function).apply  # what `Function.apply` adds is for torch.func
+        self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func
 
     def __call__(self, *inputs: Any) -> Any:
         if not runs_plainly(*inputs):

@@ -24,6 +24,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATES = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
 
 
+_NEW = object()
+
+
 class View(NamedTuple):
     """A tensor of a result."""
 
@@ -49,13 +52,12 @@ class Plan(NamedTuple):
     single: bool  # a tensor, not a tuple
     apart: list[tuple[int, int, int]]  # inputs that share memory, and how many bytes lie between them
 
-    def addresses(self, inputs: Sequence[Tensor]) -> list[int] | None:
-        """Of the inputs; None where they lie otherwise in each other's memory than when the plan was made."""
-        found = [x.data_ptr() for x in inputs]
-        for i, j, between in self.apart:
-            if found[j] - found[i] != between:
-                return None
-        return found
+    def fits(self, addresses: list[int]) -> bool:
+        """Whether inputs lie in each other's memory as they did when the plan was made."""
+        for i, j, between in self.apart:  # noqa: SIM110 (a generator takes twice as long)
+            if addresses[j] - addresses[i] != between:
+                return False
+        return True
 
     def run(self, addresses: list[int]) -> Any:
         buffers = [torch.empty(size, dtype=dtype, device=self.device) for size, dtype in self.buffers]
@@ -84,21 +86,25 @@ def planned(run: F) -> F:
             and None. What depends on anything but its arguments' shapes, strides, dtypes, devices and alignments, its
             numbers and the launch tables is not for it. Where it does anything else (copies, fills), no plan is made.
     """
-    plans: dict[Any, Plan | None] = {}
+    plans: dict[Any, Any] = {}  # of a kind of arguments: a Plan, or None where there is none
 
     @functools.wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
         inputs: list[Tensor] = []
+        addresses: list[int] = []
         key: list[Any] = []
-        if not _describe(args, inputs, key) or not _describe(tuple(kwargs.values()), inputs, key):
+        if launch.any_forced() or not _describe(args, inputs, addresses, key):
             return run(*args, **kwargs)
-        if launch.any_forced():
+        for name, value in kwargs.items():
+            if isinstance(value, (Tensor, dict)):  # a configuration of one's own
+                return run(*args, **kwargs)
+            key += (name, value)
+        kind = tuple(key)
+        plan = plans.get(kind, _NEW)
+        if plan is None:
             return run(*args, **kwargs)
-        kind = (*kwargs, *key)
-        if kind in plans:
-            plan = plans[kind]
-            addresses = None if plan is None else plan.addresses(inputs)
-            return run(*args, **kwargs) if plan is None or addresses is None else plan.run(addresses)
+        if plan is not _NEW:
+            return plan.run(addresses) if plan.fits(addresses) else run(*args, **kwargs)
         if len(plans) >= MAX_PLANS:
             plans.clear()
         with _Recorder() as recorder, launch.recorded(recorder.launches):
@@ -110,23 +116,25 @@ def planned(run: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def _describe(args: tuple[Any, ...], inputs: list[Tensor], key: list[Any]) -> bool:
-    """Put the tensors of `args` into `inputs`, all that a plan depends on into `key`; False if there is no telling."""
+def _describe(args: tuple[Any, ...], inputs: list[Tensor], addresses: list[int], key: list[Any]) -> bool:
+    """Append the tensors of `args`, their addresses, and all that a plan depends on; False if there is no telling."""
     for x in args:
         kind = type(x)
         if kind in _PLAIN:
             if not inputs:
                 key.append(x.device)
             inputs.append(x)
-            key += (x.shape, x.stride(), x.dtype, x.data_ptr() % 16)
+            address = x.data_ptr()
+            addresses.append(address)
+            key += (x.shape, x.is_contiguous() or x.stride(), x.dtype, address % 16)
         elif isinstance(x, tuple):
             key.append(len(x))
-            if not _describe(x, inputs, key):
+            if not _describe(x, inputs, addresses, key):
                 return False
         elif isinstance(x, Tensor):
             return False
         else:
-            key += (kind, x)
+            key.append(x)  # of one place one type
     return True
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .checks import autocast_enabled
+from .dual import TensorOrDual
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: TensorOrDual) -> torch.dtype:
     """The dtype of a product of `x` with a weight: autocast's where it is on, as of PyTorch's own products."""
     if x.dtype != torch.float64 and autocast_enabled(x.device):
         return torch.get_autocast_dtype(x.device.type)
@@ -35,11 +36,9 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dyᵀ x [D_out, D_in] in `dtype`, of dy [M, D_out] and x [M, D_in]."""
-    if dy.dtype == dtype:
-        return dy.mT @ x
-    if dtype == torch.float32 and writes_float32(dy.device):
-        return torch.mm(dy.mT, x, out_dtype=dtype)
-    return (dy.mT @ x).to(dtype)
+    if dy.dtype != dtype and dtype == torch.float32 and writes_float32(dy.device):
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return in_dtype(torch.mm(dy.t(), x), dtype)
 
 
 def writes_float32(device: torch.device) -> bool:

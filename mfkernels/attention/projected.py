@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import recorded, requested_part
+from ..calls import kind_of_call, known, remember
 from ..dual import Dual, TensorOrDual, linear_map, primal_of, split_map, tangent_of
 from ..linear import linear
-from ..operator import operator, runs_plainly
+from ..linear.op import check_linear
+from ..operator import operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import op
 from .backward import attention_backward_by
@@ -40,12 +43,13 @@ def _forward(
     x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
     qkv = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, N, 3·D]
     qkv_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, N, 3·D]
-    heads = (3, num_heads, x.shape[-1] // num_heads)
-    qkv = qkv.unflatten(-1, heads)  # [B, N, 3, H, d]
-    dots = (None,) * 3 if qkv_dot is None else qkv_dot.unflatten(-1, heads).unbind(2)  # [B_t, N, H, d] each
+    B, N, D = x.shape
+    heads = (N, 3, num_heads, D // num_heads)
+    qkv = qkv.view(B, *heads)  # [B, N, 3, H, d]
+    dots = (None,) * 3 if qkv_dot is None else qkv_dot.view(qkv_dot.shape[0], *heads).unbind(2)  # [B_t, N, H, d] each
     o, o_dot, lse = op.forward.run(*qkv.unbind(2), *dots, scale, False, backend, backward)
     lows = [qkv.new_empty(0) if a is b else a for a, b in ((x_low, x), (low, weight))]
-    return o.flatten(2), o_dot.flatten(2), qkv, lse, lows[0], lows[1]
+    return o.view(x.shape), o_dot.view(o_dot.shape[0], N, D), qkv, lse, lows[0], lows[1]
 
 
 @_forward.register_fake
@@ -71,8 +75,8 @@ def _backward(
     backward: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (B, N, D), and in `dtype` the gradients of the weight (3·D, D) and of the bias (3·D,), (0,) without one."""
-    H = qkv.shape[3]
-    do, o = (a.unflatten(-1, (H, -1)) for a in (do, o))  # [B, N, H, d]
+    B, N, _, H, d = qkv.shape
+    do, o = do.reshape(B, N, H, d), o.view(B, N, H, d)  # [B, N, H, d]
     if backward == "triton":
         from .backward_kernels import packed_backward
 
@@ -89,10 +93,10 @@ def _backward(
         q, k, v = qkv.unbind(2)  # [B, N, H, d] each
         dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
         dbias = dqkv.sum((0, 1), dtype=dtype).flatten() if has_bias else None  # [3·D]
-    rows = dqkv.flatten(2).flatten(0, 1)  # [B·N, 3·D]
+    rows = dqkv.view(B * N, 3 * H * d)  # [B·N, 3·D]
     with without_autocast(x.device):
-        dx = (rows @ weight).view(x.shape)  # [B, N, D]
-        dweight = weight_gradient(rows, x.flatten(0, 1), dtype)  # [3·D, D]
+        dx = torch.mm(rows, weight).view(x.shape)  # [B, N, D]
+        dweight = weight_gradient(rows, x.reshape(B * N, H * d), dtype)  # [3·D, D]
     return dx, dweight, rows.new_empty(0, dtype=dtype) if dbias is None else dbias
 
 
@@ -136,11 +140,17 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         num_heads: H, a divisor of D.
     """
     H, d = num_heads, x.shape[-1] // num_heads
-    xp = primal_of(x)
-    if runs_plainly(xp, weight, bias) and xp.ndim == 3:
-        dtype = product_dtype(xp)
-        like = xp.new_empty((1,), dtype=dtype).expand(*xp.shape[:2], H, d)  # [B, N, H, d], as q and k will be
-        backend, backward = op.choose_backends(like, like, d**-0.5, is_causal=False)
+    kind = kind_of_call("projected_attention", x, weight, bias, num_heads)
+    if kind and tuple(weight.shape) == (3 * x.shape[-1], x.shape[-1]) and len(x.shape) == 3 and d > 0:
+        xp, dtype = primal_of(x), product_dtype(x)
+        backend = known(kind)
+        if backend is None or requested_part("attention_backward"):  # which depends on PyTorch's settings too
+            check_linear(x, weight, bias)
+            like = xp.new_empty((1,), dtype=dtype).expand(*xp.shape[:2], H, d)  # [B, N, H, d], as q and k will be
+            backend, backward = op.choose_backends(like, like, d**-0.5, is_causal=False)
+            remember(kind, backend)
+        else:
+            backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
             o, o_dot, *_ = _forward(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
             if not isinstance(x, Dual):

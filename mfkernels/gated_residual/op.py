@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ada_layer_norm.op import check_ada_layer_norm, normed_dtype, promoted
 from ..ada_layer_norm.op import run_reference as ada_layer_norm_reference
-from ..backend import choose, rows_unsupported
-from ..checks import check_constant, check_operand, check_same, check_shape
+from ..backend import choose, recorded, rows_unsupported
+from ..calls import kind_of_call, known, remember
+from ..checks import check_constant, check_number, check_operand, check_same, check_shape
 from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from ..forward_mode import bridge_forward_mode
 from ..operator import operator
 from . import reference
+
+_NORM = "gated_residual_ada_layer_norm"
 
 # ------------------------------------------------------------------------------------------- operators and their rules
 
@@ -254,12 +258,24 @@ def gated_residual_ada_layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `bias` has a tangent.
     """
-    eps = check_update_and_norm(x, y, gate, bias, shift, scale, eps)
-    run = partial(_run_norm, bias=bias, eps=eps)
-    return bridge_forward_mode("gated_residual_ada_layer_norm", run, x, y, gate, shift, scale)
+    facts = facts_of(x, y, gate, bias, shift, scale, eps)
+    if facts is None:
+        run = partial(_run_norm, bias=bias, eps=eps)
+        return bridge_forward_mode(_NORM, run, x, y, gate, shift, scale)
+    if facts.backend == "reference":
+        return _reference_norm(x, y, gate, bias, shift, scale, eps)
+    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype)
 
 
-def check_update_and_norm(
+class Facts(NamedTuple):
+    """What a kind of calls of `gated_residual_ada_layer_norm` comes to."""
+
+    backend: str
+    dtype: torch.dtype  # of h
+    keeps_dtype: bool  # the sum has that of x
+
+
+def facts_of(
     x: TensorOrDual,
     y: TensorOrDual,
     gate: TensorOrDual,
@@ -267,9 +283,22 @@ def check_update_and_norm(
     shift: TensorOrDual,
     scale: TensorOrDual,
     eps: float,
-) -> float:
-    _check(x, y, gate, bias)
-    return check_ada_layer_norm(x, shift, scale, eps)
+) -> Facts | None:
+    """Check the arguments; None where it is not plain eager, and what they come to depends on more than their kind."""
+    check_number("eps", eps, 0)
+    kind = kind_of_call(_NORM, x, y, gate, bias, shift, scale)
+    facts: Facts | None = known(kind)
+    if facts is None:
+        _check(x, y, gate, bias)
+        check_ada_layer_norm(x, shift, scale, eps)
+        if not kind:
+            return None
+        xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
+        backend = choose_norm(x, y, gate, shift, scale)
+        facts = Facts(backend, normed_dtype(xp, yp, gp, sp, cp), promoted(xp, yp, gp) == xp.dtype)
+        remember(kind, facts)
+    recorded(_NORM, facts.backend)
+    return facts
 
 
 def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None) -> None:
@@ -309,9 +338,22 @@ def _run_norm(
     eps: float,
 ) -> tuple[TensorOrDual, TensorOrDual]:
     if choose_norm(x, y, gate, shift, scale) == "reference":
-        x_new = _run_reference(x, y if bias is None else _with_bias(y, bias), gate)
-        return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
-    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps)
+        return _reference_norm(x, y, gate, bias, shift, scale, eps)
+    dtype = normed_dtype(*map(primal_of, (x, y, gate, shift, scale)))
+    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=dtype)
+
+
+def _reference_norm(
+    x: TensorOrDual,
+    y: TensorOrDual,
+    gate: TensorOrDual,
+    bias: Tensor | None,
+    shift: TensorOrDual,
+    scale: TensorOrDual,
+    eps: float,
+) -> tuple[TensorOrDual, TensorOrDual]:
+    x_new = _run_reference(x, y if bias is None else _with_bias(y, bias), gate)
+    return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
 
 
 def _with_bias(y: TensorOrDual, bias: Tensor) -> TensorOrDual:
@@ -323,7 +365,7 @@ def choose_norm(*operands: TensorOrDual) -> str:
     """The backend of an update and norm of (x, y, gate, shift, scale), or of the first few of these."""
     primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=False))
     serves = {"triton": lambda: rows_unsupported(**primals)}
-    return choose("gated_residual_ada_layer_norm", operands[0].device, serves)
+    return choose(_NORM, operands[0].device, serves)
 
 
 def update_and_norm(
@@ -335,23 +377,24 @@ def update_and_norm(
     scale: TensorOrDual,
     *,
     eps: float,
+    dtype: torch.dtype,
     seen: TensorOrDual | None = None,
     base: tuple[TensorOrDual, TensorOrDual, Tensor | None] = (None, None, None),  # type: ignore[assignment]
     defer: bool = False,
 ) -> tuple[TensorOrDual, TensorOrDual]:
     """The Triton kernels' x_new and h; of `seen`, `base` and `defer` see the operator."""
-    sum_of = x if seen is None else seen  # whose tangent is the stream's
-    operands = (sum_of, y, gate, shift, scale)
-    rows = tangent_rows(*operands)
-    dots = (None,) * 5 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
     xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
     before = (primal_of(seen), *(None if a is None else primal_of(a).detach() for a in base))
     if seen is not None:
         xp = xp.detach()
-    dtype = normed_dtype(xp, yp, gp, sp, cp)
-    x_new, h, x_new_dot, h_dot, _ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *dots, eps, dtype, defer)
-    if not any(isinstance(a, Dual) for a in operands):
+    sum_of = x if seen is None else seen  # whose tangent is the stream's
+    operands = (sum_of, y, gate, shift, scale)
+    if Dual not in map(type, operands):
+        x_new, h, *_ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *(None,) * 5, eps, dtype, defer)
         return x_new, h
+    rows = tangent_rows(*operands)
+    dots = (None,) * 5 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
+    x_new, h, x_new_dot, h_dot, _ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *dots, eps, dtype, defer)
     # x_new has the tangent rows of its own arguments alone, as in the reference
     moved = tangent_rows(sum_of, y, gate)
     if moved is not None:

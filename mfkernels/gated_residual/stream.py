@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..ada_layer_norm import ada_layer_norm
-from ..ada_layer_norm.op import promoted
+from ..ada_layer_norm.op import normed_dtype, promoted
 from ..dual import TensorOrDual, carries_tangent, primal_of
 from ..operator import runs_plainly
-from .op import check_update_and_norm, choose_norm, gated_residual, gated_residual_ada_layer_norm, update_and_norm
+from .op import Facts, choose_norm, facts_of, gated_residual, gated_residual_ada_layer_norm, update_and_norm
 
 
 class ResidualStream(NamedTuple):
@@ -51,12 +51,12 @@ class ResidualStream(NamedTuple):
             return ada_layer_norm(x, shift, scale, eps=eps), self
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
-        if not _can_defer(x, y, gate, bias, shift, scale):
+        facts = facts_of(x, y, gate, bias, shift, scale, eps) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
-        eps = check_update_and_norm(x, y, gate, bias, shift, scale, eps)
-        seen, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, defer=True)
-        return h, self._replace(seen=seen)
+        seen, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype, defer=True)
+        return h, ResidualStream(x, y, gate, bias, seen)
 
     def update_and_norm(
         self,
@@ -72,9 +72,13 @@ class ResidualStream(NamedTuple):
         if self.seen is None or self.y is None or self.gate is None:
             x, h = gated_residual_ada_layer_norm(self.value(), y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
-        eps = check_update_and_norm(self.x, y, gate, bias, shift, scale, eps)
-        base = (self.y, self.gate, self.bias)
-        x, h = update_and_norm(self.x, y, gate, bias, shift, scale, eps=eps, seen=self.seen, base=base)
+        x, seen, base = self.x, self.seen, (self.y, self.gate, self.bias)
+        facts = facts_of(x, y, gate, bias, shift, scale, eps) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
+            raise ValueError(
+                "stream: expected the update of a sum that its norm has left unwritten to be such a one too"
+            )
+        x, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype, seen=seen, base=base)
         return h, ResidualStream(x)
 
     def updated(self, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None = None) -> ResidualStream:
@@ -92,11 +96,12 @@ class ResidualStream(NamedTuple):
         return gated_residual(self.x, self.y, self.gate, bias=self.bias)
 
 
-def _can_defer(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, *others: TensorOrDual | None) -> bool:
-    """Whether the kernels may leave the sum unwritten: on plain tensors, where nothing else sees what they return."""
-    if choose_norm(x, y, gate) == "reference" or promoted(*map(primal_of, (x, y, gate))) != x.dtype:
-        return False
-    primals = [primal_of(a) for a in (x, y, gate, *others) if a is not None]
-    if torch.compiler.is_compiling():
-        return not any(map(carries_tangent, primals))
-    return runs_plainly(*primals)
+def _facts_when_compiling(
+    x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None, shift: TensorOrDual, scale: TensorOrDual
+) -> Facts | None:
+    """The same in a compiled region, unless it has tangents of forward mode, which the operator would not see."""
+    primals = [primal_of(a) for a in (x, y, gate, shift, scale)]
+    if not torch.compiler.is_compiling() or any(map(carries_tangent, (*primals, bias))):
+        return None
+    keeps_dtype = promoted(*primals[:3]) == primals[0].dtype
+    return Facts(choose_norm(x, y, gate, shift, scale), normed_dtype(*primals), keeps_dtype)

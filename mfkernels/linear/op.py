@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import choose
+from ..calls import kind_of_call, known, remember
 from ..checks import check_operand, check_parameter, check_shape
-from ..dual import Dual, TensorOrDual, primal_of
+from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import plain_forward_mode
-from ..operator import operator, runs_plainly
+from ..operator import operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import reference
 
@@ -53,10 +54,10 @@ def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
         return (None,) * 5
     x, weight = ctx.saved_tensors
     to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-    rows = dy.flatten(0, -2)  # [B·…, D_out]
+    rows = dy.reshape(-1, dy.shape[-1])  # [B·…, D_out]
     with without_autocast(dy.device):
-        dx = dy @ weight if to_x else None  # [B, …, D_in]
-        dweight = weight_gradient(rows, x.flatten(0, -2), ctx.dtype) if to_weight else None  # [D_out, D_in]
+        dx = torch.mm(rows, weight).view(x.shape) if to_x else None  # [B, …, D_in]
+        dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if to_weight else None  # [D_out, D_in]
         dbias = rows.sum(0, dtype=ctx.bias_dtype) if to_bias else None  # [D_out]
     return dx, dweight, dbias, None, None
 
@@ -80,6 +81,21 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    kind = kind_of_call("linear", x, weight, bias)
+    if not known(kind):
+        check_linear(x, weight, bias)
+        remember(kind, True)
+    choose("linear", x.device, {})
+    dtype = product_dtype(x)
+    if not kind or dtype == weight.dtype or len(x.shape) < 2 or not torch.is_grad_enabled():
+        return plain_forward_mode("linear", _run, x, weight, bias)
+    y, y_dot, *_ = _forward(primal_of(x), weight, bias, tangent_of(x), dtype)
+    if not isinstance(x, Dual):
+        return y
+    return Dual(y, None if x.tangent is None else y_dot)
+
+
+def check_linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:
     check_operand("x", x)
     if len(x.shape) == 0:
         raise ValueError("x: expected (…, D_in), got a single number")
@@ -89,18 +105,9 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is not None:
         check_parameter("bias", bias, 1, x)
         check_shape("bias", bias, (weight.shape[0],), "(D_out,) of weight")
-    choose("linear", x.device, {})
-    return plain_forward_mode("linear", _run, x, weight, bias)
 
 
 def _run(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> TensorOrDual:
-    xp = primal_of(x)
-    dtype = product_dtype(xp)
-    if dtype != weight.dtype and xp.ndim > 1 and torch.is_grad_enabled() and runs_plainly(xp, weight, bias):
-        y, y_dot, *_ = _forward(xp, weight, bias, x.tangent if isinstance(x, Dual) else None, dtype)
-        if not isinstance(x, Dual):
-            return y
-        return Dual(y, None if x.tangent is None else y_dot)
     if not isinstance(x, Dual):
         return reference.linear(x, weight, bias)
     y = reference.linear(x.primal, weight, bias)

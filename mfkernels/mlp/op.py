@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..backend import choose, recorded, triton_unavailable, unsupported_dtype
+from ..calls import kind_of_call, known, remember
 from ..checks import check_parameter, check_rows, check_shape
 from ..dual import Dual, TensorOrDual, primal_of
 from ..forward_mode import bridge_forward_mode, refuse_tangent
@@ -70,10 +71,10 @@ def _backward(
     from .kernels import gelu_backward
 
     with without_autocast(x.device):
-        a, dh, db1 = gelu_backward(h, b1, dy @ w2)  # [M, D_hidden] both
+        a, dh, db1 = gelu_backward(h, b1, torch.mm(dy, w2))  # [M, D_hidden] both
         dw2 = weight_gradient(dy, a, dtype)  # [D_out, D_hidden]
         db2 = dy.sum(0, dtype=dtype) if has_b2 else dy.new_empty(0)  # [D_out]
-        dx, dw1 = dh @ w1, weight_gradient(dh, x, dtype)  # [M, D_in], [D_hidden, D_in]
+        dx, dw1 = torch.mm(dh, w1), weight_gradient(dh, x, dtype)  # [M, D_in], [D_hidden, D_in]
         return dx, dw1, dy.new_empty(0) if db1 is None else db1, dw2, db2
 
 
@@ -137,28 +138,39 @@ def mlp(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; a parameter has a tangent.
     """
-    check_rows("x", x)
-    for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
-        if p is not None or ndim == 2:
-            check_parameter(name, p, ndim, x)
-            refuse_tangent(name, p, "parameter")
-    if x.shape[-1] != w1.shape[1]:
-        raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
-    if w2.shape[1] != w1.shape[0]:
-        raise ValueError(f"w2: expected (D_out, {w1.shape[0]}) after w1 {tuple(w1.shape)}, got {tuple(w2.shape)}")
-    for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
-        if b is not None:
-            check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
-    return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2), x)
+    kind = kind_of_call("mlp", x, w1, b1, w2, b2)
+    backend = known(kind)
+    if backend is None:
+        check_rows("x", x)
+        for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
+            if p is not None or ndim == 2:
+                check_parameter(name, p, ndim, x)
+                refuse_tangent(name, p, "parameter")
+        if x.shape[-1] != w1.shape[1]:
+            raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
+        if w2.shape[1] != w1.shape[0]:
+            raise ValueError(f"w2: expected (D_out, {w1.shape[0]}) after w1 {tuple(w1.shape)}, got {tuple(w2.shape)}")
+        for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
+            if b is not None:
+                check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
+        if not kind:
+            return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2, _choose(x)), x)
+        backend = _choose(x)
+        remember(kind, backend)
+    return _run(x, w1, b1, w2, b2, recorded("mlp", backend))
 
 
-def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
+def _choose(x: TensorOrDual) -> str:
     xp = primal_of(x)
-    if choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp)}) == "reference":
+    return choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp)})
+
+
+def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> TensorOrDual:
+    if backend == "reference":
         return _run_reference(x, w1, b1, w2, b2)
-    dtype = product_dtype(xp)
+    xp = primal_of(x)
     x_dot = x.tangent.flatten(0, -2) if isinstance(x, Dual) and x.tangent is not None else None  # [M_t, D_in]
-    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, dtype)  # M = B·…
+    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, product_dtype(xp))  # M = B·…
     y = y.unflatten(0, xp.shape[:-1])  # [B, …, D_out]
     if not isinstance(x, Dual):
         return y

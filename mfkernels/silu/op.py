@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import choose
+from ..calls import kind_of_call, known, remember
 from ..checks import check_operand
 from ..dual import Dual, TensorOrDual
 from ..forward_mode import plain_forward_mode
@@ -21,9 +22,12 @@ def silu(x: TensorOrDual) -> TensorOrDual:
     Raises:
         TypeError, ValueError: `x` does not fit; the message says why.
     """
-    check_operand("x", x)
+    kind = kind_of_call("silu", x)
+    if not known(kind):
+        check_operand("x", x)
+        remember(kind, True)
     choose("silu", x.device, {})
-    return plain_forward_mode("silu", _run, x)
+    return _run(x) if kind else plain_forward_mode("silu", _run, x)
 
 
 def _run(x: TensorOrDual) -> TensorOrDual:

@@ -1,0 +1,76 @@
+"""What a call of a public function comes to is worked out once for its kind of arguments: checks, backend, dtype.
+
+A layer of a network is called with the same shapes at every step, and Python's checks of them would cost as much as
+launching its kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend
+from ._torch import nothing_intercepts
+from .checks import autocast_enabled
+from .dual import Dual, primal_of
+
+MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
+_PLAIN = (Tensor, torch.nn.Parameter)
+_known: dict[tuple[Any, ...], Any] = {}
+
+
+def is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN and not x.is_nested
+
+
+def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
+    """All that the checks and decisions of a call look at; () where they can depend on more than that.
+
+    Of tensors and Duals: shapes, dtypes and devices, and of the rest autocast and the backend that was asked for. ()
+    under a compiler, torch.func, forward mode and modes, and for tensor subclasses; so whatever has another kind than
+    () is plain eager PyTorch, and nothing in it carries a tangent but Duals.
+    """
+    if torch.compiler.is_compiling() or not nothing_intercepts():
+        return ()
+    kind: list[Any] = [op, *backend.circumstances()]
+    for x in operands:
+        which = type(x)
+        if which is Dual:
+            p, t = x
+            if not is_plain(p):
+                return ()
+            kind += (Dual, p.shape, p.dtype, p.device, p.layout)
+            if t is not None:
+                if not is_plain(t) or t.requires_grad:
+                    return ()
+                kind += (t.shape, t.dtype, t.device, t.layout)
+        elif x is None or which is int:
+            kind.append(x)
+        elif is_plain(x):
+            kind += (x.shape, x.dtype, x.device, x.layout)
+        else:
+            return ()
+    device = primal_of(operands[0]).device
+    if autocast_enabled(device):
+        kind.append(torch.get_autocast_dtype(device.type))
+    return tuple(kind)
+
+
+def known(kind: tuple[Any, ...]) -> Any:
+    """What `remember` was given for this kind, or None."""
+    return _known.get(kind)
+
+
+def remember(kind: tuple[Any, ...], facts: Any) -> None:
+    """Keep what the calls of a kind come to, after their checks have passed."""
+    if kind:
+        if len(_known) >= MAX_CALLS:
+            _known.clear()
+        _known[kind] = facts
+
+
+def forget() -> None:
+    """Work everything out anew."""
+    _known.clear()
