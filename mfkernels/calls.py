@@ -13,8 +13,7 @@ from torch import Tensor
 
 from . import backend
 from ._torch import nothing_intercepts
-from .checks import autocast_enabled
-from .dual import Dual, primal_of
+from .dual import Dual
 
 MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -52,9 +51,9 @@ def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
             kind += (x.shape, x.dtype, x.device, x.layout)
         else:
             return ()
-    device = primal_of(operands[0]).device
-    if autocast_enabled(device):
-        kind.append(torch.get_autocast_dtype(device.type))
+    device_type = operands[0].device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        kind.append(torch.get_autocast_dtype(device_type))
     return tuple(kind)
 
 

@@ -64,8 +64,10 @@ class Operator:
         self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func
 
     def __call__(self, *inputs: Any) -> Any:
-        if not runs_plainly(*inputs):
-            return self.custom_op(*inputs)
+        return self.eager(*inputs) if runs_plainly(*inputs) else self.custom_op(*inputs)
+
+    def eager(self, *inputs: Any) -> Any:
+        """The same for a caller that knows that `runs_plainly` says so."""
         if self.apply is None or not torch.is_grad_enabled():
             return self.run(*inputs)
         return self.apply(*inputs)

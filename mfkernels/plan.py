@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     device: torch.device
     buffers: list[tuple[tuple[int, ...], torch.dtype]]
     steps: list[Step]
-    results: list[View | None]
+    results: list[int | View | None]  # a buffer, or a view of one
     single: bool  # a tensor, not a tuple
     apart: list[tuple[int, int, int]]  # inputs that share memory, and how many bytes lie between them
 
@@ -68,14 +68,15 @@ class Plan(NamedTuple):
                 for position, base, offset in pointers:
                     arguments[position] = addresses[base] + offset
                 launch.started(start, arguments)
-        out = [view if view is None else _view(buffers[view.base], view) for view in self.results]
+        out = [
+            None if view is None else buffers[view] if isinstance(view, int) else _view(buffers, view)
+            for view in self.results
+        ]
         return out[0] if self.single else tuple(out)
 
 
-def _view(buffer: Tensor, view: View) -> Tensor:
-    if view.offset == 0 and buffer.shape == view.size and buffer.stride() == view.stride:
-        return buffer
-    return buffer.as_strided(view.size, view.stride, view.offset)
+def _view(buffers: list[Tensor], view: View) -> Tensor:
+    return buffers[view.base].as_strided(view.size, view.stride, view.offset)
 
 
 def planned(run: F) -> F:
@@ -178,7 +179,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
                     base = first[memory_of(x)]
                     pointers.append((position, base, x.data_ptr() - bases[base].data_ptr()))
             steps.append(Step(compiled[(*made.grid(made.config), 1, 1)[:3]], values, pointers))
-        views: list[View | None] = []
+        views: list[int | View | None] = []
         for x in results:
             if x is None:
                 views.append(None)
@@ -186,6 +187,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
             buffer = first.get(memory_of(x), -1) - len(inputs)
             if buffer < 0 or x.dtype != self.allocated[buffer].dtype:
                 return None
-            views.append(View(buffer, tuple(x.shape), x.stride(), int(x.storage_offset())))
+            whole = x.shape == self.allocated[buffer].shape and x.is_contiguous()
+            view = View(buffer, tuple(x.shape), x.stride(), int(x.storage_offset()))
+            views.append(buffer if whole else view)
         buffers = [(tuple(x.shape), x.dtype) for x in self.allocated]
         return Plan(inputs[0].device, buffers, steps, views, isinstance(out, Tensor), apart)

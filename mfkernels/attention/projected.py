@@ -152,7 +152,7 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
-            o, o_dot, *_ = _forward(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
+            o, o_dot, *_ = _forward.eager(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
             if not isinstance(x, Dual):
                 return o
             return Dual(o, None if x.tangent is None else o_dot)

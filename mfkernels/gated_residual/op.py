@@ -384,8 +384,9 @@ def update_and_norm(
 ) -> tuple[TensorOrDual, TensorOrDual]:
     """The Triton kernels' x_new and h; of `seen`, `base` and `defer` see the operator."""
     xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
-    before = (primal_of(seen), *(None if a is None else primal_of(a).detach() for a in base))
-    if seen is not None:
+    before: list[Tensor | None] = [None] * 4
+    if seen is not None:  # through which the gradients of x and of the base go
+        before = [primal_of(seen), *(None if a is None else primal_of(a).detach() for a in base)]
         xp = xp.detach()
     sum_of = x if seen is None else seen  # whose tangent is the stream's
     operands = (sum_of, y, gate, shift, scale)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..ada_layer_norm import ada_layer_norm
 from ..ada_layer_norm.op import normed_dtype, promoted
+from ..calls import kind_of_call, known, remember
 from ..dual import TensorOrDual, carries_tangent, primal_of
-from ..operator import runs_plainly
 from .op import Facts, choose_norm, facts_of, gated_residual, gated_residual_ada_layer_norm, update_and_norm
 
 
@@ -38,9 +38,14 @@ class ResidualStream(NamedTuple):
 
         Not where the layer is sharded by itself: outside its own forward the bias is not whole.
         """
-        if bias is None or choose_norm(self.x) == "reference":
+        if bias is None:
             return False
-        return torch.compiler.is_compiling() or runs_plainly(bias)
+        kind = kind_of_call("takes_bias", self.x, bias)
+        takes: bool | None = known(kind)
+        if takes is None:
+            takes = choose_norm(self.x) != "reference" and (kind != () or torch.compiler.is_compiling())
+            remember(kind, takes)
+        return takes
 
     def normed(
         self, shift: TensorOrDual, scale: TensorOrDual, *, eps: float = 1e-6

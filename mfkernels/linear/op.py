@@ -89,7 +89,7 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     dtype = product_dtype(x)
     if not kind or dtype == weight.dtype or len(x.shape) < 2 or not torch.is_grad_enabled():
         return plain_forward_mode("linear", _run, x, weight, bias)
-    y, y_dot, *_ = _forward(primal_of(x), weight, bias, tangent_of(x), dtype)
+    y, y_dot, *_ = _forward.eager(primal_of(x), weight, bias, tangent_of(x), dtype)
     if not isinstance(x, Dual):
         return y
     return Dual(y, None if x.tangent is None else y_dot)

@@ -171,10 +171,10 @@ def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     xp = primal_of(x)
     x_dot = x.tangent.flatten(0, -2) if isinstance(x, Dual) and x.tangent is not None else None  # [M_t, D_in]
     y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, product_dtype(xp))  # M = B·…
-    y = y.unflatten(0, xp.shape[:-1])  # [B, …, D_out]
+    y = y.view(*xp.shape[:-1], w2.shape[0])  # [B, …, D_out]
     if not isinstance(x, Dual):
         return y
-    return Dual(y, None if x.tangent is None else y_dot.unflatten(0, x.tangent.shape[:-1]))
+    return Dual(y, None if x.tangent is None else y_dot.view(*x.tangent.shape[:-1], w2.shape[0]))
 
 
 def _run_reference(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
