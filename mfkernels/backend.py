@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
 
 import torch
 
@@ -55,6 +56,20 @@ _said: set[str] = set()  # ops whose slower way has been told
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _remembered(run: _F) -> _F:
+    """`functools.cache` in eager alone: Dynamo warns of one, and looks through it."""
+    cached = functools.cache(run)
+
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        return run(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call  # type: ignore[return-value]
+
+
 def _triton_missing() -> str | None:
     """Looked up, not imported: importing this package stays cheap and quiet."""
     if importlib.util.find_spec("triton") is None:
@@ -71,7 +86,7 @@ _NO_TRITON = _triton_missing()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
+@_remembered
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -88,11 +103,11 @@ def triton_unavailable(device: torch.device) -> str | None:
     return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
 
 
-def unsupported_dtype(name: str, x: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot serve the dtype of `x`; None where they can."""
-    if x.dtype in (torch.float16, torch.bfloat16, torch.float32):
+def unsupported_dtype(name: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot serve `dtype`; None where they can."""
+    if dtype in (torch.float16, torch.bfloat16, torch.float32):
         return None
-    return f"{name}: expected float16, bfloat16 or float32, got {x.dtype}"
+    return f"{name}: expected float16, bfloat16 or float32, got {dtype}"
 
 
 def rows_unsupported(**tensors: torch.Tensor) -> str | None:
@@ -107,14 +122,14 @@ def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=1024)
+@_remembered
 def _row_unsupported(name: str, dtype: torch.dtype, width: int) -> str | None:
     from .rowwise import unsupported_row
 
-    return unsupported_row(name, torch.empty((1, width), dtype=dtype, device="meta"))
+    return unsupported_row(name, dtype, width)
 
 
-@functools.lru_cache(maxsize=64)
+@_remembered
 def _parsed(request: str | None, source: str) -> Mapping[str, str]:
     """Backends by op; "" is every op that the request does not name."""
     wanted: dict[str, str] = {}

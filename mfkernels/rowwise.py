@@ -22,14 +22,12 @@ def block_of(width: int) -> int:
     return max(32, next_power_of_2(width))
 
 
-def unsupported_row(name: str, x: Tensor, max_width: int = MAX_WIDTH) -> str | None:
-    """Why `x` cannot be served by a row-wise kernel; None where it can."""
-    reason = unsupported_dtype(name, x)
+def unsupported_row(name: str, dtype: torch.dtype, width: int) -> str | None:
+    """Why rows of this dtype and width cannot be served by a row-wise kernel; None where they can."""
+    reason = unsupported_dtype(name, dtype)
     if reason is not None:
         return reason
-    if not 1 <= x.shape[-1] <= max_width:
-        return f"{name}: expected a width from 1 to {max_width}, got {x.shape[-1]}"
-    return None
+    return None if 1 <= width <= MAX_WIDTH else f"{name}: expected a width from 1 to {MAX_WIDTH}, got {width}"
 
 
 def per_sample(x: Tensor | None) -> tuple[Tensor | None, int]:

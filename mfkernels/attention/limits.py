@@ -13,7 +13,7 @@ MAX_HEAD_DIM = 256
 def unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
     """Why the Triton kernels cannot serve these arguments, naming the one at fault; None where they can."""
     head_dim = q.shape[-1]
-    reason = unsupported_dtype("q", q)
+    reason = unsupported_dtype("q", q.dtype)
     if reason is not None:
         return reason
     step = 16 // q.dtype.itemsize  # rows load 16 bytes at a time

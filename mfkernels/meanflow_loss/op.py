@@ -78,7 +78,7 @@ _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 def _triton_unsupported(u: Tensor, *others: Tensor) -> str | None:
     reason = triton_unavailable(u.device)
     for name, a in zip(("u", "du_dt", "v", "t", "r"), (u, *others), strict=True):
-        reason = reason or unsupported_dtype(name, a)
+        reason = reason or unsupported_dtype(name, a.dtype)
         if reason is not None:
             return reason
     return None

@@ -108,7 +108,7 @@ _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
 def _triton_unsupported(x: Tensor) -> str | None:
-    return triton_unavailable(x.device) or unsupported_dtype("x", x)
+    return triton_unavailable(x.device) or unsupported_dtype("x", x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------- the public function

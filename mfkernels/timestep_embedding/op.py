@@ -59,7 +59,7 @@ _forward.register_autograd(_backward_rule, setup_context=_setup_context)
 
 
 def _triton_unsupported(t: Tensor, dim: int) -> str | None:
-    reason = triton_unavailable(t.device) or unsupported_dtype("t", t)
+    reason = triton_unavailable(t.device) or unsupported_dtype("t", t.dtype)
     if reason is not None:
         return reason
     from ..rowwise import MAX_WIDTH
