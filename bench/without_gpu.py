@@ -41,6 +41,7 @@ def as_on_h100(*, chunk: int | None = None, run: Callable[[launch.Launch], None]
         "mfkernels.attention.op.unsupported": lambda q, k, scale: None,  # the interpreter has no bfloat16; a GPU has
         "mfkernels.attention.kernels.unsupported": lambda q, k, scale: None,
         "mfkernels.launch.find_config": on_h100,
+        "mfkernels.launch.multiprocessors": lambda device: 132,
         "mfkernels.launch.user_table": lambda: launch.PACKAGE_TABLE.with_name("none.json"),
     }
     if run is not None:

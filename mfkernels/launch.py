@@ -119,6 +119,31 @@ def _arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 of the interpreter, for which every chunk is as good."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+BLOCKS_A_MULTIPROCESSOR, LEAST_CHUNK = 8, 8
+
+
+def with_fitting_chunk(config: Config, device: torch.device, blocks: int, length: int) -> Config:
+    """`config` with a CHUNK, at most its own, of which about eight chunks come to a multiprocessor.
+
+    Longer chunks leave a small batch on few multiprocessors; shorter ones write more partial sums than they must.
+
+    Args:
+        blocks: launched for each chunk of `length` rows (samples, or blocks of columns).
+        length: what chunks are cut from.
+    """
+    chunks = BLOCKS_A_MULTIPROCESSOR * multiprocessors(device)
+    if chunks == 0:
+        return config
+    fitting = round(math.log2(max(blocks * length / chunks, 1)))
+    return {**config, "CHUNK": min(config["CHUNK"], max(LEAST_CHUNK, 2**fitting))}
+
+
 _forced: dict[str, Config] = {}
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, cdiv, launch_config
+from ..launch import Launch, cdiv, launch_config, with_fitting_chunk
 from ..plan import planned
 from ..rowwise import (
     block_of,
@@ -184,6 +184,8 @@ def _ada_layer_norm_backward_kernel(
         rows = b * N + offs_n  # [BLOCK_N]
         dh = load_rows(dh_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         x = load_rows(x_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        if dx_new_ptr is not None:  # before the sums over the row, so that it is on its way meanwhile
+            dx_new = load_rows(dx_new_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         if HAS_RESIDUAL:
             y = load_rows(y_ptr, rows, mask_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             if DEFERRED:
@@ -198,7 +200,7 @@ def _ada_layer_norm_backward_kernel(
         coupling = tl.sum(dx_hat * x_hat, 1) / D  # [BLOCK_N]
         dx = (dx_hat - dmean[:, None] - x_hat * coupling[:, None]) * rstd[:, None]  # [BLOCK_N, BLOCK_D]
         if dx_new_ptr is not None:
-            dx += load_rows(dx_new_ptr, rows, mask_n, D, BLOCK_D)
+            dx += dx_new
         store_rows(dx_ptr, rows, mask_n, dx, D, BLOCK_D)
         if HAS_RESIDUAL:
             store_rows(dy_ptr, rows, mask_n, dx * gate, D, BLOCK_D)
@@ -438,6 +440,7 @@ def norm_backward(
         nothing = torch.zeros((planes, B, D), device=scale.device, dtype=scale.dtype)
         return dx, dy, nothing, None if bias is None else torch.zeros_like(bias)
     config = launch_config("ada_layer_norm_backward", x.device, x.dtype, width=D)
+    config = with_fitting_chunk(config, x.device, B, N)
     chunks = cdiv(N, config["CHUNK"])
     dtype = scale.dtype if chunks == 1 and bias is None else torch.float32
     # [planes and dbias, B, chunks, D]

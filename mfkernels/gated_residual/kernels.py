@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, cdiv, launch_config
+from ..launch import Launch, cdiv, launch_config, with_fitting_chunk
 from ..plan import planned
 from ..rowwise import (
     block_of,
@@ -213,6 +213,7 @@ def gated_residual_backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     if dy.numel() == 0:
         return dy, torch.zeros((B, D), device=gate.device, dtype=gate.dtype)
     config = launch_config("gated_residual_backward", y.device, y.dtype, width=D)
+    config = with_fitting_chunk(config, y.device, B, N)
     chunks = cdiv(N, config["CHUNK"])
     dtype = gate.dtype if chunks == 1 else torch.float32
     partials = torch.empty((B, chunks, D), device=y.device, dtype=dtype)  # [B, chunks, D]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Launch, cdiv, launch_config
+from ..launch import Launch, cdiv, launch_config, with_fitting_chunk
 from ..plan import planned
 from ..rowwise import sum_partials
 
@@ -23,11 +23,17 @@ TWO_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(1.5957691216057308)
 
 @triton.jit
 def gelu_and_slope(h):
-    """a and a' at h. 1 − s is σ(−2w), which does not cancel; past ±9 s is 1 or 2e-29, and h³ may overflow."""
+    """a and a' at h. s and 1 − s share one exponential and one division, and neither cancels.
+
+    Past ±9 s is 1 or 2e-29, and h³ may overflow.
+    """
     g = tl.minimum(tl.maximum(h, -9.0), 9.0)
     w2 = TWO_SQRT_2_OVER_PI * g * (1.0 + CUBIC * g * g)
-    s = tl.sigmoid(w2)
-    slope = s + g * s * tl.sigmoid(-w2) * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * g * g)
+    e = tl.exp(-tl.abs(w2))
+    larger = 1.0 / (1.0 + e)  # σ(|2w|)
+    smaller = e * larger  # σ(−|2w|)
+    s = tl.where(w2 >= 0, larger, smaller)
+    slope = s + g * (larger * smaller) * TWO_SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * g * g)
     return h * s, slope
 
 
@@ -181,6 +187,7 @@ def gelu_backward(h: Tensor, bias: Tensor | None, da: Tensor) -> tuple[Tensor, T
     if h.numel() == 0:
         return a, dh, None if bias is None else torch.zeros_like(bias)
     config = launch_config("gelu_backward", h.device, h.dtype, width=h.shape[1])
+    config = with_fitting_chunk(config, h.device, cdiv(h.shape[1], config["BLOCK_H"]), h.shape[0])
     partials = None
     if bias is not None:
         bias = bias.contiguous()

@@ -17,11 +17,14 @@ DTYPE = torch.bfloat16
 B, B_t, H = 4, 2, 16
 FORWARD, PRIMAL = "attention_forward", "attention_forward_primal"
 DQ, DKDV = "attention_backward_dq", "attention_backward_dkdv"
+PACKED = " of a packed qkv"  # whose gradient is one buffer, with the sums for its bias
 
 # op, head dim, tokens, causal
 SM_90 = [(op, D, 1024, False) for op in (FORWARD, PRIMAL, DQ, DKDV) for D in (8, 24, 64, 72, 80, 128, 256)]
+SM_90 += [(op + PACKED, D, 1024, False) for op in (DQ, DKDV) for D in (64, 72, 80, 128)]
 SM_90 += [(FORWARD, D, N, causal) for D in (64, 72, 128) for N, causal in ((276, False), (1024, True), (64, False))]
 OTHERS = [(op, D, 1024, False) for op in (FORWARD, DQ, DKDV) for D in (64, 72, 128, 256)]
+OTHERS += [(op + PACKED, D, 1024, False) for op in (DQ, DKDV) for D in (64, 72, 128)]
 CASES = {"sm_90": SM_90, "sm_80": OTHERS, "sm_100": OTHERS}
 
 
@@ -40,15 +43,19 @@ def meta_launch(op: str, D: int, N: int, causal: bool, arch: str) -> Launch:
         "scale": D**-0.5,
         "causal": causal,
         "precision": "ieee",
-        "config": find_config(op, arch, DTYPE, head_dim=D, tokens=N),
+        "config": find_config(op.removesuffix(PACKED), arch, DTYPE, head_dim=D, tokens=N),
     }
     if op == FORWARD:
         return forward_launch(q, k, v, *packed(B_t), plain(B), plain(B_t), row, **options)
     if op == PRIMAL:
         return forward_launch(q, k, v, None, None, None, plain(B), None, row, **options)
-    if op == DQ:
-        return dq_launch(plain(B), q, k, v, plain(B), row, row, plain(B), **options)
-    return dkdv_launch(plain(B), q, k, v, row, row, plain(B), plain(B), **options)
+    dq, dk, dv, partials = plain(B), plain(B), plain(B), None
+    if op.endswith(PACKED):
+        dq, dk, dv = packed(B)
+        partials = torch.empty((B, N // 64, 3, H, D), device="meta")
+    if op.startswith(DQ):
+        return dq_launch(plain(B), q, k, v, plain(B), row, row, dq, partials, **options)
+    return dkdv_launch(plain(B), q, k, v, row, row, dk, dv, partials, **options)
 
 
 def main() -> None:
