@@ -55,6 +55,18 @@ def is_recorded(config: TrainConfig, accelerator: Accelerator) -> bool:
     return config.cuda_graphs
 
 
+def described(config: TrainConfig, accelerator: Accelerator) -> str:
+    """What is said of it when a run begins."""
+    if is_recorded(config, accelerator):
+        return "steps as a CUDA graph"
+    if config.cuda_graphs is False:
+        return "no CUDA graph"
+    reason = (
+        conflict(config, accelerator) or f"model: {config.model} is not of this package; --cuda-graphs records it too"
+    )
+    return f"no CUDA graph ({reason})"
+
+
 class CudaGraph:
     """What `StepGraph` needs of CUDA."""
 
@@ -73,8 +85,11 @@ class CudaGraph:
 
     def record(self, fn: Callable[[], Tensor]) -> Tensor:
         """Take down what `fn` does, and do nothing of it; returns where its result will be."""
-        # the loader's thread allocates pinned memory meanwhile, which by default would be an error
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # comes back to it, which a recording that fails does not
+            # thread_local: the loader's thread may allocate pinned memory meanwhile
+            torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"),
+        ):
             return fn()
 
     def replay(self) -> None:

@@ -31,7 +31,7 @@ from .build import model_sizes
 from .checkpoint import list_checkpoints, remove_partial
 from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .config_file import PRESET, read_values
-from .graphs import conflict
+from .graphs import described
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
 from .network import LoadedNetwork, check_resumed, generate, load_network
@@ -341,9 +341,7 @@ def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None
     model = f"{config.model}, {parameter_count(trainer.model):,} parameters"
     machine = f"{trainer.accelerator.device}, precision {config.precision}{' (auto)' if trainer.auto_precision else ''}"
     if trainer.accelerator.device.type == "cuda":
-        reason = conflict(config, trainer.accelerator)
-        without = f"no CUDA graph{f' ({reason})' if reason else ''}"
-        machine += f", {'steps as a CUDA graph' if trainer.recorded else without}"
+        machine += f", {described(config, trainer.accelerator)}"
     print(f"{data.name}: {images}{kept}{skipped}; {model}; {machine}; {trainer.folder}", file=sys.stderr, flush=True)
     if is_sharded(config, trainer.accelerator) and not transformer_blocks(trainer.model):
         print(
