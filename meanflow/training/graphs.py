@@ -1,7 +1,7 @@
 """The whole of a training step as one CUDA graph: recorded once, and replayed at every step after that.
 
-A graph runs the same kernels on the same memory again, and no Python. What differs from one step to the next is put into
-that memory before: the batch and everything drawn, the learning rate, the decay of the averages.
+A graph runs the same kernels on the same memory again, and no Python. What differs from one step to the next is put
+into that memory before: the batch and everything drawn, the learning rate, the decay of the averages.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ def described(config: TrainConfig, accelerator: Accelerator) -> str:
         return "steps as a CUDA graph"
     if config.cuda_graphs is False:
         return "no CUDA graph"
-    reason = (
-        conflict(config, accelerator) or f"model: {config.model} is not of this package; --cuda-graphs records it too"
-    )
-    return f"no CUDA graph ({reason})"
+    foreign = f"model: {config.model} is not of this package; --cuda-graphs records it too"
+    return f"no CUDA graph ({conflict(config, accelerator) or foreign})"
 
 
 class CudaGraph:

@@ -484,7 +484,7 @@ class Trainer:
         return figures
 
     def _update(self, x: Tensor, y: Tensor, part: Draws) -> Tensor:
-        """A part of a step, and after the last one the new weights and averages; returns its share of the figures, (3,).
+        """A part of a step, and after the last one new weights and averages; returns its share of the figures, (3,).
 
         It reads nothing on the host, and what it keeps stays in the same memory: it can be recorded as a CUDA graph.
         """

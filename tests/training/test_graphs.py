@@ -1,4 +1,4 @@
-"""A step as a CUDA graph: what of it is tested without a GPU, and, where there is one, that it trains as an eager one."""
+"""A step as a CUDA graph: recorded and replayed on a CPU and, where there is one, on a GPU."""
 
 import dataclasses
 import types
@@ -20,11 +20,12 @@ from meanflow.training import (
     Trainer,
     build_model,
     build_objective,
+    graphs,
     list_checkpoints,
+    loop,
     make_accelerator,
     run_training,
 )
-from meanflow.training import graphs, loop
 from meanflow.training.graphs import WARM_UP, StepGraph, conflict, described, is_recorded
 from meanflow.training.log import read_log
 
