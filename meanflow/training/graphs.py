@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import reason
 from ..models import is_factory
 from ..objectives import Draws
 from .config import TrainConfig
@@ -47,11 +48,11 @@ def is_recorded(config: TrainConfig, accelerator: Accelerator) -> bool:
     Raises:
         UsageError: it is asked for, and cannot be.
     """
-    reason = conflict(config, accelerator)
+    obstacle = conflict(config, accelerator)
     if config.cuda_graphs == "auto":
-        return reason is None and not is_factory(config.model)
-    if config.cuda_graphs and reason is not None:
-        raise UsageError(f"cuda_graphs: a step of this run cannot be recorded: {reason}")
+        return obstacle is None and not is_factory(config.model)
+    if config.cuda_graphs and obstacle is not None:
+        raise UsageError(f"cuda_graphs: a step of this run cannot be recorded: {obstacle}")
     return config.cuda_graphs
 
 
@@ -135,9 +136,11 @@ class StepGraph:
             raise
         except RuntimeError as error:
             # the end of a recording that failed has an error of its own, after the one that tells why
-            why = error.__context__ or error
+            why = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(why, torch.OutOfMemoryError):
+                raise why from error
             raise UsageError(
-                f"cuda_graphs: the step of this run cannot be recorded: {why}; train with --no-cuda-graphs"
+                f"cuda_graphs: the step of this run cannot be recorded: {reason(why)}; train with --no-cuda-graphs"
             ) from error
         self.inputs, self.rows = _named(x, y, draws), draws.rows
 

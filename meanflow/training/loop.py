@@ -129,7 +129,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             f"batch_size: expected a multiple of {parts} ({accelerator.num_processes} processes × accumulate = "
             f"{config.accumulate}), got {config.batch_size}"
         )
-    is_recorded(config, accelerator)
+    is_recorded(config, accelerator)  # raises where it is asked for and cannot be
     return accelerator
 
 

@@ -1,6 +1,7 @@
 """A step as a CUDA graph: recorded and replayed on a CPU and, where there is one, on a GPU."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import TINY, losses, stop_after
 from torch import nn
 
+from meanflow.cli import main
 from meanflow.data import load_digits_data
 from meanflow.errors import UsageError
 from meanflow.objectives import FlowMatching, MeanFlow
@@ -28,6 +30,7 @@ from meanflow.training import (
 )
 from meanflow.training.graphs import WARM_UP, StepGraph, conflict, described, is_recorded
 from meanflow.training.log import read_log
+from mfkernels import linear_map
 
 IMF = {"objective": "imf", "model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1), "kappa": 0.0}
 OBJECTIVES = {
@@ -75,8 +78,9 @@ def recordings(monkeypatch):
     return made
 
 
-def trained(name, **values):
-    run_training(dataclasses.replace(TINY, name=name, steps=8, log_every=2, flip=True, **values))
+def trained(name, *, resume=False, **values):
+    values = {"steps": 8, "log_every": 2, "flip": True, **values}
+    run_training(dataclasses.replace(TINY, name=name, **values), resume=resume)
 
 
 def figures(name):
@@ -107,13 +111,13 @@ def test_a_recorded_run_is_an_eager_one_bit_for_bit(recordings, values):
 
 
 def test_a_recorded_run_resumes_as_it_was(recordings, monkeypatch):
-    trained("whole")
+    trained("whole", steps=12)
     with monkeypatch.context() as interrupted:
-        stop_after(interrupted, 5)
-        trained("parts")
-    run_training(dataclasses.replace(TINY, name="parts", steps=8, log_every=2, flip=True), resume=True)
-    assert [graph.replays for graph in recordings] == [8 - WARM_UP, 5 - WARM_UP, 0]
-    assert losses("parts")[-1] == losses("whole")[-1]
+        stop_after(interrupted, 6)
+        trained("parts", steps=12)
+    trained("parts", steps=12, resume=True)
+    assert [graph.replays for graph in recordings] == [12 - WARM_UP, 6 - WARM_UP, 6 - WARM_UP]
+    assert figures("parts") == figures("whole")
     check_same_weights("parts", "whole")
 
 
@@ -189,8 +193,8 @@ class Planted(nn.Module):
         super().__init__()
         self.net, self.violation, self.num_classes = net, violation, net.num_classes
 
-    def forward(self, z, r, t, y):
-        return self.net(self.violation(z), r, t, y)
+    def forward(self, z, r, t, y, **others):
+        return self.net(self.violation(z), r, t, y, **others)
 
 
 class ReadsInBackward(torch.autograd.Function):
@@ -204,25 +208,25 @@ class ReadsInBackward(torch.autograd.Function):
 
 
 VIOLATIONS = {
-    "item": lambda x: x * x.mean().item(),
-    "bool": lambda x: x if (x > 0).any() else -x,
-    "equal": lambda x: x if torch.equal(x, x) else -x,
-    "nonzero": lambda x: x + len((x > 0).nonzero()),
-    "where": lambda x: x + len(torch.where(x > 0)[0]),
-    "mask": lambda x: x + x[x > 0].sum(),
-    "repeat": lambda x: x + x.flatten().repeat_interleave((x.flatten() > 0).long()).sum(),
-    "number": lambda x: x * torch.tensor(2.0),
-    "rand": lambda x: x + torch.rand_like(x),
-    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5),
+    "item": (lambda x: x * x.mean().item(), "reads a value"),
+    "bool": (lambda x: x if (x > 0).any() else -x, "reads a value"),
+    "equal": (lambda x: x if torch.equal(x, x) else -x, "reads a value"),
+    "nonzero": (lambda x: x + len((x > 0).nonzero()), "shape of its values"),
+    "where": (lambda x: x + len(torch.where(x > 0)[0]), "shape of its values"),
+    "mask": (lambda x: x + x[x > 0].sum(), "shape of its values"),
+    "repeat": (lambda x: x + x.flatten().repeat_interleave((x.flatten() > 0).long()).sum(), "shape of its values"),
+    "number": (lambda x: x * torch.tensor(2.0), "Python's numbers"),
+    "rand": (lambda x: x + torch.rand_like(x), "draws"),
+    "dropout": (lambda x: nn.functional.dropout(x, 0.5), "draws"),
 }
 
 
-@pytest.mark.parametrize("violation", VIOLATIONS.values(), ids=VIOLATIONS)
-def test_what_a_graph_cannot_hold_is_found(recordings, violation):
+@pytest.mark.parametrize(("violation", "words"), VIOLATIONS.values(), ids=VIOLATIONS)
+def test_what_a_graph_cannot_hold_is_found(recordings, violation, words):
     trainer, (x, y, draws) = stepped({"objective": "flow_matching", "kappa": 0.0})
     planted = Planted(trainer.model, violation)
     trainer.loss_of = lambda x, y, draws: FlowMatching().loss_of(planted, x, y, draws)
-    with Recordable(), pytest.raises(NotRecordable):
+    with Recordable(), pytest.raises(NotRecordable, match=words):
         trainer._update(x, y, draws)
 
 
@@ -264,8 +268,9 @@ def test_no_tensor_of_an_update_is_on_the_host(values):
         objective.loss_of(net, x, y, draws).loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         ema.take(net)
+    planted = Planted(net, lambda z: linear_map(lambda a: a * torch.zeros(()), z))
     with Recordable("meta"), pytest.raises(NotRecordable, match="on cpu"):
-        objective.loss_of(net, x, y, dataclasses.replace(draws, t=torch.zeros(8)))
+        objective.loss_of(planted, x, y, draws)
 
 
 def draws_of(batch=4, ratio=0.5, label_dropout=0.1):
@@ -376,6 +381,36 @@ def test_asking_for_graphs_on_a_cpu_is_an_error_before_anything_is_written():
     with pytest.raises(UsageError, match="cuda_graphs: a step of this run cannot be recorded: device: expected a CUDA"):
         run_training(dataclasses.replace(TINY, cuda_graphs=True))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "expected"),
+    [
+        ([], "", "auto"),
+        (["--cuda-graphs"], "cuda_graphs: no", True),
+        (["--no-cuda-graphs"], "cuda_graphs: true", False),
+        ([], "cuda_graphs: off", False),
+        ([], "cuda-graphs: auto", "auto"),
+    ],
+)
+def test_graphs_on_the_command_line_and_in_a_file(monkeypatch, flags, file, expected):
+    asked = []
+
+    def stop(config, **options):
+        asked.append(config.cuda_graphs)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("meanflow.training.run.run_training", stop)
+    Path("values.yaml").write_text(file)
+    assert main(["train", "digits", "--config", "values.yaml", *flags]) == 2
+    assert asked == [expected]
+
+
+def test_the_help_shows_the_flags_as_they_are_given(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--no-cuda-graphs", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(r"--cuda-graphs, --no-cuda-graphs record the whole step .* \(default: False\)", said)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
