@@ -60,6 +60,12 @@ class _Start:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Settings(TrainConfig):
+    # record the whole step as a CUDA graph: without the flag, on one GPU, where nothing in the run keeps it from that
+    cuda_graphs: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Train(_Start):
     """Train a network; everything it writes is in runs/NAME under the working directory.
 
@@ -67,11 +73,11 @@ class Train(_Start):
     defaults.
     """
 
-    settings: OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+    settings: OmitArgPrefixes[_Settings] = dataclasses.field(default_factory=_Settings)
 
 
 # The same, but `settings` has the flags that were given and no others: tyro leaves out what a TypedDict may lack.
-_Flags: Any = TypedDict("_Flags", get_type_hints(TrainConfig), total=False)  # type: ignore[misc]
+_Flags: Any = TypedDict("_Flags", get_type_hints(_Settings), total=False)  # type: ignore[misc]
 _Given = dataclasses.make_dataclass(
     "_Given", [("settings", OmitArgPrefixes[_Flags])], bases=(_Start,), frozen=True, kw_only=True
 )
@@ -93,7 +99,8 @@ def train(args: Sequence[str]) -> int:
         base = PRESETS[preset] if preset else TrainConfig()
     config = merged(base, file, asked.settings, path=asked.config)
     if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
-        _parse(Train, ["--help"], prog="train", default=Train(settings=config))
+        shown = {**vars(config), "cuda_graphs": config.cuda_graphs is not False}
+        _parse(Train, ["--help"], prog="train", default=Train(settings=_Settings(**shown)))
     from .training.network import check_trusted
     from .training.run import read_report, run_folder, run_training
 

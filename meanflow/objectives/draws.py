@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -50,15 +50,24 @@ class Draws:
         def cut(a: Tensor) -> Tensor:
             return a[index * b : (index + 1) * b]
 
+        return self.map(cut, rows=self.rows // parts)
+
+    def map(self, fn: Callable[[Tensor], Tensor], *, rows: int | None = None) -> Draws:
+        """`fn` of every tensor, and another number of rows with r ≠ t if it gives that."""
         return Draws(
-            noise=cut(self.noise),
-            t=cut(self.t),
-            r=cut(self.r),
-            moved=cut(self.moved),
-            rows=self.rows // parts,
-            drop=None if self.drop is None else cut(self.drop),
-            conditions={name: cut(a) for name, a in self.conditions.items()},
+            noise=fn(self.noise),
+            t=fn(self.t),
+            r=fn(self.r),
+            moved=fn(self.moved),
+            rows=self.rows if rows is None else rows,
+            drop=None if self.drop is None else fn(self.drop),
+            conditions={name: fn(a) for name, a in self.conditions.items()},
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        named = {"noise": self.noise, "t": self.t, "r": self.r, "moved": self.moved}
+        return {**named, **({} if self.drop is None else {"drop": self.drop}), **self.conditions}
 
 
 def choose_moved(

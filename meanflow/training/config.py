@@ -88,8 +88,10 @@ class TrainConfig:
     checkpoint_blocks: Literal["all"] | int = 0  # blocks recomputed in the backward instead of kept, from the first on
     compile: bool = False  # torch.compile of the whole objective, as one graph; under fsdp of each block
     compile_mode: Literal["default", "reduce-overhead"] = "default"  # reduce-overhead: with CUDA graphs, needs a GPU
-    # no: float32. tf32: its products on tensor cores. bf16, fp16: autocast. bf16-weights: weights and optimiser too
-    precision: Literal["no", "tf32", "bf16", "bf16-weights", "fp16"] = "no"
+    cuda_graphs: Literal["auto"] | bool = "auto"  # record the step as a CUDA graph; auto: on one GPU
+    # auto: bf16 on a GPU that has it, else no. no: float32. tf32: its products on tensor cores. bf16, fp16: autocast.
+    # bf16-weights: weights and optimiser too
+    precision: Literal["auto", "no", "tf32", "bf16", "bf16-weights", "fp16"] = "auto"
 
     # run
     name: str = "default"  # the run folder is runs/NAME under the working directory

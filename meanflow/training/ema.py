@@ -24,18 +24,36 @@ class EMA:
     Args:
         model: whose `named_parameters` are averaged.
         decay: d after the warm-up, in [0, 1); 0 keeps a copy of the current weights.
+        recordable: keep 1 − d in the memory of the device, where a CUDA graph that holds `take` finds that of its step.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, recordable: bool = False) -> None:
         self.decay = decay
         self.weights = {name: p.detach().float().clone() for name, p in _parameters(model)}
+        self._now = decay
+        self._share = next(iter(self.weights.values())).new_zeros(()) if recordable else None
 
-    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 0)."""
+        self.set_step(step)
+        self.take(model)
+
+    def set_step(self, step: int) -> None:
+        """Make ready for the weights after step `step`."""
+        self._now = ema_decay_at(step, self.decay)
+        if self._share is not None:
+            self._share.fill_(1.0 - self._now)
+
+    @torch.no_grad()
+    def take(self, model: nn.Module) -> None:
+        """Take in the weights of the step that was set; reads nothing on the host."""
         averages = [own_piece(average) for average in self.weights.values()]
         current = [own_piece(p.detach()).float() for _, p in _parameters(model)]
-        get_ema_multi_avg_fn(ema_decay_at(step, self.decay))(averages, current, step)
+        if self._share is None:
+            get_ema_multi_avg_fn(self._now)(averages, current, None)
+            return
+        for average, weights in zip(averages, current, strict=True):
+            average.lerp_(weights, self._share)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

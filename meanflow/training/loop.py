@@ -41,8 +41,9 @@ from .checkpoint import (
 )
 from .config import TrainConfig
 from .ema import EMA
+from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
-from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, training_loss, whole
+from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, settled, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
 from .state import check_scaler, load_state
@@ -90,6 +91,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     # where PyTorch sees no GPU, accelerate starts no group by itself: each process would be a run of its own
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = PartialState(cpu=cpu).device
+    config = settled(config, device)
     if config.precision in ("tf32", "fp16") and device.type != "cuda":  # accelerate would train in float32
         raise UsageError(f"precision: {config.precision} is a format of NVIDIA GPUs, and this run's device is {device}")
     try:
@@ -127,6 +129,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             f"batch_size: expected a multiple of {parts} ({accelerator.num_processes} processes × accumulate = "
             f"{config.accumulate}), got {config.batch_size}"
         )
+    is_recorded(config, accelerator)  # raises where it is asked for and cannot be
     return accelerator
 
 
@@ -152,7 +155,9 @@ class Trainer:
         accelerator: Accelerator,
         on_samples: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
-        self.config, self.data, self.folder, self.accelerator = config, data, folder, accelerator
+        self.auto_precision = config.precision == "auto"
+        self.config = config = settled(config, accelerator.device)
+        self.data, self.folder, self.accelerator = data, folder, accelerator
         self.on_samples = on_samples
         set_seed(config.seed)  # the same first weights in every process
         self.objective = build_objective(config)
@@ -165,15 +170,21 @@ class Trainer:
         self._check_parts()
         self.loss_of = training_loss(self.model, self.objective, config, accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.recorded = is_recorded(config, accelerator)
+        self.update: Step = self._update  # or a recording of it, within `run`
+        # wherever a step can be recorded, so that it is the same one with and without
+        recordable = conflict(config, accelerator) is None
+        self.lr = torch.tensor(config.lr, device=accelerator.device) if recordable else None
         optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.lr,
+            lr=config.lr if self.lr is None else self.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=recordable or accelerator.device.type == "cuda",  # recordable: no other takes its rate from memory
+            capturable=recordable,
         )
         self.optimizer = accelerator.prepare(optimizer)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.ema = EMA(self.model, config.ema_decay, recordable=recordable)
         self._check_backends()
         self.order = StepOrder(len(data.train), config.batch_size, config.seed)
         self.step = 0
@@ -338,6 +349,8 @@ class Trainer:
             workers=config.workers,
         )
         self.model.train()
+        if self.recorded:
+            self.update = StepGraph(self._update)
         begun = last_log = time.perf_counter()
         pending: list[Tensor] = []  # one (3,) tensor a step: loss, squared error, gradient norm
         saved_at = first
@@ -390,6 +403,7 @@ class Trainer:
                     checkpoint()
                 raise
             finally:
+                self.update = self._update  # gives the memory of a recording back
                 log.close()
             early = self.step < config.steps
         self.seconds += elapsed
@@ -449,8 +463,10 @@ class Trainer:
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """One optimiser step; returns (3,): loss, squared error and gradient norm, still on the device."""
         config, accelerator = self.config, self.accelerator
+        rate = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
+            group["lr"] = rate if self.lr is None else self.lr.fill_(rate)
+        self.ema.set_step(self.step)
         flips = self.order.flips(self.step) if config.flip else None
         figures = torch.zeros(3, device=accelerator.device)
         draws = self._draws()
@@ -464,18 +480,27 @@ class Trainer:
             part = draws.part(index, where["micros"] * where["world"])
             # what a network draws itself, for dropout say: other numbers in each part, the same ones after a resume
             torch.manual_seed(mix(config.seed, 5, self.step, index))
-            with accelerator.accumulate(self.loss_of):
-                out = self.loss_of(x, y, part)
-                accelerator.backward(out.loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
-                    figures[2] = whole(norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            figures[0] += out.loss.detach().float() / config.accumulate
-            figures[1] += out.squared_error.mean().float() / config.accumulate
-        self.ema.update(self.model, self.step)
+            figures += self.update(x, y, part)
         return figures
+
+    def _update(self, x: Tensor, y: Tensor, part: Draws) -> Tensor:
+        """A part of a step, and after the last one new weights and averages; returns its share of the figures, (3,).
+
+        It reads nothing on the host, and what it keeps stays in the same memory: it can be recorded as a CUDA graph.
+        """
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.loss_of):
+            out = self.loss_of(x, y, part)
+            accelerator.backward(out.loss)
+            loss, error = out.loss.detach().float(), out.squared_error.mean().float()
+            norm = torch.zeros_like(loss)
+            if accelerator.sync_gradients:
+                norm = whole(accelerator.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)).float()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                self.ema.take(self.model)
+        return torch.stack([loss / self.config.accumulate, error / self.config.accumulate, norm])
 
     def _draws(self) -> Draws:
         """The draws of this step's whole batch: a function of (seed, step), so that a resumed run makes the same ones

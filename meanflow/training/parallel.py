@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
@@ -50,6 +51,14 @@ class ShardedLoss(TrainingLoss):
             yield
         finally:
             net.set_requires_gradient_sync(True)
+
+
+def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with its precision decided, where that is left to the device: see `TrainConfig.precision`."""
+    if config.precision != "auto":
+        return config
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(config, precision="bf16" if bf16 else "no")
 
 
 def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:

@@ -31,6 +31,7 @@ from .build import model_sizes
 from .checkpoint import list_checkpoints, remove_partial
 from .config import EVALUATION_SAMPLES, RUNS, TrainConfig
 from .config_file import PRESET, read_values
+from .graphs import described
 from .log import read_log
 from .loop import Trainer, TrainResult, make_accelerator, parameter_count
 from .network import LoadedNetwork, check_resumed, generate, load_network
@@ -188,6 +189,9 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
 def _run_training(config: TrainConfig, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
     started = time.perf_counter()
     folder = run_folder(config.name)
+    if resume and config.precision == "auto" and (folder / "config.yaml").is_file():  # its own, on any device
+        saved = read_values(folder / "config.yaml")
+        config = dataclasses.replace(config, precision=saved.get("precision", "auto"))
     accelerator = make_accelerator(config, folder)
     try:
         with owned_by_all(folder, accelerator):
@@ -335,7 +339,9 @@ def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None
     kept = f", {len(data.held_out)} kept apart" if data.held_out is not None else ""
     skipped = f", {data.skipped} other file{'s' if data.skipped > 1 else ''} skipped" if data.skipped else ""
     model = f"{config.model}, {parameter_count(trainer.model):,} parameters"
-    machine = f"{trainer.accelerator.device}, precision {config.precision}"
+    machine = f"{trainer.accelerator.device}, precision {config.precision}{' (auto)' if trainer.auto_precision else ''}"
+    if trainer.accelerator.device.type == "cuda":
+        machine += f", {described(config, trainer.accelerator)}"
     print(f"{data.name}: {images}{kept}{skipped}; {model}; {machine}; {trainer.folder}", file=sys.stderr, flush=True)
     if is_sharded(config, trainer.accelerator) and not transformer_blocks(trainer.model):
         print(
@@ -370,6 +376,8 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
         "objective": config.objective,
         "seed": config.seed,
         "device": str(device),
+        "precision": config.precision,
+        "cuda_graphs": trainer.recorded,
         "processes": trainer.accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -345,6 +345,35 @@ def test_half_precision_trains_and_keeps_its_weights_as_it_says(any_precision, p
     assert losses("tiny") == pytest.approx(losses("wide"), rel=HALF_LOSS)
 
 
+def test_the_precision_is_bf16_on_a_gpu_that_has_it_and_float32_elsewhere(monkeypatch):
+    auto = dataclasses.replace(TINY, precision="auto")
+    for has, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert parallel.settled(auto, torch.device("cuda")).precision == expected
+        assert parallel.settled(auto, torch.device("cpu")).precision == "no"
+        for given in ("no", "tf32", "fp16"):
+            chosen = dataclasses.replace(TINY, precision=given)
+            assert parallel.settled(chosen, torch.device("cuda")) == chosen
+
+
+def test_a_run_names_its_precision_and_a_resumed_one_keeps_it(any_precision, monkeypatch, capsys):
+    auto = dataclasses.replace(TINY, precision="auto", evaluate=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(loop, "settled", lambda config, device: dataclasses.replace(config, precision="bf16"))
+        run_training(dataclasses.replace(auto, steps=3))
+    assert "; cpu, precision bf16 (auto); runs/tiny" in capsys.readouterr().err
+    run_training(auto, resume=True)  # where auto would be float32
+    said = capsys.readouterr().err
+    assert "; cpu, precision bf16; runs/tiny" in said
+    assert said.count("precision") == 1  # it is no change
+    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["precision"] == "bf16"
+    report = json.loads(Path("runs/tiny/report.json").read_text())
+    assert (report["precision"], report["cuda_graphs"]) == ("bf16", False)
+    AcceleratorState._reset_state(True)
+    run_training(dataclasses.replace(auto, name="other", evaluate=False))
+    assert "; cpu, precision no (auto); runs/other" in capsys.readouterr().err
+
+
 def test_training_starts_from_given_weights():
     run_training(TINY)
     weights = list_checkpoints(Path("runs/tiny/checkpoints"))[-1] / "model.safetensors"
