@@ -29,10 +29,18 @@ from mfkernels.rowwise import sum_partials
 
 
 @triton.jit
-def store_sum(ptr, tile, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum over the rows of a tile of columns FIRST to FIRST + WIDTH."""
+def store_sum(
+    ptr, tile, block, num_blocks, SUM_BLOCKS, stride, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The sum over the rows of a tile of columns FIRST to FIRST + WIDTH, into the sums of this block of tokens.
+
+    There are SUM_BLOCKS of them, `stride` apart: where the other kernel has more blocks, zeros fill the rest.
+    """
     cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
-    tl.store(ptr + cols, tl.sum(tile, 0), mask=cols < D)
+    total = tl.sum(tile, 0)  # [WIDTH]
+    for index in range(block, SUM_BLOCKS, num_blocks):
+        tl.store(ptr + index * stride + cols, total, mask=cols < D)
+        total = tl.zeros([WIDTH], tl.float32)  # [WIDTH]
 
 
 @triton.jit
@@ -157,13 +165,10 @@ def _dq_kernel(
     if D_TAIL > 0:
         store_tile(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq_tail * scale, D, D_MAIN, D_TAIL)
     if partials_ptr is not None:
-        # where the other kernel has more blocks, the rows past this one's are zero
-        for block in range(block_m, SUM_BLOCKS, num_m):
-            row_ptr = partials_ptr + ((batch * SUM_BLOCKS + block) * 3 * H + head) * D
-            there = tl.where(block == block_m, scale, 0.0)
-            store_sum(row_ptr, dq * there, D, 0, D_MAIN)
-            if D_TAIL > 0:
-                store_sum(row_ptr, dq_tail * there, D, D_MAIN, D_TAIL)
+        sum_ptr = partials_ptr + (batch * SUM_BLOCKS * 3 * H + head) * D
+        store_sum(sum_ptr, dq * scale, block_m, num_m, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
+        if D_TAIL > 0:
+            store_sum(sum_ptr, dq_tail * scale, block_m, num_m, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
 
 
 @triton.jit
@@ -288,15 +293,16 @@ def _dkdv_kernel(
         store_tile(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv_tail, D, D_MAIN, D_TAIL)
     if partials_ptr is not None:
         there = (rows_n < left_n)[:, None]  # [BLOCK_N, 1]; absent keys have gradients that nobody reads
-        first_block = start_n // BLOCK_N
-        for block in range(first_block, SUM_BLOCKS, num_n):
-            row_ptr = partials_ptr + (((batch * SUM_BLOCKS + block) * 3 + 1) * H + head_kv) * D
-            kept = there & (block == first_block)  # [BLOCK_N, 1]
-            store_sum(row_ptr, tl.where(kept, dk, 0.0), D, 0, D_MAIN)
-            store_sum(row_ptr + H * D, tl.where(kept, dv, 0.0), D, 0, D_MAIN)
-            if D_TAIL > 0:
-                store_sum(row_ptr, tl.where(kept, dk_tail, 0.0), D, D_MAIN, D_TAIL)
-                store_sum(row_ptr + H * D, tl.where(kept, dv_tail, 0.0), D, D_MAIN, D_TAIL)
+        dk_sum_ptr = partials_ptr + ((batch * SUM_BLOCKS * 3 + 1) * H + head_kv) * D
+        dv_sum_ptr = dk_sum_ptr + H * D
+        block_n = start_n // BLOCK_N
+        dk, dv = tl.where(there, dk, 0.0), tl.where(there, dv, 0.0)
+        store_sum(dk_sum_ptr, dk, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
+        store_sum(dv_sum_ptr, dv, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
+        if D_TAIL > 0:
+            dk_tail, dv_tail = tl.where(there, dk_tail, 0.0), tl.where(there, dv_tail, 0.0)
+            store_sum(dk_sum_ptr, dk_tail, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
+            store_sum(dv_sum_ptr, dv_tail, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
 
 
 def dq_launch(
@@ -438,7 +444,7 @@ def packed_backward(
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)  # [B, N, 3, H, D]
     if dqkv.numel() == 0:
         return dqkv, None if bias_dtype is None else torch.zeros(3 * H * D, device=qkv.device, dtype=bias_dtype)
-    configs, partials = backward_configs(q, k), None
+    configs, partials = backward_configs(q, k, packed=bias_dtype is not None), None
     if bias_dtype is not None:
         blocks = max(cdiv(N, configs[0]["BLOCK_M"]), cdiv(N, configs[1]["BLOCK_N"]))
         # [B, blocks, 3, H, D]
@@ -455,12 +461,15 @@ def backward_configs(
     k: Tensor,
     dq_config: Mapping[str, int] | None = None,
     dkdv_config: Mapping[str, int] | None = None,
+    *,
+    packed: bool = False,
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Of the dq and of the dk, dv kernel: what is given, else the table's."""
-    D = q.shape[3]
+    """Of the dq and of the dk, dv kernel: what is given, else the table's. With sums for a bias they are `packed`."""
+    D, sums = q.shape[3], {"packed": int(packed)}
     return (
-        dq_config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=k.shape[1]),
-        dkdv_config or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=q.shape[1]),
+        dq_config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=k.shape[1], **sums),
+        dkdv_config
+        or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=q.shape[1], **sums),
     )
 
 

@@ -43,7 +43,7 @@ def meta_launch(op: str, D: int, N: int, causal: bool, arch: str) -> Launch:
         "scale": D**-0.5,
         "causal": causal,
         "precision": "ieee",
-        "config": find_config(op.removesuffix(PACKED), arch, DTYPE, head_dim=D, tokens=N),
+        "config": find_config(op.removesuffix(PACKED), arch, DTYPE, head_dim=D, tokens=N, packed=int(PACKED in op)),
     }
     if op == FORWARD:
         return forward_launch(q, k, v, *packed(B_t), plain(B), plain(B_t), row, **options)

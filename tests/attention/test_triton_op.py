@@ -60,7 +60,7 @@ def test_opcheck():
     for tangents in (dots, [None, None, None], [None, dots[1], None]):
         torch.library.opcheck(op.forward.custom_op, (q, k, v, *tangents, 0.3, False))
     with torch.no_grad():
-        o, _, lse = op._forward(q, k, v, None, None, None, 0.3, True)
+        o, _, lse = op.forward(q, k, v, None, None, None, 0.3, True)
         saved = [a.detach() for a in (torch.randn_like(o), q, k, v, o, lse)]
     torch.library.opcheck(op._backward.custom_op, (*saved, 0.3, True))
 
@@ -185,16 +185,16 @@ def test_training_steps_give_the_reference_losses():
 
 def test_tf32_is_what_the_user_asked_pytorch_for():
     q, matmul = torch.zeros(1), torch.backends.cuda.matmul
-    assert op._product_precision(q) == "ieee"
+    assert op.product_precision(q) == "ieee"
     torch.set_float32_matmul_precision("high")
-    assert op._product_precision(q) == "tf32"
+    assert op.product_precision(q) == "tf32"
     torch.set_float32_matmul_precision("highest")
-    assert op._product_precision(q) == "ieee"
+    assert op.product_precision(q) == "ieee"
     if hasattr(matmul, "fp32_precision"):  # torch 2.9
         before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
         try:
-            assert op._product_precision(q) == "tf32"
-            assert op._product_precision(q.half()) == "ieee"
+            assert op.product_precision(q) == "tf32"
+            assert op.product_precision(q.half()) == "ieee"
             with pytest.raises(RuntimeError, match="legacy"):
                 torch.get_float32_matmul_precision()  # the older question has no answer now
         finally:
