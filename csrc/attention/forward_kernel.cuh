@@ -65,8 +65,8 @@ struct ForwardKernel {
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
   static constexpr int ROWS = 64;
   static constexpr int BLOCK_M = CONSUMERS * ROWS;
-  // O, T, S and tS take PADDED + BLOCK_N of a thread's 240 registers: more than 208 would spill. The primal has neither
-  // T nor tS.
+  // O, T, S and tS take PADDED + BLOCK_N of a thread's 240 registers: with more than 208 it would spill. The primal has
+  // neither T nor tS.
   static constexpr int BLOCK_N = !DUAL || D <= 80 ? 128 : 192 - Columns::PADDED;
   static constexpr int STAGES = DUAL ? 2 : D <= 96 ? 4 : 3;  // of the primal, as many as fit
   static constexpr int COPIES = DUAL ? 2 : 1;  // each operand with its tangent
@@ -306,6 +306,7 @@ struct ForwardKernel {
       shift[r] = moved - rows.centre[r];
       rows.centre[r] = moved;
     }
+    // from the end: ptxas lays h out backwards over ts, and any other order takes registers that are not there
 #pragma unroll
     for (int i = BLOCK_N / 2 - 2; i >= 0; i -= 2) {
       const float c = rows.centre[i / 2 % 2];
@@ -351,6 +352,8 @@ struct ForwardKernel {
       wgmma_commit();
     }
 
+    // Keys of a tile that the thread's rows see, less its first column. Worked out before any product is issued: under
+    // them it takes registers that are not there.
     struct Visible {
       int keys[2];
       DEVICE Visible(const Consumer& c, int tile) {

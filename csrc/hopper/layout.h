@@ -85,7 +85,7 @@ struct AcrossTile {
 struct MatrixDescriptor {
   uint32_t low, high;
 
-  // Of the same matrix so many bytes further on. Shared memory is small enough that nothing carries over.
+  // Of the same matrix so many bytes further on. Nothing carries over: shared memory ends before 2^18 bytes.
   MF_HOST_DEVICE constexpr MatrixDescriptor operator+(uint32_t bytes) const { return {low + (bytes >> 4), high}; }
   MF_HOST_DEVICE constexpr uint64_t bits() const { return uint64_t(high) << 32 | low; }
 };

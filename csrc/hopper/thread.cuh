@@ -19,7 +19,7 @@ DEVICE int thread_index_anew() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
-// x, of which the compiler does not know it: what follows from it is worked out again instead of kept in registers.
+// x, as if it were a new number: the compiler works out anew what follows from it, and need not keep it in registers.
 DEVICE int anew(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -58,6 +58,7 @@ DEVICE float exp2_approx(float x) {
   return y;
 }
 
+// Within 2 ulp where |b| is between 2^-126 and 2^126.
 DEVICE float divide_approx(float a, float b) {
   float c;
   asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
