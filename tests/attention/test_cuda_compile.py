@@ -85,6 +85,26 @@ def test_softmax_runs_under_products(kernels: list[Kernel]) -> None:
         assert all(count >= share * scores for count in overlapped[:steps]), (kernel[:3], scores, overlapped)
 
 
+def test_nothing_touches_the_registers_of_products_in_flight(kernels: list[Kernel]) -> None:
+    """Between a product's issue and its wait its accumulators, and what it reads from registers, are the tensor cores'."""
+    for kernel in kernels:
+        in_flight: set[int] = set()
+        for op, line in zip(kernel.code, kernel.lines, strict=True):
+            if op.startswith("HGMMA"):
+                columns = re.match(r"HGMMA\.64x(\d+)x16\.", op)
+                operands = re.match(r"\S+ R(\d+), (?:R(\d+), )?gdesc", line)
+                assert columns is not None
+                assert operands is not None, line
+                accumulators, a = int(operands[1]), operands[2]
+                in_flight |= set(range(accumulators, accumulators + int(columns[1]) // 2))
+                in_flight |= set(range(int(a), int(a) + 4)) if a else set()
+            elif op.startswith("WARPGROUP.DEPBAR"):
+                in_flight.clear()
+            else:
+                touched = set(map(int, re.findall(r"\bR(\d+)\b", line))) & in_flight
+                assert not touched, (kernel[:3], line)
+
+
 def test_roles_have_their_registers(kernels: list[Kernel]) -> None:
     """setmaxnreg is there; ptxas drops it without an error where it cannot apply it."""
     for kernel in kernels:
