@@ -1,7 +1,7 @@
 // The parts of the attention kernel on a GPU, one at a time: where the whole kernel is wrong or hangs, this says why.
 //
-//   tma      tiles of queries, keys and values lie in shared memory where hopper/layout.h says, zeros where there are no
-//            keys
+//   tma      tiles of queries, keys and values lie in shared memory where hopper/layout.h says, zeros where there are
+//            no keys
 //   rows     S = Q K^T, both operands read from shared memory along their rows
 //   columns  O = S V, S in registers as 16 bits, V read across its rows (V holds the keys' numbers, in its own layout)
 //
@@ -143,9 +143,11 @@ struct Parts {
     }
     block_sync();
     if (thread_index() == 0) {
-      mbarrier_expect(barrier, K::CONSUMERS * QueryTile::LOADED_BYTES + KeyTile::LOADED_BYTES + ValueTile::LOADED_BYTES);
+      constexpr uint32_t QUERY_BYTES = K::CONSUMERS * QueryTile::LOADED_BYTES;
+      mbarrier_expect(barrier, QUERY_BYTES + KeyTile::LOADED_BYTES + ValueTile::LOADED_BYTES);
       for (int group = 0; group < K::CONSUMERS; ++group) {
-        K::template load<QueryTile>(q + group * QueryTile::BYTES, p.q, barrier, HEAD, FIRST_ROW + group * K::ROWS, BATCH);
+        K::template load<QueryTile>(q + group * QueryTile::BYTES, p.q, barrier, HEAD, FIRST_ROW + group * K::ROWS,
+                                    BATCH);
       }
       K::template load<KeyTile>(k, p.k, barrier, HEAD, FIRST_ROW, BATCH);
       K::template load<ValueTile>(v, p.v, barrier, HEAD, FIRST_ROW, BATCH);

@@ -86,7 +86,7 @@ def test_softmax_runs_under_products(kernels: list[Kernel]) -> None:
 
 
 def test_nothing_touches_the_registers_of_products_in_flight(kernels: list[Kernel]) -> None:
-    """Between a product's issue and its wait its accumulators, and what it reads from registers, are the tensor cores'."""
+    """Between a product's issue and its wait, what it writes to or reads from registers is the tensor cores'."""
     for kernel in kernels:
         in_flight: set[int] = set()
         for op, line in zip(kernel.code, kernel.lines, strict=True):
