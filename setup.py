@@ -116,6 +116,26 @@ def flags(toolkit: Path) -> dict[str, list[str]]:
     }
 
 
+def compile_kernels(command: Sequence[str]) -> None:
+    """Runs nvcc's command, and ends in an error where ptxas leaves out what the kernels are written for.
+
+    It says so in a remark, C7510 to C7519 and their like, and goes on: products run one at a time, or a warpgroup does
+    not get the registers that another gave back.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    said = done.stdout + done.stderr
+    print(said, end="", file=sys.stderr)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    remarks = sorted(set(re.findall(r"\(C75\d\d\)[^\n]*", said)))
+    if remarks:
+        sys.exit(
+            "expected kernels whose products overlap, but ptxas says:\n  "
+            + "\n  ".join(remarks)
+            + "\nAnother version of CUDA may do better (csrc/README.md says which one was used)."
+        )
+
+
 def shell(*words: str | Path) -> str:
     """The words as a ninja command; paths may hold anything."""
     return shlex.join(map(str, words)).replace("$", "$$")
@@ -139,11 +159,12 @@ def build(target: Path, sources: Sequence[str] = SOURCES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = {name: shell(*values) for name, values in flags(toolkit_of(nvcc)).items()}
     cxx = shell(*shlex.split(os.environ.get("CXX", "c++")))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import setup; setup.compile_kernels(sys.argv[2:])"
     lines = [
         "rule nvcc",
         "  depfile = $out.d",
         "  deps = gcc",
-        f"  command = {shell(nvcc)} {options['nvcc']} -MD -MF $out.d -c $in -o $out",
+        f"  command = {shell(sys.executable, '-c', code, ROOT, nvcc)} {options['nvcc']} -MD -MF $out.d -c $in -o $out",
         "rule cxx",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -1,8 +1,9 @@
 // The parts of the attention kernel on a GPU, one at a time: where the whole kernel is wrong or hangs, this says why.
 //
-//   tma      tiles of queries and keys lie in shared memory where hopper/layout.h says, zeros where there are no keys
+//   tma      tiles of queries, keys and values lie in shared memory where hopper/layout.h says, zeros where there are
+//            no keys
 //   rows     S = Q K^T, both operands read from shared memory along their rows
-//   columns  O = S V, S in registers as 16 bits, V read across its rows (V is the tile of keys)
+//   columns  O = S V, S in registers as 16 bits, V read across its rows (V holds the keys' numbers, in its own layout)
 //
 // python bench/attention/bringup.py compiles and runs it, on a GPU or in the emulator. One line a dtype, head dim and
 // kernel (primal, dual): the parts in order, each printed when it has run, so that the last word names what hangs.
@@ -117,20 +118,23 @@ template <class K>
 struct Parts {
   using QueryTile = typename K::QueryTile;
   using KeyTile = typename K::KeyTile;
+  using ValueTile = typename K::ValueTile;
   struct Parameters {
     attention::Maps q, k;
-    uint32_t* memory;  // both tiles, as they lie in shared memory
+    TensorMap v;
+    uint32_t* memory;  // the tiles, as they lie in shared memory
     float* s;          // [BLOCK_M, BLOCK_N]
     float* o;          // [BLOCK_M, D]
     int last;          // part
   };
   static constexpr int THREADS = K::CONSUMERS * K::WARPGROUP;
-  static constexpr uint32_t TILES = QueryTile::BYTES + KeyTile::BYTES;
+  static constexpr uint32_t QUERIES = K::CONSUMERS * QueryTile::BYTES;  // a tile a warpgroup
+  static constexpr uint32_t TILES = QUERIES + KeyTile::BYTES + ValueTile::BYTES;
   static constexpr int SHARED_BYTES = int(TILES) + 8 + SWIZZLE_ALIGNMENT;
 
   static DEVICE void block(const Parameters& p) {
     const uint32_t q = round_up(dynamic_shared(), uint32_t(SWIZZLE_ALIGNMENT));
-    const uint32_t k = q + QueryTile::BYTES, barrier = q + TILES;
+    const uint32_t k = q + QUERIES, v = k + KeyTile::BYTES, barrier = q + TILES;
     for (uint32_t i = 4 * thread_index(); i < TILES; i += 4 * THREADS) poison(q + i);
     poisoned();
     if (thread_index() == 0) {
@@ -139,9 +143,14 @@ struct Parts {
     }
     block_sync();
     if (thread_index() == 0) {
-      mbarrier_expect(barrier, QueryTile::LOADED_BYTES + KeyTile::LOADED_BYTES);
-      K::template load<QueryTile>(q, p.q, barrier, HEAD, FIRST_ROW, BATCH);
+      constexpr uint32_t QUERY_BYTES = K::CONSUMERS * QueryTile::LOADED_BYTES;
+      mbarrier_expect(barrier, QUERY_BYTES + KeyTile::LOADED_BYTES + ValueTile::LOADED_BYTES);
+      for (int group = 0; group < K::CONSUMERS; ++group) {
+        K::template load<QueryTile>(q + group * QueryTile::BYTES, p.q, barrier, HEAD, FIRST_ROW + group * K::ROWS,
+                                    BATCH);
+      }
       K::template load<KeyTile>(k, p.k, barrier, HEAD, FIRST_ROW, BATCH);
+      K::template load<ValueTile>(v, p.v, barrier, HEAD, FIRST_ROW, BATCH);
     }
     mbarrier_wait(barrier, 0);
     for (uint32_t i = thread_index(); i < TILES / 4; i += THREADS) p.memory[i] = shared_word(q + 4 * i);
@@ -152,7 +161,7 @@ struct Parts {
     const int first_row = warpgroup * K::ROWS;
     typename K::Scores s;
     wgmma_fence();
-    K::score(s, q + first_row * 128, q + QueryTile::TAIL_OFFSET + first_row * K::Columns::TAIL_BYTES, k, false);
+    K::score(s, q + warpgroup * QueryTile::BYTES, k, false);
     wgmma_commit();
     wgmma_wait<0>(s);
 #pragma unroll
@@ -164,20 +173,18 @@ struct Parts {
 
     typename K::Probabilities packed;
     K::pack_scores(packed, s);
-    typename K::Accumulator o;
-    o.each([](float& x, int, int) { x = 0.f; });
-    hold(o.main);  // zeros in registers before the fence, not after it (C7519)
-    hold(o.tail);
+    typename K::Accumulator o = {};
+    hold(o);  // zeros in registers before the fence, not after it (C7519)
+    hold(packed);
     wgmma_fence();
-    K::weigh(o, packed, k);
+    K::weigh(o, packed, v);
     wgmma_commit();
-    K::Consumer::template wait_for<0>(o);
-    o.each([&](float& x, int, int i) {
-      constexpr int MAIN = K::Columns::MAIN;
-      const Place at = accumulator_place(thread, i < MAIN / 2 ? i : i - MAIN / 2);
-      const int column = i < MAIN / 2 ? at.column : MAIN + at.column;
-      if (column < K::D) p.o[(first_row + at.row) * K::D + column] = x;
-    });
+    wgmma_wait<0>(o);
+#pragma unroll
+    for (int i = 0; i < K::Columns::PADDED / 2; ++i) {
+      const Place at = accumulator_place(thread, i);
+      if (at.column < K::D) p.o[(first_row + at.row) * K::D + at.column] = o[i];
+    }
   }
 };
 
@@ -250,6 +257,7 @@ class Case {
   using K = attention::ForwardKernel<T, D, DUAL>;
   using QueryTile = typename K::QueryTile;
   using KeyTile = typename K::KeyTile;
+  using ValueTile = typename K::ValueTile;
   static constexpr int M = K::BLOCK_M, N = K::BLOCK_N, KEYS = N - 5;  // the last five keys are missing
 
  public:
@@ -298,8 +306,9 @@ class Case {
     OnDevice<float> s(s_), o(o_);
     const Element element = std::is_same_v<T, BFloat16> ? Element::BFLOAT16 : Element::FLOAT16;
     launch<Parts<K>>(1,
-                     {attention::maps_of<QueryTile>(q_.operand(q.data()), element, M),
-                      attention::maps_of<KeyTile>(k_.operand(k.data()), element, N), memory.data(), s.data(), o.data(),
+                     {attention::maps_of<QueryTile>(q_.operand(q.data()), element, K::ROWS),
+                      attention::maps_of<KeyTile>(k_.operand(k.data()), element, N),
+                      tensor_map(k_.operand(k.data()), element, N, ValueTile::WIDTH), memory.data(), s.data(), o.data(),
                       last},
                      nullptr);
     memory.fetch();
@@ -307,28 +316,43 @@ class Case {
     o.fetch();
   }
 
+  // Where element (row, column) of a tile lies.
   template <class Tile>
-  void compare_tile(Comparison& comparison, const char* name, Input& input, int tile_rows, uint32_t tile) {
+  static uint32_t place_along(uint32_t tile, int row, int column) {
     using Columns = typename Tile::Columns;
+    const int tail = column - Columns::MAIN;
+    return tail < 0 ? swizzled(tile + column / 64 * Tile::BLOCK_BYTES + row * 128 + column % 64 * ELEMENT_BYTES,
+                               Swizzle::BYTES_128)
+                    : swizzled(tile + Tile::TAIL_OFFSET + row * Columns::TAIL_BYTES + tail * ELEMENT_BYTES,
+                               Columns::TAIL_SWIZZLE);
+  }
+  static uint32_t place_across(uint32_t tile, int row, int column) {
+    return swizzled(tile + column / ValueTile::WIDTH * ValueTile::BLOCK_BYTES + row * ValueTile::ROW_BYTES +
+                        column % ValueTile::WIDTH * ELEMENT_BYTES,
+                    ValueTile::SWIZZLE);
+  }
+
+  using PlaceOf = uint32_t (*)(uint32_t, int, int);
+  void compare_tile(Comparison& comparison, const char* name, Input& input, int first_row, int rows, uint32_t tile,
+                    PlaceOf place) {
     const auto* elements = reinterpret_cast<const uint16_t*>(memory_.data());
-    for (int row = 0; row < tile_rows; ++row) {
-      for (int column = 0; column < Columns::MAIN + Columns::TAIL; ++column) {
-        const int tail = column - Columns::MAIN;
-        const uint32_t address =
-            tail < 0 ? swizzled(tile + column / 64 * Tile::BLOCK_BYTES + row * 128 + column % 64 * ELEMENT_BYTES,
-                                Swizzle::BYTES_128)
-                     : swizzled(tile + Tile::TAIL_OFFSET + row * Columns::TAIL_BYTES + tail * ELEMENT_BYTES,
-                                Columns::TAIL_SWIZZLE);
+    for (int i = 0; i < rows; ++i) {
+      for (int column = 0; column < K::Columns::PADDED; ++column) {
+        const int row = first_row + i;
         const int expected = row < input.rows && column < D ? input.at(row, column) : 0;
-        comparison.element(name, row, column, elements[address / ELEMENT_BYTES], expected);
+        comparison.element(name, row, column, elements[place(tile, i, column) / ELEMENT_BYTES], expected);
       }
     }
   }
 
   Comparison compare_memory() {
+    constexpr uint32_t KEYS_AT = Parts<K>::QUERIES;
     Comparison comparison;
-    compare_tile<QueryTile>(comparison, "query", q_, M, 0);
-    compare_tile<KeyTile>(comparison, "key", k_, N, QueryTile::BYTES);
+    for (int group = 0; group < K::CONSUMERS; ++group) {
+      compare_tile(comparison, "query", q_, group * K::ROWS, K::ROWS, group * QueryTile::BYTES, place_along<QueryTile>);
+    }
+    compare_tile(comparison, "key", k_, 0, N, KEYS_AT, place_along<KeyTile>);
+    compare_tile(comparison, "value", k_, 0, N, KEYS_AT + KeyTile::BYTES, place_across);
     return comparison;
   }
 

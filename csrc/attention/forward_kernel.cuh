@@ -32,7 +32,8 @@ struct Maps {
 };
 
 struct ForwardParameters {
-  Maps q, k, v, q_dot, k_dot, v_dot;
+  Maps q, k, q_dot, k_dot;
+  TensorMap v, v_dot;
   uint16_t* o;      // [batch, N_q, H, D] contiguous
   uint16_t* o_dot;  // likewise
   float* lse;       // [batch, H, N_q] contiguous
@@ -64,19 +65,22 @@ struct ForwardKernel {
   static constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
   static constexpr int ROWS = 64;
   static constexpr int BLOCK_M = CONSUMERS * ROWS;
-    // O, T, S and tS take D + BLOCK_N of a thread's 240 registers: more would spill. The primal has neither T nor tS.
-  static constexpr int BLOCK_N = DUAL ? 192 - (Columns::MAIN + Columns::TAIL) : 128;
-  static constexpr int STAGES = 2;
+  // O, T, S and tS take PADDED + BLOCK_N of a thread's 240 registers: with more than 208 it would spill. The primal has
+  // neither T nor tS.
+  static constexpr int BLOCK_N = !DUAL || D <= 80 ? 128 : 192 - Columns::PADDED;
+  static constexpr int STAGES = DUAL ? 2 : D <= 96 ? 4 : 3;  // of the primal, as many as fit
   static constexpr int COPIES = DUAL ? 2 : 1;  // each operand with its tangent
 
-  using QueryTile = Tile<BLOCK_M, D>;
+  using QueryTile = Tile<ROWS, D>;  // one warpgroup's
   using KeyTile = Tile<BLOCK_N, D>;
+  using ValueTile = AcrossTile<BLOCK_N, D>;
+  static_assert(ValueTile::BYTES == KeyTile::BYTES);
   static constexpr uint32_t STAGE_BYTES = COPIES * KeyTile::BYTES;
   static constexpr uint32_t Q_OFFSET = 0;
-  static constexpr uint32_t K_OFFSET = Q_OFFSET + COPIES * QueryTile::BYTES;
+  static constexpr uint32_t K_OFFSET = Q_OFFSET + CONSUMERS * COPIES * QueryTile::BYTES;
   static constexpr uint32_t V_OFFSET = K_OFFSET + STAGES * STAGE_BYTES;
   static constexpr uint32_t BARRIERS_OFFSET = V_OFFSET + STAGES * STAGE_BYTES;
-  static constexpr int BARRIERS = 2 + 4 * STAGES;
+  static constexpr int BARRIERS = 2 * CONSUMERS + 4 * STAGES;
   static constexpr int SHARED_BYTES = BARRIERS_OFFSET + 8 * BARRIERS + SWIZZLE_ALIGNMENT;  // the start gets aligned
   static_assert(SHARED_BYTES <= 232448, "a block of sm_90 has 227 KiB of shared memory");
   static_assert(BLOCK_N % 16 == 0);
@@ -84,40 +88,29 @@ struct ForwardKernel {
   // Full: the bytes have come. Empty: every consumer warp has read them.
   struct Memory {
     uint32_t base;
-    DEVICE uint32_t q() const { return base + Q_OFFSET; }
+    DEVICE uint32_t q(uint32_t warpgroup) const { return base + Q_OFFSET + warpgroup * COPIES * QueryTile::BYTES; }
     DEVICE uint32_t k(uint32_t stage) const { return base + K_OFFSET + stage * STAGE_BYTES; }
     DEVICE uint32_t v(uint32_t stage) const { return base + V_OFFSET + stage * STAGE_BYTES; }
-    DEVICE uint32_t full_q() const { return base + BARRIERS_OFFSET; }
-    DEVICE uint32_t empty_q() const { return full_q() + 8; }
-    DEVICE uint32_t full_k(uint32_t stage) const { return full_q() + 8 * (2 + stage); }
+    DEVICE uint32_t full_q(uint32_t warpgroup) const { return base + BARRIERS_OFFSET + 16 * warpgroup; }
+    DEVICE uint32_t empty_q(uint32_t warpgroup) const { return full_q(warpgroup) + 8; }
+    DEVICE uint32_t full_k(uint32_t stage) const { return base + BARRIERS_OFFSET + 8 * (2 * CONSUMERS + stage); }
     DEVICE uint32_t empty_k(uint32_t stage) const { return full_k(stage) + 8 * STAGES; }
     DEVICE uint32_t full_v(uint32_t stage) const { return full_k(stage) + 16 * STAGES; }
     DEVICE uint32_t empty_v(uint32_t stage) const { return full_k(stage) + 24 * STAGES; }
   };
 
-  // Accumulators of 64 queries by D columns, and by the tail's padding.
-  struct Accumulator {
-    float main[Columns::MAIN / 2];
-    float tail[Columns::TAIL ? Columns::TAIL / 2 : 1];
-
-    template <class F>
-    DEVICE void each(F f) {  // f(element, which of the thread's two rows, index)
-#pragma unroll
-      for (int i = 0; i < Columns::MAIN / 2; ++i) f(main[i], i / 2 % 2, i);
-#pragma unroll
-      for (int i = 0; i < Columns::TAIL / 2; ++i) f(tail[i], i / 2 % 2, Columns::MAIN / 2 + i);
-    }
-    DEVICE float at(int i) const { return i < Columns::MAIN / 2 ? main[i] : tail[i - Columns::MAIN / 2]; }
-  };
-
+  // A thread's part of the warpgroup's 64 rows: element i is of its row i / 2 % 2.
+  using Accumulator = float[Columns::PADDED / 2];
   using Scores = float[BLOCK_N / 2];
   using Probabilities = uint32_t[BLOCK_N / 4];  // 16 bits each, in the layout of a product's first operand
 
   static DEVICE void block(const Parameters& p) {
     const Memory memory{round_up(dynamic_shared(), uint32_t(SWIZZLE_ALIGNMENT))};
     if (thread_index() == 0) {
-      mbarrier_init(memory.full_q(), 1);
-      mbarrier_init(memory.empty_q(), CONSUMER_WARPS);
+      for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+        mbarrier_init(memory.full_q(warpgroup), 1);
+        mbarrier_init(memory.empty_q(warpgroup), WARPGROUP / 32);
+      }
       for (int stage = 0; stage < STAGES; ++stage) {
         mbarrier_init(memory.full_k(stage), 1);
         mbarrier_init(memory.empty_k(stage), CONSUMER_WARPS);
@@ -138,6 +131,12 @@ struct ForwardKernel {
 
   // ---------------------------------------------------------------------------------------------------- the producer
 
+  template <class... EachMaps>
+  static DEVICE void prefetch(const EachMaps&... maps) {
+    (tma_prefetch(maps.main), ...);
+    if constexpr (Columns::TAIL > 0) (tma_prefetch(maps.tail), ...);
+  }
+
   template <class Tile>
   static DEVICE void load(uint32_t tile, const Maps& maps, uint32_t barrier, int head, int row, int batch) {
     for (int block = 0; block < Columns::MAIN_BLOCKS; ++block) {
@@ -149,6 +148,13 @@ struct ForwardKernel {
   }
 
   template <class Tile>
+  static DEVICE void load(uint32_t tile, const TensorMap& map, uint32_t barrier, int head, int row, int batch) {
+    for (int block = 0; block < Tile::BLOCKS; ++block) {
+      tma_load(tile + block * Tile::BLOCK_BYTES, map, barrier, Tile::WIDTH * block, head, row, batch);
+    }
+  }
+
+  template <class Tile, class Maps>
   static DEVICE void load_with_tangent(uint32_t tile, const Maps& maps, const Maps& dot_maps, uint32_t barrier,
                                        int head, int row, int batch) {
     mbarrier_expect(barrier, COPIES * Tile::LOADED_BYTES);
@@ -157,6 +163,12 @@ struct ForwardKernel {
   }
 
   static DEVICE void produce(const Parameters& p, const Memory& memory) {
+    prefetch(p.q, p.k);
+    tma_prefetch(p.v);
+    if constexpr (DUAL) {
+      prefetch(p.q_dot, p.k_dot);
+      tma_prefetch(p.v_dot);
+    }
     Ring<1> queries;
     Ring<STAGES> keys, values;
     const int group = p.shape.H / p.shape.H_kv;
@@ -173,15 +185,17 @@ struct ForwardKernel {
         ++keys.count;
       };
       load_keys(0);  // before the queries: their buffer is free only when the work before is all but done
-      mbarrier_wait(memory.empty_q(), queries.parity() ^ 1);
-      load_with_tangent<QueryTile>(memory.q(), p.q, p.q_dot, memory.full_q(), work.head, work.block_m * BLOCK_M,
-                                   batch);
+      for (int warpgroup = 0; warpgroup < CONSUMERS; ++warpgroup) {
+        mbarrier_wait(memory.empty_q(warpgroup), queries.parity() ^ 1);
+        load_with_tangent<QueryTile>(memory.q(warpgroup), p.q, p.q_dot, memory.full_q(warpgroup), work.head,
+                                     work.block_m * BLOCK_M + warpgroup * ROWS, batch);
+      }
       ++queries.count;
       for (int tile = 0; tile < tiles; ++tile) {
         if (tile + 1 < tiles) load_keys(tile + 1);
         mbarrier_wait(memory.empty_v(values.stage()), values.parity() ^ 1);
-        load_with_tangent<KeyTile>(memory.v(values.stage()), p.v, p.v_dot, memory.full_v(values.stage()), head_kv,
-                                   tile * BLOCK_N, batch);
+        load_with_tangent<ValueTile>(memory.v(values.stage()), p.v, p.v_dot, memory.full_v(values.stage()), head_kv,
+                                     tile * BLOCK_N, batch);
         ++values.count;
       }
     }
@@ -190,39 +204,33 @@ struct ForwardKernel {
   // --------------------------------------------------------------------------------------------------- the consumers
 
   // s (+)= q k^T of the warpgroup's 64 queries (whose rows start at `q`) and a tile of keys.
-  static DEVICE void score(Scores& s, uint32_t q, uint32_t q_tail, uint32_t k, bool accumulate) {
+  static DEVICE void score(Scores& s, uint32_t q, uint32_t k, bool accumulate) {
+    const MatrixDescriptor a = row_descriptor(q, Swizzle::BYTES_128), b = row_descriptor(k, Swizzle::BYTES_128);
 #pragma unroll
     for (int block = 0; block < Columns::MAIN_BLOCKS; ++block) {
 #pragma unroll
       for (int step = 0; step < 64; step += 16) {
-        Wgmma<T, BLOCK_N>::rows(
-            s, row_descriptor(q + block * QueryTile::BLOCK_BYTES + step * ELEMENT_BYTES, Swizzle::BYTES_128),
-            row_descriptor(k + block * KeyTile::BLOCK_BYTES + step * ELEMENT_BYTES, Swizzle::BYTES_128),
-            accumulate || block > 0 || step > 0);
+        Wgmma<T, BLOCK_N>::rows(s, a + (block * QueryTile::BLOCK_BYTES + step * ELEMENT_BYTES),
+                                b + (block * KeyTile::BLOCK_BYTES + step * ELEMENT_BYTES),
+                                accumulate || block > 0 || step > 0);
       }
     }
     if constexpr (Columns::TAIL > 0) {
+      const MatrixDescriptor a_tail = row_descriptor(q + QueryTile::TAIL_OFFSET, Columns::TAIL_SWIZZLE);
+      const MatrixDescriptor b_tail = row_descriptor(k + KeyTile::TAIL_OFFSET, Columns::TAIL_SWIZZLE);
 #pragma unroll
       for (int step = 0; step < Columns::TAIL; step += 16) {
-        Wgmma<T, BLOCK_N>::rows(
-            s, row_descriptor(q_tail + step * ELEMENT_BYTES, Columns::TAIL_SWIZZLE),
-            row_descriptor(k + KeyTile::TAIL_OFFSET + step * ELEMENT_BYTES, Columns::TAIL_SWIZZLE), true);
+        Wgmma<T, BLOCK_N>::rows(s, a_tail + step * ELEMENT_BYTES, b_tail + step * ELEMENT_BYTES, true);
       }
     }
   }
 
   // o += p v
   static DEVICE void weigh(Accumulator& o, const Probabilities& p, uint32_t v) {
+    const MatrixDescriptor b = column_descriptor(v, ValueTile::BLOCK_BYTES, ValueTile::SWIZZLE);
 #pragma unroll
     for (int step = 0; step < BLOCK_N; step += 16) {
-      Wgmma<T, Columns::MAIN>::columns(o.main, p + step / 4,
-                                       column_descriptor(v + step * 128, KeyTile::BLOCK_BYTES, Swizzle::BYTES_128));
-      if constexpr (Columns::TAIL > 0) {
-        Wgmma<T, Columns::TAIL>::columns(
-            o.tail, p + step / 4,
-            column_descriptor(v + KeyTile::TAIL_OFFSET + step * Columns::TAIL_BYTES, KeyTile::BLOCK_BYTES,
-                              Columns::TAIL_SWIZZLE));
-      }
+      Wgmma<T, Columns::PADDED>::columns(o, p + step / 4, b + step * ValueTile::ROW_BYTES);
     }
   }
 
@@ -276,7 +284,8 @@ struct ForwardKernel {
   }
 
   static DEVICE void rescale(Accumulator& o, const Rows& rows) {
-    o.each([&](float& x, int r, int) { x *= rows.alpha[r]; });
+#pragma unroll
+    for (int i = 0; i < Columns::PADDED / 2; ++i) o[i] *= rows.alpha[i / 2 % 2];
   }
 
   static DEVICE void pack_scores(Probabilities& packed, const Scores& s) {
@@ -297,56 +306,77 @@ struct ForwardKernel {
       shift[r] = moved - rows.centre[r];
       rows.centre[r] = moved;
     }
-    t.each([&](float& x, int r, int i) { x = fmaf(-shift[r], o.at(i), x); });
+    // from the end: ptxas lays h out backwards over ts, and any other order takes registers that are not there
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i) ts[i] = p[i] * fmaf(ts[i], scale, -rows.centre[i / 2 % 2]);
-    pack_scores(h, ts);
+    for (int i = BLOCK_N / 2 - 2; i >= 0; i -= 2) {
+      const float c = rows.centre[i / 2 % 2];
+      h[i / 2] = pack<T>(p[i] * fmaf(ts[i], scale, -c), p[i + 1] * fmaf(ts[i + 1], scale, -c));
+    }
+#pragma unroll
+    for (int i = 0; i < Columns::PADDED / 2; ++i) t[i] = fmaf(-shift[i / 2 % 2], o[i], t[i]);
   }
 
   struct Consumer {
     const Parameters& parameters;
     const Memory& memory;
     const bool signals;        // one lane of each warp tells the producer
-    const uint32_t q, q_tail;  // the warpgroup's rows
+    const uint32_t q, full_q, empty_q;  // the warpgroup's rows
     Ring<1> queries;
     Ring<STAGES> keys;  // the values follow one tile behind
     Scores s, ts;
     Probabilities p, h;
     Accumulator o, t;
     Rows rows;
-    int row;  // the thread's first; its second is 8 further down
+    int first_row;  // of the warpgroup
 
     DEVICE Consumer(const Parameters& p, const Memory& memory, int warpgroup, int thread)
         : parameters(p),
           memory(memory),
           signals(thread % 32 == 0),
-          q(memory.q() + warpgroup * ROWS * 128),
-          q_tail(memory.q() + QueryTile::TAIL_OFFSET + warpgroup * ROWS * Columns::TAIL_BYTES) {}
+          q(memory.q(warpgroup)),
+          full_q(memory.full_q(warpgroup)),
+          empty_q(memory.empty_q(warpgroup)) {}
 
     static constexpr uint32_t Q_DOT = QueryTile::BYTES, K_DOT = KeyTile::BYTES;
 
     DEVICE void release(uint32_t barrier) const { mbarrier_arrive_if(barrier, signals); }
 
     DEVICE void issue_scores() {
-      score(s, q, q_tail, memory.k(keys.stage()), false);
+      score(s, q, memory.k(keys.stage()), false);
       wgmma_commit();
     }
     DEVICE void issue_tangent_scores() {
       const uint32_t k = memory.k(keys.stage());
-      score(ts, q + Q_DOT, q_tail + Q_DOT, k, false);
-      score(ts, q, q_tail, k + K_DOT, true);
+      score(ts, q + Q_DOT, k, false);
+      score(ts, q, k + K_DOT, true);
       wgmma_commit();
     }
 
-    // Keys of a tile that the thread's rows see, less its first column. Worked out before any product is issued: it may
-    // take a branch.
+    // Keys of a tile that the thread's rows see, less its first column. Worked out before any product is issued: under
+    // them it takes registers that are not there.
     struct Visible {
       int keys[2];
       DEVICE Visible(const Consumer& c, int tile) {
-        const int first_column = tile * BLOCK_N + accumulator_place(thread_index_anew() % WARPGROUP, 0).column;
-        for (int r = 0; r < 2; ++r) keys[r] = visible_keys(c.row + 8 * r, c.parameters.shape) - first_column;
+        const Place at = accumulator_place(thread_index_anew() % WARPGROUP, 0);
+        for (int r = 0; r < 2; ++r) {
+          keys[r] = visible_keys(c.first_row + at.row + 8 * r, c.parameters.shape) - (tile * BLOCK_N + at.column);
+        }
       }
     };
+
+    // A warpgroup without queries, in the last block of a head: nothing but its part in the barriers.
+    DEVICE void skip(int tiles) {
+      mbarrier_wait(full_q, queries.parity());
+      release(empty_q);
+      ++queries.count;
+      for (int tile = 0; tile < tiles; ++tile) {
+        mbarrier_wait(memory.full_k(keys.stage()), keys.parity());
+        release(memory.empty_k(keys.stage()));
+        mbarrier_wait(memory.full_v(keys.stage()), keys.parity());
+        release(memory.empty_v(keys.stage()));
+        ++keys.count;
+      }
+    }
 
     // p, and h of the dual, for the products of values.
     DEVICE void weights() {
@@ -354,9 +384,20 @@ struct ForwardKernel {
       pack_scores(p, s);
     }
 
+    // What the products of values read is in registers before the fence, not after it (C7519).
+    DEVICE void begin_products() {
+      hold(o);
+      hold(p);
+      if constexpr (DUAL) {
+        hold(t);
+        hold(h);
+      }
+      wgmma_fence();
+    }
+
     // The first tile of a work: no products of values yet.
     DEVICE void begin() {
-      mbarrier_wait(memory.full_q(), queries.parity());
+      mbarrier_wait(full_q, queries.parity());
       mbarrier_wait(memory.full_k(keys.stage()), keys.parity());
       const Visible visible(*this, 0);
       wgmma_fence();
@@ -383,13 +424,13 @@ struct ForwardKernel {
       mbarrier_wait(memory.full_k(keys.stage()), keys.parity());
       const uint32_t v = memory.v(values.stage());
       const Visible visible(*this, tile);
-      wgmma_fence();
+      begin_products();
       if constexpr (DUAL) {
         weigh(o, p, v);
-        weigh(t, p, v + KeyTile::BYTES);
+        weigh(t, p, v + ValueTile::BYTES);
         weigh(t, h, v);
         issue_scores();
-        wait_for<0>(o, t);
+        wgmma_wait<0>(o, t);
         hold(s);
         wgmma_fence();
         issue_tangent_scores();
@@ -407,7 +448,7 @@ struct ForwardKernel {
         wgmma_commit();
         release(memory.empty_k(keys.stage()));
         softmax<MASKED>(s, rows, parameters.scale_log2, visible.keys);
-        wait_for<0>(o);
+        wgmma_wait<0>(o);
         release(memory.empty_v(values.stage()));
         rescale(o, rows);
       }
@@ -417,30 +458,24 @@ struct ForwardKernel {
 
     // The last tile's products of values.
     DEVICE void end() {
-      release(memory.empty_q());
+      release(empty_q);
       ++queries.count;
       const Ring<STAGES> values{keys.count - 1};
       mbarrier_wait(memory.full_v(values.stage()), values.parity());
       const uint32_t v = memory.v(values.stage());
-      wgmma_fence();
+      begin_products();
       weigh(o, p, v);
       if constexpr (DUAL) {
-        weigh(t, p, v + KeyTile::BYTES);
+        weigh(t, p, v + ValueTile::BYTES);
         weigh(t, h, v);
       }
       wgmma_commit();
       if constexpr (DUAL) {
-        wait_for<0>(o, t);
+        wgmma_wait<0>(o, t);
       } else {
-        wait_for<0>(o);
+        wgmma_wait<0>(o);
       }
       release(memory.empty_v(values.stage()));
-    }
-
-    template <int PENDING, class... Accumulators>
-    static DEVICE void wait_for(Accumulators&... ready) {
-      wgmma_wait<PENDING>(ready.main...);
-      if constexpr (Columns::TAIL > 0) (hold(ready.tail), ...);
     }
   };
 
@@ -451,16 +486,19 @@ struct ForwardKernel {
     for (int index = block_index(); index < p.works; index += grid_size()) {
       const Work work = work_at<BLOCK_M>(index, p.shape);
       const int tiles = key_tiles<BLOCK_M, BLOCK_N>(work.block_m, p.shape);
-      const int first_row = work.block_m * BLOCK_M + warpgroup * ROWS;
-      const int whole = whole_tiles<BLOCK_N>(first_row, p.shape);
-      c.row = first_row + accumulator_place(thread_index_anew() % WARPGROUP, 0).row;
+      c.first_row = work.block_m * BLOCK_M + warpgroup * ROWS;
+      if (c.first_row >= p.shape.N_q) {
+        c.skip(tiles);
+        continue;
+      }
+      const int whole = whole_tiles<BLOCK_N>(c.first_row, p.shape);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         c.rows.max[r] = -INFINITY;
         c.rows.sum[r] = c.rows.centre[r] = 0.f;
       }
-      c.o.each([](float& x, int, int) { x = 0.f; });
-      if constexpr (DUAL) c.t.each([](float& x, int, int) { x = 0.f; });
+#pragma unroll
+      for (int i = 0; i < Columns::PADDED / 2; ++i) c.o[i] = c.t[i] = 0.f;
 
       c.begin();
       int tile = 1;
@@ -468,7 +506,7 @@ struct ForwardKernel {
       for (; tile < tiles; ++tile) c.template step<true>(tile);
       c.end();
 
-      store(p, work, c);
+      store(p, work_at<BLOCK_M>(anew(index), p.shape), c);
     }
   }
 
@@ -498,7 +536,7 @@ struct ForwardKernel {
 #pragma unroll
       for (int g = 0; g < groups; ++g) {
         const int i = 4 * (first + g) + 2 * r;
-        words[g] = pack<T>(o.at(i) * factor, o.at(i + 1) * factor);
+        words[g] = pack<T>(o[i] * factor, o[i + 1] * factor);
       }
       if (groups == 4) {
         quad_transpose(words, lane);
@@ -517,7 +555,7 @@ struct ForwardKernel {
     const int batch = p.first_batch + work.batch;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = c.row + 8 * r;
+      const int row = c.first_row + accumulator_place(thread_index_anew() % WARPGROUP, 0).row + 8 * r;
       const bool exists = row < p.shape.N_q;
       const int64_t offset = ((int64_t(batch) * p.shape.N_q + row) * p.shape.H + work.head) * D;
       const float factor = 1.f / c.rows.sum[r];

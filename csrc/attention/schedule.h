@@ -38,7 +38,8 @@ MF_HOST_DEVICE constexpr Work work_at(int index, const Shape& shape) {
 
 // Keys that query `row` sees; rows past the last one count as if they were there.
 MF_HOST_DEVICE constexpr int visible_keys(int row, const Shape& shape) {
-  return shape.causal && row + 1 < shape.N_kv ? row + 1 : shape.N_kv;
+  const int limit = shape.causal ? row + 1 : shape.N_kv;
+  return limit < shape.N_kv ? limit : shape.N_kv;
 }
 
 // Tiles that at least one row of the block sees: at least one, since key 0 is visible to every query.

@@ -51,10 +51,11 @@ struct HeadColumns {
   static constexpr int TAIL = round_up(D - MAIN, 16);
   static constexpr int TAIL_BYTES = TAIL * ELEMENT_BYTES;
   static constexpr Swizzle TAIL_SWIZZLE = swizzle_of(TAIL);
+  static constexpr int PADDED = MAIN + TAIL;
   static_assert(MAIN_BLOCKS >= 1 && D % 8 == 0 && (TAIL == 0 || TAIL == 16 || TAIL == 32));
 };
 
-// ROWS rows of a head: block after block of 64 columns, then the tail.
+// ROWS rows of a head for products along them: block after block of 64 columns, then the tail.
 template <int ROWS, int D>
 struct Tile : HeadColumns<D> {
   using Columns = HeadColumns<D>;
@@ -65,19 +66,40 @@ struct Tile : HeadColumns<D> {
   static_assert(ROWS % 8 == 0 && ROWS <= 256);  // whole swizzle patterns; a TMA box has at most 256 rows
 };
 
+// The same for a product across them, which takes all columns at once: so all blocks are as wide as the narrowest.
+template <int ROWS, int D>
+struct AcrossTile {
+  using Columns = HeadColumns<D>;
+  static constexpr int WIDTH = Columns::TAIL > 0 ? Columns::TAIL : 64;
+  static constexpr int BLOCKS = Columns::PADDED / WIDTH;
+  static constexpr Swizzle SWIZZLE = swizzle_of(WIDTH);
+  static constexpr uint32_t ROW_BYTES = WIDTH * ELEMENT_BYTES;  // of a block
+  static constexpr uint32_t BLOCK_BYTES = ROWS * ROW_BYTES;
+  static constexpr uint32_t LOADED_BYTES = BLOCKS * BLOCK_BYTES;
+  static constexpr uint32_t BYTES = round_up(LOADED_BYTES, uint32_t(SWIZZLE_ALIGNMENT));
+  static_assert(Columns::PADDED % WIDTH == 0 && ROWS % 8 == 0 && ROWS <= 256);
+};
+
 // `stride`: bytes between groups of 8 rows (a product that reads along the rows), or of 8 rows of the inner dimension
 // (one that reads across them). `leading`: bytes between blocks of columns, in the second case only.
-MF_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
-                                                    Swizzle swizzle) {
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(swizzle) << 62;
+struct MatrixDescriptor {
+  uint32_t low, high;
+
+  // Of the same matrix so many bytes further on. Nothing carries over: shared memory ends before 2^18 bytes.
+  MF_HOST_DEVICE constexpr MatrixDescriptor operator+(uint32_t bytes) const { return {low + (bytes >> 4), high}; }
+  MF_HOST_DEVICE constexpr uint64_t bits() const { return uint64_t(high) << 32 | low; }
+};
+
+MF_HOST_DEVICE constexpr MatrixDescriptor matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride,
+                                                            Swizzle swizzle) {
+  return {(address & 0x3FFFF) >> 4 | leading >> 4 << 16, stride >> 4 | uint32_t(swizzle) << 30};
 }
 
-MF_HOST_DEVICE constexpr uint64_t row_descriptor(uint32_t address, Swizzle swizzle) {
+MF_HOST_DEVICE constexpr MatrixDescriptor row_descriptor(uint32_t address, Swizzle swizzle) {
   return matrix_descriptor(address, 16, 8 * swizzle_bytes(swizzle), swizzle);
 }
 
-MF_HOST_DEVICE constexpr uint64_t column_descriptor(uint32_t address, uint32_t block_bytes, Swizzle swizzle) {
+MF_HOST_DEVICE constexpr MatrixDescriptor column_descriptor(uint32_t address, uint32_t block_bytes, Swizzle swizzle) {
   return matrix_descriptor(address, block_bytes, 8 * swizzle_bytes(swizzle), swizzle);
 }
 

@@ -19,6 +19,11 @@ DEVICE int thread_index_anew() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
+// x, as if it were a new number: the compiler works out anew what follows from it, and need not keep it in registers.
+DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 DEVICE int block_index() { return int(blockIdx.x); }
 DEVICE int grid_size() { return int(gridDim.x); }
 DEVICE void block_sync() { __syncthreads(); }
@@ -53,7 +58,12 @@ DEVICE float exp2_approx(float x) {
   return y;
 }
 
-DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
+// Within 2 ulp where |b| is between 2^-126 and 2^126.
+DEVICE float divide_approx(float a, float b) {
+  float c;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
 
 // Two floats rounded to 16 bits, `low` in the low half.
 template <class T>

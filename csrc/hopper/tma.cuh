@@ -6,6 +6,9 @@
 
 namespace mfkernels::hopper {
 
+// Brings what the engine has to know of a tensor near it, before the first copy asks.
+DEVICE void tma_prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // One box of a [batch, row, head, column] tensor into shared memory; what lies outside the tensor reads as zero, and
 // counts among the bytes that reach the barrier.
 DEVICE void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, int column, int head, int row,

@@ -14,10 +14,16 @@ namespace mfkernels::hopper {
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// To the compiler, x is read and written here.
 template <int N>
 DEVICE void hold(float (&x)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int N>
+DEVICE void hold(uint32_t (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
 // Waits until at most PENDING committed groups are unfinished.
@@ -34,20 +40,16 @@ template <class T, int N>
 struct Wgmma;
 
 // clang-format off
-#define MF_REGISTERS_4 "%0,%1,%2,%3"
-#define MF_REGISTERS_8 MF_REGISTERS_4 ",%4,%5,%6,%7"
-#define MF_REGISTERS_16 MF_REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define MF_REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define MF_REGISTERS_32 MF_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define MF_REGISTERS_48 MF_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define MF_REGISTERS_56 MF_REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
-#define MF_REGISTERS_64 MF_REGISTERS_56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define MF_REGISTERS_40 MF_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define MF_REGISTERS_48 MF_REGISTERS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define MF_REGISTERS_64 MF_REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define MF_FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MF_SIXTEEN(d, i) MF_FOUR(d, i), MF_FOUR(d, i + 4), MF_FOUR(d, i + 8), MF_FOUR(d, i + 12)
-#define MF_ACCUMULATORS_8(d) MF_FOUR(d, 0), MF_FOUR(d, 4)
-#define MF_ACCUMULATORS_16(d) MF_SIXTEEN(d, 0)
-#define MF_ACCUMULATORS_32(d) MF_ACCUMULATORS_16(d), MF_SIXTEEN(d, 16)
+#define MF_ACCUMULATORS_32(d) MF_SIXTEEN(d, 0), MF_SIXTEEN(d, 16)
+#define MF_ACCUMULATORS_40(d) MF_ACCUMULATORS_32(d), MF_FOUR(d, 32), MF_FOUR(d, 36)
 #define MF_ACCUMULATORS_48(d) MF_ACCUMULATORS_32(d), MF_SIXTEEN(d, 32)
-#define MF_ACCUMULATORS_56(d) MF_ACCUMULATORS_48(d), MF_FOUR(d, 48), MF_FOUR(d, 52)
 #define MF_ACCUMULATORS_64(d) MF_ACCUMULATORS_48(d), MF_SIXTEEN(d, 48)
 // clang-format on
 
@@ -55,7 +57,7 @@ struct Wgmma;
 #define MF_WGMMA(T, TYPE, N, R, P0, P1, P2, P3, P4, P5)                                                            \
   template <>                                                                                                      \
   struct Wgmma<T, N> {                                                                                             \
-    static DEVICE void rows(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) {                              \
+    static DEVICE void rows(float (&d)[R], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {              \
       asm volatile(                                                                                                \
           "{\n"                                                                                                    \
           ".reg .pred p;\n"                                                                                        \
@@ -64,9 +66,9 @@ struct Wgmma;
           ", %" #P1 ", p, 1, 1, 0, 0;\n"                                                                           \
           "}"                                                                                                      \
           : MF_ACCUMULATORS_##R(d)                                                                                 \
-          : "l"(a), "l"(b), "r"(int(accumulate)));                                                                 \
+          : "l"(a.bits()), "l"(b.bits()), "r"(int(accumulate)));                                                   \
     }                                                                                                              \
-    static DEVICE void columns(float (&d)[R], const uint32_t* a, uint64_t b) {                                     \
+    static DEVICE void columns(float (&d)[R], const uint32_t* a, MatrixDescriptor b) {                             \
       asm volatile(                                                                                                \
           "{\n"                                                                                                    \
           ".reg .pred p;\n"                                                                                        \
@@ -75,22 +77,18 @@ struct Wgmma;
           ", %" #P1 ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1, 1;\n"                                               \
           "}"                                                                                                      \
           : MF_ACCUMULATORS_##R(d)                                                                                 \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                   \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()));                                            \
     }                                                                                                              \
   };
 
 // clang-format off
-MF_WGMMA(BFloat16, "bf16", 16, 8, 8, 9, 10, 11, 12, 13)
-MF_WGMMA(BFloat16, "bf16", 32, 16, 16, 17, 18, 19, 20, 21)
 MF_WGMMA(BFloat16, "bf16", 64, 32, 32, 33, 34, 35, 36, 37)
+MF_WGMMA(BFloat16, "bf16", 80, 40, 40, 41, 42, 43, 44, 45)
 MF_WGMMA(BFloat16, "bf16", 96, 48, 48, 49, 50, 51, 52, 53)
-MF_WGMMA(BFloat16, "bf16", 112, 56, 56, 57, 58, 59, 60, 61)
 MF_WGMMA(BFloat16, "bf16", 128, 64, 64, 65, 66, 67, 68, 69)
-MF_WGMMA(Float16, "f16", 16, 8, 8, 9, 10, 11, 12, 13)
-MF_WGMMA(Float16, "f16", 32, 16, 16, 17, 18, 19, 20, 21)
 MF_WGMMA(Float16, "f16", 64, 32, 32, 33, 34, 35, 36, 37)
+MF_WGMMA(Float16, "f16", 80, 40, 40, 41, 42, 43, 44, 45)
 MF_WGMMA(Float16, "f16", 96, 48, 48, 49, 50, 51, 52, 53)
-MF_WGMMA(Float16, "f16", 112, 56, 56, 57, 58, 59, 60, 61)
 MF_WGMMA(Float16, "f16", 128, 64, 64, 65, 66, 67, 68, 69)
 // clang-format on
 #undef MF_WGMMA

@@ -20,14 +20,11 @@ KERNEL, LAYOUT = "attention/forward_kernel.cuh", "hopper/layout.h"
 MISTAKES = {
     "none": (KERNEL, "", "", ""),
     "the tail's columns": (KERNEL, "barrier, Columns::MAIN, head", "barrier, Columns::MAIN + 8, head", "tma"),
-    "bytes that never come": (LAYOUT, "TAIL_OFFSET + ROWS *", "TAIL_OFFSET + 16 + ROWS *", "tma"),
+    "bytes that never come": ("bringup.cu", "+ ValueTile::LOADED_BYTES", "+ ValueTile::LOADED_BYTES + 16", "tma"),
     "groups of rows are too close": (LAYOUT, "16, 8 * swizzle_bytes", "16, 4 * swizzle_bytes", "rows"),
-    "the second warpgroup's tail": (
-        "bringup.cu",
-        "first_row * K::Columns::TAIL_BYTES",
-        "first_row * K::Columns::TAIL_BYTES / 2",
-        "rows",
-    ),
+    "the tail's keys": (KERNEL, "k + KeyTile::TAIL_OFFSET", "k + QueryTile::TAIL_OFFSET", "rows"),
+    "the values' columns": (KERNEL, "Tile::WIDTH * block", "Tile::WIDTH * block / 2", "tma"),
+    "the values' blocks": (KERNEL, "ValueTile::BLOCK_BYTES, Value", "ValueTile::BLOCK_BYTES / 2, Value", "columns"),
     "the values' groups of rows": (LAYOUT, "block_bytes, 8 * swizzle", "block_bytes, 4 * swizzle", "columns"),
     "16 bits in the wrong order": (KERNEL, "s[2 * i], s[2 * i + 1]", "s[2 * i + 1], s[2 * i]", "columns"),
 }

@@ -12,7 +12,9 @@ import torch
 from cuda_emulator import CSRC, EMULATOR, FLAGS, compiler
 from test_op import oracle
 
-B, N, D = 2, 300, 72  # three tiles of keys, the last one ragged; two works for each of the block's rounds
+# three tiles of keys, the last one ragged; three blocks of queries, of the last of which one warpgroup has none; all of
+# them the work of one thread block
+B, N, D = 2, 300, 72
 KERNEL, LAYOUT = "attention/forward_kernel.cuh", "hopper/layout.h"
 
 
@@ -36,7 +38,44 @@ MISTAKES = {
         "",
     ),
     "queries are given back before the last tile": Mistake(
-        KERNEL, "c.begin();\n", "c.begin();\n      c.release(memory.empty_q());\n", ""
+        KERNEL, "c.begin();\n", "c.begin();\n      c.release(c.empty_q);\n", ""
+    ),
+    "queries are not waited for": Mistake(
+        KERNEL, "mbarrier_wait(full_q, queries.parity());\n      mbarrier_wait", "mbarrier_wait", ""
+    ),
+    "queries are overwritten while they are read": Mistake(
+        KERNEL, "mbarrier_wait(memory.empty_q(warpgroup), queries.parity() ^ 1);", "", ""
+    ),
+    "the warpgroups' queries are one another's": Mistake(
+        KERNEL, "BLOCK_M + warpgroup * ROWS, batch", "BLOCK_M + (1 - warpgroup) * ROWS, batch", ""
+    ),
+    "the warpgroups have one barrier of queries": Mistake(
+        KERNEL, "BARRIERS_OFFSET + 16 * warpgroup", "BARRIERS_OFFSET", ""
+    ),
+    "queries are given back by both warpgroups": Mistake(
+        KERNEL, "memory.empty_q(warpgroup), WARPGROUP / 32", "memory.empty_q(warpgroup), CONSUMER_WARPS", "deadlock"
+    ),
+    "a warpgroup without queries does not wait": Mistake(
+        KERNEL,
+        """
+        mbarrier_wait(memory.full_k(keys.stage()), keys.parity());
+        release(memory.empty_k(keys.stage()));
+        mbarrier_wait(memory.full_v(keys.stage()), keys.parity());""",
+        "release(memory.empty_k(keys.stage()));",
+        "",
+    ),
+    "a warpgroup without queries keeps keys": Mistake(
+        KERNEL, "release(memory.empty_k(keys.stage()));\n        mbarrier_wait", "mbarrier_wait", "deadlock"
+    ),
+    "a warpgroup without queries keeps values": Mistake(
+        KERNEL, "release(memory.empty_v(keys.stage()));", "", "deadlock"
+    ),
+    "a warpgroup without queries keeps its buffer": Mistake(
+        KERNEL, "queries.parity());\n      release(empty_q);", "queries.parity());", "deadlock"
+    ),
+    "a warpgroup without queries loses count": Mistake(KERNEL, "++queries.count;\n      for", "for", ""),
+    "the values' blocks are too close": Mistake(
+        KERNEL, "ValueTile::BLOCK_BYTES, Value", "ValueTile::BLOCK_BYTES / 2, Value", ""
     ),
     "tangent scores are not waited for": Mistake(KERNEL, "wgmma_wait<0>(ts);", "", ""),
     "registers are not fenced": Mistake(

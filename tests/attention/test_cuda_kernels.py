@@ -44,7 +44,8 @@ MORE = [
     Case(129, 257, 64, B=2, B_t=1, H=2, H_kv=2),
     Case(300, 300, 128, B=3, B_t=1, H=4, H_kv=2, causal=True),
     Case(200, 500, 96, B=1, B_t=0, causal=True),
-    Case(128, 224, 72),
+    Case(256, 256, 72),
+    Case(64, 300, 80, B=3, B_t=2),  # one warpgroup has no queries
     Case(260, 130, 80, causal=True),
 ]
 SERVED = [case for case in CASES if case.D in cuda.HEAD_DIMS] + MORE
@@ -166,7 +167,7 @@ def test_repeats_bit_for_bit(forward: Forward) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has one schedule: its own")
-@pytest.mark.parametrize(("D", "causal"), [(64, False), (72, True)])
+@pytest.mark.parametrize(("D", "causal"), [(64, False), (72, True), (128, False)])
 def test_no_schedule_changes_a_bit(D: int, causal: bool, forward: Forward) -> None:
     """Copies and products early or late, in any order, and one block or many for the work: the same result."""
     primals, tangents = inputs(Case(300, 300, D, B=2, B_t=1, causal=causal), torch.float16)

@@ -114,6 +114,36 @@ def test_without_setuptools(tmp_path: Path) -> None:
     assert "the CUDA extension was not compiled" in done.stderr
 
 
+SERIALIZED = "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+
+
+def test_products_that_ptxas_serializes_fail_the_build(tmp_path: Path) -> None:
+    """Each time: the object that nvcc has written does not count."""
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    root = tmp_path / "copy"
+    (root / "csrc").mkdir(parents=True)
+    (root / "csrc" / "kernel.cu").touch()
+    shutil.copy(ROOT / "setup.py", root)
+    path = fake_nvcc(tmp_path, "compute_90\\n")
+    nvcc = tmp_path / "nvcc"
+    compiles = """
+while [ $# -gt 1 ]; do shift; [ "$1" = -o ] && touch "$2" && echo "$REMARK" >&2; done; exit 0
+"""
+    nvcc.write_text(nvcc.read_text() + compiles)
+    code = "import pathlib, setup; setup.build(pathlib.Path('library.so').resolve(), ['csrc/kernel.cu'])"
+    for _ in range(2):
+        done = python(code, folder=root, PATH=path, REMARK=SERIALIZED)
+        assert done.returncode != 0
+        said = done.stdout + done.stderr
+        assert "expected kernels whose products overlap, but ptxas says:\n  (C7512) Potential Performance Loss" in said
+        assert "MFKERNELS_CUDA=0 installs without it" in said
+        assert not (root / "library.so").exists()
+    done = python(code, folder=root, PATH=path, REMARK="ptxas info    : 0 bytes gmem")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (root / "library.so").exists()
+
+
 def test_every_source_is_compiled_and_shipped() -> None:
     """A new kernel file needs no list: setup.py and MANIFEST.in take what is in csrc/."""
     code = "import setup; print(*setup.SOURCES)"

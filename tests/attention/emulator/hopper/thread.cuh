@@ -20,6 +20,7 @@ struct Float16 {};
 
 inline int thread_index() { return emulator::machine().thread(); }
 inline int thread_index_anew() { return emulator::machine().thread(); }
+inline int anew(int x) { return x; }
 inline int block_index() { return emulator::machine().block; }
 inline int grid_size() { return emulator::machine().blocks; }
 inline void block_sync() { emulator::machine().block_sync(); }

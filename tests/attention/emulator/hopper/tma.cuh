@@ -5,6 +5,8 @@
 
 namespace mfkernels::hopper {
 
+inline void tma_prefetch(const TensorMap&) {}
+
 inline void tma_load(uint32_t destination, const TensorMap& map, uint32_t barrier, int column, int head, int row,
                      int batch) {
   emulator::Machine& machine = emulator::machine();

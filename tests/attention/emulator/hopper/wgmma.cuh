@@ -9,8 +9,8 @@ namespace mfkernels::hopper {
 inline void wgmma_fence() { emulator::machine().fence(); }
 inline void wgmma_commit() { emulator::machine().commit(); }
 
-template <int N>
-void hold(float (&)[N]) {}
+template <class X, int N>
+void hold(X (&)[N]) {}
 
 template <int PENDING, class... Accumulators>
 void wgmma_wait(Accumulators&...) {
@@ -21,6 +21,7 @@ void wgmma_wait(Accumulators&...) {
 struct DescribedMatrix {
   uint32_t start, leading, stride, width;
 
+  explicit DescribedMatrix(MatrixDescriptor halves) : DescribedMatrix(uint64_t(halves.high) << 32 | halves.low) {}
   explicit DescribedMatrix(uint64_t descriptor)
       : start(uint32_t(descriptor & 0x3FFF) << 4),
         leading(uint32_t(descriptor >> 16 & 0x3FFF) << 4),
@@ -50,8 +51,8 @@ struct DescribedMatrix {
 
 template <class T, int N>
 struct Wgmma {
-  static void rows(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    issue("rows " + std::to_string(a), b, d, nullptr, accumulate, [a, b](const emulator::Product& product) {
+  static void rows(float (&d)[N / 2], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {
+    issue("rows " + named(a), b, d, nullptr, accumulate, [a, b](const emulator::Product& product) {
       const DescribedMatrix left(a), right(b);
       static float A[64][16], B[16][N];
       for (int r = 0; r < 64; ++r)
@@ -62,7 +63,7 @@ struct Wgmma {
     });
   }
 
-  static void columns(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
+  static void columns(float (&d)[N / 2], const uint32_t* a, MatrixDescriptor b) {
     issue("columns", b, d, a, true, [b](const emulator::Product& product) {
       const DescribedMatrix right(b);
       static float A[64][16], B[16][N];
@@ -81,11 +82,13 @@ struct Wgmma {
   }
 
  private:
+  static std::string named(MatrixDescriptor x) { return std::to_string(x.low) + '/' + std::to_string(x.high); }
+
   template <class Run>
-  static void issue(const std::string& kind, uint64_t b, float (&d)[N / 2], const uint32_t* a, bool accumulate,
-                    Run run) {
+  static void issue(const std::string& kind, MatrixDescriptor b, float (&d)[N / 2], const uint32_t* a,
+                    bool accumulate, Run run) {
     static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-    const std::string shape = kind + ' ' + std::to_string(b) + ' ' + std::to_string(N) + (accumulate ? "+" : "");
+    const std::string shape = kind + ' ' + named(b) + ' ' + std::to_string(N) + (accumulate ? "+" : "");
     emulator::machine().product(shape, d, N / 2, a, accumulate, run);
   }
 
