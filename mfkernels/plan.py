@@ -21,6 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_PLANS = 4096  # of one function; then they are worked out anew
 _PLAIN = (Tensor, torch.nn.Parameter)
+_OF_DTYPES = "aten::promote_types"
 _ALLOCATES = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
 
 
@@ -150,9 +151,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.name().split(".")[0] in _ALLOCATES:
+        name = func.name().split(".")[0]
+        if name in _ALLOCATES:
             self.allocated.append(out)
-        elif not is_view(func):
+        elif name != _OF_DTYPES and not is_view(func):
             self.other = True
         return out
 

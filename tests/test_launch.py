@@ -244,3 +244,16 @@ def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
         ops.append(problem.op)
     known = {row["op"] for row in launch.read_table(launch.PACKAGE_TABLE)}
     assert sorted(ops) == sorted(known - tune.NOT_TUNED)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "length", "chunk"),
+    [(256, 256, 64), (32, 64, 8), (1, 7, 8), (1024, 1024, 256), (6, 65536, 256), (6, 2048, 16)],
+)
+def test_chunks_fill_the_gpu(monkeypatch, blocks, length, chunk):
+    """About eight to a multiprocessor of 132, from 8 rows to the table's."""
+    config = {"BLOCK_N": 1, "CHUNK": 256, "num_warps": 4, "num_stages": 1}
+    assert launch.with_fitting_chunk(config, torch.device("cpu"), blocks, length) == config
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    fitting = launch.with_fitting_chunk(config, torch.device("cpu"), blocks, length)
+    assert fitting == {**config, "CHUNK": chunk}

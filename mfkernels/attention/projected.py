@@ -141,7 +141,8 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
     """
     H, d = num_heads, x.shape[-1] // num_heads
     kind = kind_of_call("projected_attention", x, weight, bias, num_heads)
-    if kind and tuple(weight.shape) == (3 * x.shape[-1], x.shape[-1]) and len(x.shape) == 3 and d > 0:
+    fits = len(x.shape) == 3 and x.shape[1] > 0 and d > 0 and tuple(weight.shape) == (3 * x.shape[2], x.shape[2])
+    if kind and fits:
         xp, dtype = primal_of(x), product_dtype(x)
         backend = known(kind)
         if backend is None or requested_part("attention_backward"):  # which depends on PyTorch's settings too

@@ -365,7 +365,7 @@ def choose_norm(*operands: TensorOrDual) -> str:
     """The backend of an update and norm of (x, y, gate, shift, scale), or of the first few of these."""
     primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=False))
     serves = {"triton": lambda: rows_unsupported(**primals)}
-    return choose(_NORM, operands[0].device, serves)
+    return choose("gated_residual_ada_layer_norm", operands[0].device, serves)
 
 
 def update_and_norm(

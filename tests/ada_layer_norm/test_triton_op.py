@@ -99,8 +99,8 @@ def test_opcheck():
     leaves = [a.detach().requires_grad_() for a in (x, shift, scale)]
     dots = [torch.randn_like(a[:1]) for a in (x, shift, scale)]
     for tangents in (dots, [None, None, None], [None, dots[1], None]):
-        torch.library.opcheck(op._forward.custom_op, (*leaves, *tangents, 1e-6))
-    h, _, stats = op._forward(x, shift, scale, None, None, None, 1e-6)
+        torch.library.opcheck(op._forward.custom_op, (*leaves, *tangents, 1e-6, torch.float32))
+    h, _, stats = op._forward(x, shift, scale, None, None, None, 1e-6, torch.float32)
     torch.library.opcheck(op._backward.custom_op, (torch.randn_like(h), x, scale, stats))
 
 

@@ -118,14 +118,19 @@ def leaves_of(duals):
 
 def test_opcheck():
     leaves, dots = leaves_of(duals(2, 5, 12, rows=1))
+    vector = torch.randn(12, device=DEVICE, requires_grad=True)
     for tangents in (dots, [None] * 5, [None, dots[1], None, None, dots[4]]):
         torch.library.opcheck(op._forward.custom_op, (*leaves[:3], *tangents[:3]))
-        torch.library.opcheck(op._norm_forward.custom_op, (*leaves, *tangents, 1e-6))
+        for bias, base, defer in ((None, None, False), (vector, None, True), (vector, leaves[:3], False)):
+            before = [None] * 4 if base is None else [*base[:2], base[2], vector]
+            args = (*leaves[:3], bias, *before, *leaves[3:], *tangents, 1e-6, torch.float32, defer)
+            torch.library.opcheck(op._norm_forward.custom_op, args)
     x, y, gate, _, scale = (a.detach() for a in leaves)
-    x_new, h, _, _, stats = op._norm_forward(*leaves, *[None] * 5, 1e-6)
+    args = (*leaves[:3], *[None] * 5, *leaves[3:], *[None] * 5, 1e-6, torch.float32, False)
+    x_new, h, _, _, stats = op._norm_forward(*args)
     torch.library.opcheck(op._backward.custom_op, (torch.randn_like(x), y, gate))
-    for dx_new in (torch.randn_like(x), None):
-        args = (torch.randn_like(h), dx_new, x_new.detach(), y, gate, scale, stats)
+    for dx_new, bias in ((torch.randn_like(x), None), (None, vector.detach())):
+        args = (torch.randn_like(h), dx_new, x_new.detach(), y, gate, bias, scale, stats, bias is not None)
         torch.library.opcheck(op._norm_backward.custom_op, args)
 
 

@@ -4,7 +4,7 @@ from peers import PlainDiT, math_attention
 
 from meanflow.models import NAMED, DiT, DiT_B_2, DiT_XL_2, create_model
 from meanflow.models.dit import sincos_2d
-from mfkernels import Dual, jvp
+from mfkernels import Dual, jvp, use_backend
 from mfkernels.testing import relative_error
 
 SIZES = {
@@ -209,3 +209,36 @@ def test_bad_arguments():
         net(z, t[:, None], t, y)
     with pytest.raises(TypeError, match="y: expected integer labels"):
         net(z, t, t, y.float())
+
+
+def test_triton_kernels_under_autocast():
+    """The streams, packed gradients and casts of a training step, in float16: as exact as plain PyTorch's autocast."""
+    pytest.importorskip("triton", minversion="3.4")
+    size = SIZES["narrow"] | {"hidden_size": 48, "num_heads": 2}
+    wide, plain = randomized(size)
+    with torch.no_grad():
+        for both in zip(wide.parameters(), plain.parameters(), strict=True):
+            for p in both:
+                p *= 0.5  # within float16
+    net = DiT(**size)
+    net.load_state_dict(wide.state_dict())
+    z, r, t, y, dz = inputs(size)
+    zeros, ones = torch.zeros_like(t), torch.ones_like(t)
+    ref, ref_dot = torch.func.jvp(lambda *a: plain(*a, y), (z, r, t), (dz, zeros, ones))
+    plain(z, r, t, y).square().mean().backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
+    low = [a.float() for a in (z, r, t, dz, zeros, ones)]
+    errors = {}
+    for backend in ("reference", "triton"):
+        net.zero_grad()
+        with use_backend(backend), torch.autocast("cpu", dtype=torch.float16):
+            u, du = jvp(net, low[:3], low[3:], rows=2, y=y)
+        u.float().square().mean().backward()
+        found = {"u": relative_error(u, ref), "du": relative_error(du, ref_dot[:2])}
+        for name, p in net.named_parameters():
+            if p.requires_grad:
+                assert p.grad.dtype == torch.float32
+                found[name] = relative_error(p.grad, wanted[name])
+        errors[backend] = found
+    for name, error in errors["triton"].items():
+        assert error <= 1.5 * errors["reference"][name] + 1e-3, name

@@ -1,0 +1,177 @@
+"""The stream between a block's parts: two updates, each with a bias and a norm, the first of them never written."""
+
+import pytest
+import torch
+from both_backends import DEVICE, both, cases
+
+from mfkernels import Dual, ResidualStream, checkpoint
+from mfkernels.dual import primal_of
+from mfkernels.testing import assert_dual, relative_error
+
+# reference, then Triton; twice what was measured
+case = cases(reference=(7.6e-16, 3.5e-7, 1.1e-2), triton=(3e-7, 8.2e-4, 1.1e-2))
+backend = both()
+SIZES = [(4, 17, 24), (2, 1, 2730), (1, 5, 1152), (3, 67, 40)]
+BIASES = ["bias", "next_bias"]
+
+
+def norm(x, shift, scale):
+    mean = x.mean(-1, keepdim=True)
+    var = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(var + 1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def oracle(x, y, gate, bias, shift, scale, next_y, next_gate, next_bias, next_shift, next_scale):
+    x = x + gate[:, None] * (y + bias)
+    h = norm(x, shift, scale)
+    x = x + next_gate[:, None] * (next_y + next_bias)
+    return torch.cat([h, norm(x, next_shift, next_scale), x], dim=1)
+
+
+def two_updates(x, y, gate, bias, shift, scale, next_y, next_gate, next_bias, next_shift, next_scale):
+    h, stream = ResidualStream(x).updated(y, gate, bias).normed(shift, scale)
+    next_h, stream = stream.update_and_norm(next_y, next_gate, next_bias, next_shift, next_scale)
+    outs = (h, next_h, stream.value())
+    primal = torch.cat([primal_of(a) for a in outs], dim=1)
+    if not any(isinstance(a, Dual) for a in outs):
+        return primal
+    return Dual(primal, torch.cat([a.tangent for a in outs], dim=1))
+
+
+def make(B, N, D):
+    streams = dict(zip(("x", "y", "next_y"), torch.randn(3, B, N, D, dtype=torch.float64), strict=True))
+    names = ("gate", "shift", "scale", "next_gate", "next_shift", "next_scale")
+    modulation = dict(zip(names, torch.randn(B, 6 * D, dtype=torch.float64).chunk(6, dim=1), strict=True))
+    biases = dict(zip(BIASES, torch.randn(2, D, dtype=torch.float64), strict=True))
+    return streams | modulation | biases
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_two_updates(size, case):
+    dtype, bound = case
+    inputs = make(*size)
+    duals = [name for name in inputs if name not in BIASES]
+    assert_dual(two_updates, oracle, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+
+
+@pytest.mark.parametrize("some", [["x"], ["gate", "next_y"], ["next_shift"], ["y", "next_scale"]])
+def test_some_tangents_are_zero(some, backend):
+    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(3, 5, 24).items()}
+    dots = {name: torch.randn_like(inputs[name]) for name in some}
+    duals = {name: Dual(a, dots[name][:2]) if name in some else a for name, a in inputs.items()}
+    h, stream = (
+        ResidualStream(duals["x"])
+        .updated(duals["y"], duals["gate"], duals["bias"])
+        .normed(duals["shift"], duals["scale"])
+    )
+    next_h, stream = stream.update_and_norm(
+        *(duals[name] for name in ("next_y", "next_gate", "next_bias", "next_shift", "next_scale"))
+    )
+    wide = {name: a.double() for name, a in inputs.items()}
+    cut = {name: torch.where(torch.arange(3, device=DEVICE).view(-1, *[1] * (a.ndim - 1)) < 2, a, 0).double()
+           for name, a in dots.items()}  # fmt: skip
+    _, wanted = torch.func.jvp(
+        lambda *xs: oracle(**{**wide, **dict(zip(some, xs, strict=True))}),
+        tuple(wide[name] for name in some),
+        tuple(cut[name] for name in some),
+    )
+    for out, ref in zip((h, next_h, stream.value()), wanted.split(5, dim=1), strict=True):
+        if isinstance(out, Dual) and out.tangent is not None:
+            assert relative_error(out.tangent, ref[:2], floor=1e-3) <= 2e-6
+        else:
+            assert ref.abs().max() == 0
+
+
+def test_the_first_sum_is_not_written(backend):
+    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    stream = ResidualStream(inputs["x"]).updated(inputs["y"], inputs["gate"], inputs["bias"])
+    _, normed = stream.normed(inputs["shift"], inputs["scale"])
+    if backend == "reference":
+        assert normed.y is None
+        return
+    assert normed.x is inputs["x"]
+    assert normed.seen.isnan().all()
+    assert normed.seen.untyped_storage().nbytes() == 4
+    with pytest.raises(ValueError, match="unwritten"):
+        normed.value()
+    with pytest.raises(ValueError, match="between two norms"):
+        normed.normed(inputs["shift"], inputs["scale"])
+
+
+def test_only_one_of_the_outputs_used(backend):
+    """Gradients of what is used alone: of the first norm, of the second, of the sum."""
+    inputs = make(2, 7, 24)
+    for part in range(3):
+        low = {name: a.to(DEVICE, torch.float32).requires_grad_() for name, a in inputs.items()}
+        wide = {name: a.detach().double().requires_grad_() for name, a in low.items()}
+        out = two_updates(**low).split(7, dim=1)[part]
+        ref = oracle(**wide).split(7, dim=1)[part]
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+        grads = torch.autograd.grad((out * weight).sum(), list(low.values()), allow_unused=True)
+        wanted = torch.autograd.grad((ref * weight).sum(), list(wide.values()), allow_unused=True)
+        for name, g, g_ref in zip(inputs, grads, wanted, strict=True):
+            if g_ref is None:
+                assert g is None or g.abs().max() == 0, name
+            else:
+                assert relative_error(g, g_ref, floor=1e-3) <= 2e-6, name
+
+
+def test_what_is_kept_for_the_backward(backend):
+    """The stream once for two updates: x, the two y and the sum; nothing of tangents."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch keeps what it likes")
+    inputs = {name: a.to(DEVICE, torch.float32).requires_grad_() for name, a in make(4, 7, 24).items()}
+    duals = {name: a if name in BIASES else Dual(a, torch.randn_like(a)) for name, a in inputs.items()}
+
+    def kept(run):
+        storages = {}
+
+        def pack(a):
+            storages[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
+            return a
+
+        def outputs(h, next_h, stream):
+            return h, next_h, stream
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
+            outputs(*run())
+        return sum(storages.values())
+
+    def run(of):
+        h, stream = ResidualStream(of["x"]).updated(of["y"], of["gate"], of["bias"]).normed(of["shift"], of["scale"])
+        rest = [of[name] for name in ("next_y", "next_gate", "next_bias", "next_shift", "next_scale")]
+        return h, *stream.update_and_norm(*rest)
+
+    stream_bytes = 4 * 4 * 7 * 24
+    plain = kept(lambda: run(inputs))
+    assert plain <= 4 * stream_bytes + 16 * 1024  # vectors and statistics besides
+    assert kept(lambda: run(duals)) == plain
+
+
+def test_it_goes_through_a_checkpoint(backend):
+    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    grads = []
+    for wrap in (lambda fn, *args: fn(*args), checkpoint):
+        x, y = (inputs[name].clone().requires_grad_() for name in ("x", "y"))
+
+        def part(stream):
+            h, stream = stream.normed(inputs["shift"], inputs["scale"])
+            return stream.update_and_norm(h, inputs["next_gate"], None, inputs["next_shift"], inputs["next_scale"])
+
+        h, stream = wrap(part, ResidualStream(Dual(x, torch.ones_like(x))).updated(y, inputs["gate"]))
+        assert isinstance(stream, ResidualStream)
+        grads.append(torch.autograd.grad((h.primal * stream.value().primal).sum(), [x, y]))
+    for g, wanted in zip(*grads, strict=True):
+        assert torch.equal(g, wanted)
+
+
+def test_what_does_not_fit_is_refused():
+    x, y, m = torch.randn(2, 3, 8), torch.randn(2, 3, 8), torch.randn(2, 8)
+    stream = ResidualStream(x)
+    with pytest.raises(ValueError, match="still to be added"):
+        stream.updated(y, m).updated(y, m)
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(ValueError, match=r"bias: expected shape \(D,\) of x"):
+            stream.updated(y, m, torch.randn(7)).normed(m, m)
+        with pytest.raises(ValueError, match="scale: expected shape"):
+            stream.updated(y, m).normed(m, m[:, :7])
