@@ -12,7 +12,7 @@ pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.attention.backward_kernels import attention_backward
 from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
-from mfkernels.launch import Launch, forced_config, recorded
+from mfkernels.launch import Launch, find_config, forced_config, recorded
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
 pytestmark = [
@@ -309,6 +309,23 @@ def test_primal_rows_in_a_launch_of_their_own(apart: int, rows: int, dtype: torc
         assert made == [(rows, dual), (4 - rows, primal)]
     else:
         assert made == [(4, dual if rows else primal)]
+
+
+def test_primal_rows_are_apart_where_both_launches_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = inspect.unwrap(attention_forward).__globals__
+    monkeypatch.setitem(forward, "multiprocessors", lambda device: 132)
+    for B, rows, apart in ((256, 64, True), (256, 32, False), (256, 224, False), (256, 0, False), (256, 256, False)):
+        q = torch.empty((B, 256, 12, 64), device="meta")
+        with forced_config("attention_forward_apart", {"LEAST_BLOCKS": 8}):
+            assert forward["runs_primal_rows_apart"](q, rows) == apart
+        assert not forward["runs_primal_rows_apart"](q, rows)  # the interpreter's
+    found = {
+        (arch, head_dim, tokens): find_config(
+            "attention_forward_apart", arch, torch.bfloat16, head_dim=head_dim, tokens=tokens
+        )["LEAST_BLOCKS"]
+        for arch, head_dim, tokens in (("sm_90", 80, 65), ("sm_90", 80, 64), ("sm_90", 88, 256), ("sm_80", 64, 256))
+    }
+    assert [least > 0 for least in found.values()] == [True, False, False, False]
 
 
 def test_batches_of_more_rows_than_a_grid_has_apart(monkeypatch: pytest.MonkeyPatch) -> None:
