@@ -1,11 +1,11 @@
 """Launch configurations from a table, and the launch itself. Every Triton op of the library goes through here.
 
 The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
-`triton` ("3.6") and `dtype` must equal the request or be a list that holds it, and the request's `<size>` must not lie
-above `max_<size>` or below `min_<size>`. A condition that a row leaves out holds for everything, so the shortest row of
-an op is its safe default. Of the rows that hold, one that names the arch goes before one that does not; then the one
-with the tightest sizes wins, then the one that names more, then a row of the user's own table, which
-`python -m mfkernels.tune` writes.
+`triton` ("3.6"), `dtype` and `precision` (of the products of float32 operands: "ieee" or "tf32") must equal the
+request or be a list that holds it, and the request's `<size>` must not lie above `max_<size>` or below `min_<size>`. A
+condition that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that
+hold, one that names the arch goes before one that does not; then the one with the tightest sizes wins, then the one
+that names more, then a row of the user's own table, which `python -m mfkernels.tune` writes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 import triton
 
 PACKAGE_TABLE = Path(__file__).parent / "configs" / "launch.json"
-EXACT = ("arch", "triton", "dtype")
+EXACT = ("arch", "triton", "dtype", "precision")
 
 # Triton 3.9 warns where it has to choose this itself, and 3.10 is to choose the other: a·b + c in two instructions.
 OPTIONS = {"enable_fp_fusion": True}
@@ -161,22 +161,32 @@ def forced_config(op: str, config: Config) -> Iterator[None]:
         del _forced[op]
 
 
-def launch_config(op: str, device: torch.device, dtype: torch.dtype, **sizes: int) -> Config:
-    """Block sizes, warps and stages for one call; on any device but CUDA (the interpreter) the arch is "cpu"."""
+def launch_config(
+    op: str, device: torch.device, dtype: torch.dtype, *, precision: str | None = None, **sizes: int
+) -> Config:
+    """Block sizes, warps and stages for one call; on any device but CUDA (the interpreter) the arch is "cpu".
+
+    `precision` is asked for by ops whose products of float32 operands may be "ieee" or "tf32".
+    """
     if op in _forced:
         return _forced[op]
-    return _config(op, device, dtype, tuple(sizes.items()))
+    return _config(op, device, dtype, precision, tuple(sizes.items()))
 
 
 @functools.lru_cache(maxsize=1024)
-def _config(op: str, device: torch.device, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> Config:
-    return find_config(op, _arch(device) if device.type == "cuda" else "cpu", dtype, **dict(sizes))
+def _config(
+    op: str, device: torch.device, dtype: torch.dtype, precision: str | None, sizes: tuple[tuple[str, int], ...]
+) -> Config:
+    arch = _arch(device) if device.type == "cuda" else "cpu"
+    return find_config(op, arch, dtype, precision=precision, **dict(sizes))
 
 
-def find_config(op: str, arch: str, dtype: torch.dtype, **sizes: int) -> Config:
+def find_config(op: str, arch: str, dtype: torch.dtype, *, precision: str | None = None, **sizes: int) -> Config:
     """The same for an architecture by name."""
-    exact = (("op", op), ("arch", arch), ("triton", triton_minor()), ("dtype", str(dtype).removeprefix("torch.")))
-    return _lookup((*exact, *sizes.items()))
+    exact = {"op": op, "arch": arch, "triton": triton_minor(), "dtype": str(dtype).removeprefix("torch.")}
+    if precision is not None:
+        exact["precision"] = precision
+    return _lookup((*exact.items(), *sizes.items()))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _tune(arguments: argparse.Namespace, path: Path, device: torch.device, machi
         print(problem.op, *(f"{name}={bound}" for name, bound in problem.conditions.items()), flush=True)
         best = measure(problem, dry_run=arguments.dry_run)
         if best is not None:
-            row = {"op": problem.op, **machine, **problem.conditions}
+            row: dict[str, Any] = {"op": problem.op, **machine, **problem.conditions}
             row |= {"config": dict(best[0]), "milliseconds": round(best[1], 4)}
             if not arguments.dry_run:
                 # after each: an interrupted run keeps what it measured, and another tuner's rows stay

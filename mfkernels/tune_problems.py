@@ -17,8 +17,9 @@ from mfkernels.launch import Config
 from mfkernels.mlp.kernels import gelu_backward, gelu_forward
 
 NOT_TUNED = {"sum_partials", "timestep_embedding"}  # they take microseconds
+NOT_TUNED |= {"attention_forward_apart"}  # no kernel
 
-Bounds = Mapping[str, int]
+Bounds = Mapping[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def attention_problems(
     q, k, v = source.tensor(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
     dots = source.tensor(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
     do = source.tensor(batch, tokens, heads, head_dim)  # [B, N, H, D]
-    scale = head_dim**-0.5
+    scale, bounds = head_dim**-0.5, {**bounds, "precision": "ieee"}
 
     def forward() -> Sequence[Tensor]:
         o, o_dot, _ = attention_forward(q, k, v, *dots, scale=scale)

@@ -11,7 +11,15 @@ from mfkernels import launch, tune
 from mfkernels.timing import Timing
 from mfkernels.tune_problems import LOSS, tile
 
-REQUEST = {"op": "a", "arch": "sm_90", "triton": "3.6", "dtype": "bfloat16", "head_dim": 72, "tokens": 256}
+REQUEST = {
+    "op": "a",
+    "arch": "sm_90",
+    "triton": "3.6",
+    "dtype": "bfloat16",
+    "precision": "ieee",
+    "head_dim": 72,
+    "tokens": 256,
+}
 
 
 def row(name: int, **conditions: object) -> dict[str, object]:
@@ -29,7 +37,7 @@ def test_a_row_without_conditions_is_the_default() -> None:
 
 
 def test_named_conditions_must_be_equal() -> None:
-    for key, value in (("arch", "sm_80"), ("triton", "3.4"), ("dtype", "float32")):
+    for key, value in (("arch", "sm_80"), ("triton", "3.4"), ("dtype", "float32"), ("precision", "tf32")):
         assert chosen(row(1), row(2, **{key: value})) == 1
         assert chosen(row(1), row(2, **{key: REQUEST[key]})) == 2
     assert chosen(row(1), row(2, dtype=["float16", "float32"])) == 1
@@ -108,6 +116,17 @@ def test_half_precision_rows_are_not_for_float32(cache_dir: Path) -> None:
         for dtype in (torch.float16, torch.float32)
     )
     assert half["BLOCK_M"] > single["BLOCK_M"]
+
+
+def test_tensor_cores_are_given_larger_tiles_than_exact_products(cache_dir: Path) -> None:
+    """Products of float32 without tf32 run in registers, and an op that names no precision has no such rows."""
+    for op in ("attention_forward", "attention_forward_primal", "attention_backward_dq", "attention_backward_dkdv"):
+        tf32, ieee, unsaid = (
+            launch.find_config(op, "sm_90", torch.float32, precision=precision, head_dim=72, tokens=256, packed=1)
+            for precision in ("tf32", "ieee", None)
+        )
+        assert tf32["BLOCK_M"] * tf32["BLOCK_N"] > ieee["BLOCK_M"] * ieee["BLOCK_N"]
+        assert ieee == unsaid
 
 
 def test_cache_directories(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,6 +245,12 @@ def test_a_forced_configuration_is_taken_and_forgotten() -> None:
         assert launch.launch_config("swiglu", device, torch.float32, width=8) == {"BLOCK_R": 3}
         assert "BLOCK_M" in launch.launch_config("gelu_forward", device, torch.float32, width=8)
     assert launch.launch_config("swiglu", device, torch.float32, width=8) == usual
+
+
+def test_exact_products_are_tuned_for_themselves_alone() -> None:
+    found = list(tune.problems([16], [24], [40], [16], torch.float32, torch.device("cpu"), total=32))
+    for problem in found:
+        assert problem.conditions.get("precision") == ("ieee" if problem.op.startswith("attention") else None)
 
 
 def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:

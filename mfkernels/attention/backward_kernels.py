@@ -324,7 +324,7 @@ def dq_launch(
     """The launch that fills delta and dq."""
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
-    config = backward_configs(q, k, config)[0]
+    config = backward_configs(q, k, precision, config)[0]
     return Launch.of(
         _dq_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]) * H * B,),
@@ -371,7 +371,7 @@ def dkdv_launch(
     """The launch that fills dk and dv; delta comes from the launch above."""
     B, N_q, _, D = q.shape
     N_kv, H_kv = k.shape[1:3]
-    config = backward_configs(q, k, None, config)[1]
+    config = backward_configs(q, k, precision, None, config)[1]
     return Launch.of(
         _dkdv_kernel,
         lambda config: (cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
@@ -421,7 +421,7 @@ def attention_backward(
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)  # [B, N_kv, H_kv, D]
     if dq.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    configs = backward_configs(q, k, dq_config, dkdv_config)
+    configs = backward_configs(q, k, precision, dq_config, dkdv_config)
     _run(do, q, k, v, o, lse, dq, dk, dv, None, scale=scale, causal=causal, precision=precision, configs=configs)
     return dq, dk, dv
 
@@ -444,7 +444,7 @@ def packed_backward(
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)  # [B, N, 3, H, D]
     if dqkv.numel() == 0:
         return dqkv, None if bias_dtype is None else torch.zeros(3 * H * D, device=qkv.device, dtype=bias_dtype)
-    configs, partials = backward_configs(q, k, packed=bias_dtype is not None), None
+    configs, partials = backward_configs(q, k, precision, packed=bias_dtype is not None), None
     if bias_dtype is not None:
         blocks = max(cdiv(N, configs[0]["BLOCK_M"]), cdiv(N, configs[1]["BLOCK_N"]))
         # [B, blocks, 3, H, D]
@@ -459,17 +459,21 @@ def packed_backward(
 def backward_configs(
     q: Tensor,
     k: Tensor,
+    precision: str,
     dq_config: Mapping[str, int] | None = None,
     dkdv_config: Mapping[str, int] | None = None,
     *,
     packed: bool = False,
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """Of the dq and of the dk, dv kernel: what is given, else the table's. With sums for a bias they are `packed`."""
-    D, sums = q.shape[3], {"packed": int(packed)}
+
+    def of(op: str, tokens: int) -> Mapping[str, int]:
+        sizes = {"head_dim": q.shape[3], "tokens": tokens, "packed": int(packed)}
+        return launch_config(op, q.device, q.dtype, precision=precision, **sizes)
+
     return (
-        dq_config or launch_config("attention_backward_dq", q.device, q.dtype, head_dim=D, tokens=k.shape[1], **sums),
-        dkdv_config
-        or launch_config("attention_backward_dkdv", q.device, q.dtype, head_dim=D, tokens=q.shape[1], **sums),
+        dq_config or of("attention_backward_dq", k.shape[1]),
+        dkdv_config or of("attention_backward_dkdv", q.shape[1]),
     )
 
 

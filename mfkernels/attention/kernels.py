@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-defs
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.launch import Launch, cdiv, launch_config, next_power_of_2
+from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors, next_power_of_2
 from mfkernels.plan import planned
 
 from .limits import unsupported
@@ -462,6 +463,7 @@ def forward_launch(
             "attention_forward" if B_t else "attention_forward_primal",
             q.device,
             q.dtype,
+            precision=precision,
             head_dim=D,
             tokens=N_kv,
         )
@@ -491,6 +493,18 @@ def forward_launch(
         HAS_TANGENT=B_t > 0,
         PRECISION=precision,
     )
+
+
+def runs_primal_rows_apart(q: Tensor, B_t: int) -> bool:
+    """Whether the rows without a tangent get a launch of their own, in the configuration of the primal forward.
+
+    In one launch they take the registers and shared memory of the rows with a tangent, which on some architectures let
+    half as many blocks onto a multiprocessor. The table says how many blocks of 128 queries a multiprocessor must get
+    from each launch, so that the end of the first, where some have nothing to do, weighs little; 0 for one launch.
+    """
+    B, N_q, H, D = q.shape
+    least = launch_config("attention_forward_apart", q.device, q.dtype, head_dim=D, tokens=N_q)["LEAST_BLOCKS"]
+    return least > 0 and min(B_t, B - B_t) * H * cdiv(N_q, 128) >= max(1, least * multiprocessors(q.device))
 
 
 @planned
@@ -527,8 +541,11 @@ def attention_forward(
         return o, o_dot, lse
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     q_dot, k_dot, v_dot = (None if x is None else as_rows(x) for x in (q_dot, k_dot, v_dot))
-    for first in range(0, B, MAX_BATCH):
-        batch = slice(first, first + MAX_BATCH)
+    starts = {*range(0, B, MAX_BATCH), B}
+    if config is None and runs_primal_rows_apart(q, B_t):
+        starts.add(B_t)
+    for first, last in itertools.pairwise(sorted(starts)):
+        batch = slice(first, last)
         dual = B_t > first
         launch = forward_launch(
             q[batch],

@@ -1,5 +1,6 @@
 """The Triton kernels against a float64 oracle written independently of them."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.attention.backward_kernels import attention_backward
 from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
+from mfkernels.launch import Launch, find_config, forced_config, recorded
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).
 pytestmark = [
@@ -282,9 +284,58 @@ def test_tf32_on_request() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])
 def test_batches_of_more_rows_than_a_grid_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attention_forward.__globals__, "MAX_BATCH", 2)
+    monkeypatch.setitem(inspect.unwrap(attention_forward).__globals__, "MAX_BATCH", 2)
     primals, tangents = inputs(Case(17, 17, 8, B=5, B_t=rows), torch.float32)
     check_forward(primals, tangents, 0.3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 4])
+@pytest.mark.parametrize("apart", [0, 1])
+def test_primal_rows_in_a_launch_of_their_own(apart: int, rows: int, dtype: torch.dtype) -> None:
+    """Each launch takes its own configuration."""
+    primals, tangents = inputs(Case(63, 100, 72, B=4, B_t=rows, H=2, H_kv=2), dtype)
+    dual, primal = ({"BLOCK_M": m, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2} for m in (32, 64))
+    launches: list[tuple[Launch, object]] = []
+    with (
+        forced_config("attention_forward_apart", {"LEAST_BLOCKS": apart and 1}),
+        forced_config("attention_forward", dual),
+        forced_config("attention_forward_primal", primal),
+        recorded(launches),
+    ):
+        check_forward(primals, tangents, 72**-0.5)
+    made = [(launch.arguments["o_ptr"].shape[0], launch.config) for launch, _ in launches]
+    if apart and 0 < rows < 4:
+        assert made == [(rows, dual), (4 - rows, primal)]
+    else:
+        assert made == [(4, dual if rows else primal)]
+
+
+def test_primal_rows_are_apart_where_both_launches_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = inspect.unwrap(attention_forward).__globals__
+    monkeypatch.setitem(forward, "multiprocessors", lambda device: 132)
+    for B, rows, apart in ((256, 64, True), (256, 32, False), (256, 224, False), (256, 0, False), (256, 256, False)):
+        q = torch.empty((B, 256, 12, 64), device="meta")
+        with forced_config("attention_forward_apart", {"LEAST_BLOCKS": 8}):
+            assert forward["runs_primal_rows_apart"](q, rows) == apart
+        assert not forward["runs_primal_rows_apart"](q, rows)  # the interpreter's
+    found = {
+        (arch, head_dim, tokens): find_config(
+            "attention_forward_apart", arch, torch.bfloat16, head_dim=head_dim, tokens=tokens
+        )["LEAST_BLOCKS"]
+        for arch, head_dim, tokens in (("sm_90", 80, 65), ("sm_90", 80, 64), ("sm_90", 88, 256), ("sm_80", 64, 256))
+    }
+    assert [least > 0 for least in found.values()] == [True, False, False, False]
+
+
+def test_batches_of_more_rows_than_a_grid_has_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(inspect.unwrap(attention_forward).__globals__, "MAX_BATCH", 2)
+    primals, tangents = inputs(Case(17, 17, 8, B=6, B_t=3), torch.float32)
+    launches: list[tuple[Launch, object]] = []
+    with forced_config("attention_forward_apart", {"LEAST_BLOCKS": 1}), recorded(launches):
+        check_forward(primals, tangents, 0.3)
+    assert [launch.arguments["o_ptr"].shape[0] for launch, _ in launches] == [2, 1, 1, 2]
+    assert [launch.arguments["B_t"] for launch, _ in launches] == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize("empty", ["batch", "queries"])
