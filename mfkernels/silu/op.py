@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import choose
+from ..backend import recorded
 from ..calls import kind_of_call, known, remember
 from ..checks import check_operand
 from ..dual import Dual, TensorOrDual
@@ -26,7 +26,7 @@ def silu(x: TensorOrDual) -> TensorOrDual:
     if not known(kind):
         check_operand("x", x)
         remember(kind, True)
-    choose("silu", x.device, {})
+    recorded("silu", "reference")  # PyTorch's own everywhere
     return _run(x) if kind else plain_forward_mode("silu", _run, x)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from both_backends import DEVICE, both, cases
 
-from mfkernels import Dual, ResidualStream, checkpoint
+from meanflow.models import DiTBlock, FinalLayer
+from mfkernels import Dual, ResidualStream, checkpoint, use_backend
 from mfkernels.dual import primal_of
 from mfkernels.testing import assert_dual, relative_error
 
@@ -175,3 +176,33 @@ def test_what_does_not_fit_is_refused():
             stream.updated(y, m, torch.randn(7)).normed(m, m)
         with pytest.raises(ValueError, match="scale: expected shape"):
             stream.updated(y, m).normed(m, m[:, :7])
+
+
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_compiled_blocks_leave_sums_unwritten_too(name):
+    """Two blocks and the layer after them, one graph: values and gradients as in eager."""
+    if name == "triton":
+        pytest.importorskip("triton", minversion="3.4")
+    torch.manual_seed(1)
+    blocks = torch.nn.ModuleList(DiTBlock(16, 2) for _ in range(2)).to(DEVICE)
+    last = FinalLayer(16, 2, 1).to(DEVICE)
+    parameters = [*blocks.parameters(), *last.parameters()]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.3)
+    x, c = torch.randn(3, 5, 16, device=DEVICE), torch.randn(3, 16, device=DEVICE)
+
+    def run(x, x_dot, c, c_dot):
+        stream = ResidualStream(Dual(x, x_dot))
+        for block in blocks:
+            stream = block(stream, Dual(c, c_dot))
+        return last(stream, Dual(c, c_dot))
+
+    results = []
+    for fn in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        with use_backend(name):
+            out = fn(leaf, torch.ones_like(x[:2]), c, torch.ones_like(c[:2]))
+        grads = torch.autograd.grad(out.primal.square().sum(), [leaf, *parameters])
+        results.append([*out, *grads])
+    for eager, compiled in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 2e-6
