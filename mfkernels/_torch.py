@@ -80,6 +80,24 @@ def nothing_intercepts() -> bool:
     return _can_tell and _forward_ad._current_level < 0 and _modes() == 0 and _func_level() is None
 
 
+# Whether a tensor is several in the eyes of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
+is_batched = lookup("torch:_C._functorch.is_legacy_batchedtensor", _INTERCEPTS) or (lambda x: False)
+
+_any_global_hook = lookup("torch.nn.modules.module:_has_any_global_hook", "layers read by their weights")
+
+
+def is_untouched(module: Any, *kinds: type) -> bool:
+    """Whether a module is exactly one of these kinds, without hooks or a `forward` of its own.
+
+    What it would do when called is then known, so that its weights may be read instead.
+    """
+    if type(module) not in kinds or "forward" in vars(module) or not _any_global_hook or _any_global_hook():
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def before_compile(module: Any) -> Any:
     """The module that `torch.compile` wrapped in `module`; None if it did not, or if it keeps it elsewhere."""
     return getattr(module, "_orig_mod", None)

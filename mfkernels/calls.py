@@ -31,7 +31,7 @@ def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
     under a compiler, torch.func, forward mode and modes, and for tensor subclasses; so whatever has another kind than
     () is plain eager PyTorch, and nothing in it carries a tangent but Duals.
     """
-    if torch.compiler.is_compiling() or not nothing_intercepts():
+    if operands[0] is None or torch.compiler.is_compiling() or not nothing_intercepts():
         return ()
     kind: list[Any] = [op, *backend.circumstances()]
     for x in operands:
@@ -45,7 +45,7 @@ def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
                 if not is_plain(t) or t.requires_grad:
                     return ()
                 kind += (t.shape, t.dtype, t.device, t.layout)
-        elif x is None or which is int:
+        elif x is None or (which is int and len(kind) > 3):  # the first operand is a tensor
             kind.append(x)
         elif is_plain(x):
             kind += (x.shape, x.dtype, x.device, x.layout)

@@ -140,8 +140,9 @@ def with_fitting_chunk(config: Config, device: torch.device, blocks: int, length
     chunks = BLOCKS_A_MULTIPROCESSOR * multiprocessors(device)
     if chunks == 0:
         return config
-    fitting = round(math.log2(max(blocks * length / chunks, 1)))
-    return {**config, "CHUNK": min(config["CHUNK"], max(LEAST_CHUNK, 2**fitting))}
+    fitting = 2 ** round(math.log2(max(blocks * length / chunks, 1)))
+    least = max(LEAST_CHUNK, config.get("BLOCK_N", 1), config.get("BLOCK_M", 1))  # whole blocks
+    return {**config, "CHUNK": min(config["CHUNK"], max(least, fitting))}
 
 
 _forced: dict[str, Config] = {}

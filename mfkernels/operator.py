@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
-from ._torch import nothing_intercepts
+from ._torch import is_batched, nothing_intercepts
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -46,7 +46,7 @@ class Operator:
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
     ) -> None:
-        """As of a custom op: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`, once differentiable."""
+        """As of a custom op: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`."""
         self.custom_op.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *inputs: Any) -> Any:
@@ -54,12 +54,7 @@ class Operator:
             setup_context(ctx, inputs, output)
             return output
 
-        refusing = once_differentiable(backward)
-
-        def once(ctx: Any, *grads: Any) -> Any:
-            return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
-
-        members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(self.run.__name__, (Function,), members)
         self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func
 
@@ -68,9 +63,10 @@ class Operator:
 
     def eager(self, *inputs: Any) -> Any:
         """The same for a caller that knows that `runs_plainly` says so."""
-        if self.apply is None or not torch.is_grad_enabled():
-            return self.run(*inputs)
-        return self.apply(*inputs)
+        if self.apply is None:
+            # a backward: with create_graph it is to be an error to differentiate it, which the custom op sees to
+            return self.custom_op(*inputs) if torch.is_grad_enabled() or is_batched(inputs[0]) else self.run(*inputs)
+        return self.apply(*inputs) if torch.is_grad_enabled() else self.run(*inputs)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

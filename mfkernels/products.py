@@ -36,7 +36,8 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dyᵀ x [D_out, D_in] in `dtype`, of dy [M, D_out] and x [M, D_in]."""
-    if dy.dtype != dtype and dtype == torch.float32 and writes_float32(dy.device):
+    plainly = dy.dtype == dtype or dtype != torch.float32 or torch.is_grad_enabled()  # the other has no derivative
+    if not plainly and writes_float32(dy.device):
         return torch.mm(dy.t(), x, out_dtype=dtype)
     return in_dtype(torch.mm(dy.t(), x), dtype)
 

@@ -82,7 +82,7 @@ def test_a_second_derivative_is_an_error():
     w1, w2 = (torch.randn(24, 24, device=DEVICE, requires_grad=True) for _ in range(2))
     for out in (ada_layer_norm(x, shift, scale), mlp(x, w1, None, w2, None)):
         (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="no autograd formula"):
             dx.sum().backward()
 
 

@@ -26,6 +26,7 @@ from mfkernels import (
     linear_map,
     split_map,
 )
+from mfkernels._torch import is_untouched
 from mfkernels.checks import check_number
 
 from ..checks import check_labels
@@ -78,20 +79,20 @@ class DiTBlock(nn.Module):
             lambda a: a.chunk(6, dim=1), modulation
         )  # [B, D] each
         h, stream = stream.normed(shift_attn, scale_attn)  # [B, N, D]
-        y, bias = _branch(self.attn, self.attn.proj, h, stream)  # [B, N, D], [D]
+        y, bias = _branch(self.attn, h, stream)  # [B, N, D], [D]
         h, stream = stream.update_and_norm(y, gate_attn, bias, shift_mlp, scale_mlp)  # [B, N, D]
-        y, bias = _branch(self.mlp, self.mlp.fc2, h, stream)  # [B, N, D], [D]
+        y, bias = _branch(self.mlp, h, stream)  # [B, N, D], [D]
         # the bias is used by the next block, when FSDP2 may have freed this one's parameters
         stream = stream.updated(y, gate_mlp, None if bias is None else bias.clone())
         return stream if isinstance(x, ResidualStream) else stream.value()
 
 
-def _branch(
-    module: nn.Module, last: nn.Linear, h: TensorOrDual, stream: ResidualStream
-) -> tuple[TensorOrDual, Tensor | None]:
+def _branch(module: nn.Module, h: TensorOrDual, stream: ResidualStream) -> tuple[TensorOrDual, Tensor | None]:
     """What `module` makes of h, and the bias of its last layer where the stream adds it."""
-    if type(last) in (nn.Linear, Linear) and stream.takes_bias(last.bias):  # one put in its place adds its own
-        return module(h, add_bias=False), last.bias
+    if is_untouched(module, Attention, Mlp):  # whatever has been put in its place, or sees its output, gets all of it
+        last = module.proj if isinstance(module, Attention) else module.fc2
+        if isinstance(last, nn.Linear) and is_untouched(last, nn.Linear, Linear) and stream.takes_bias(last.bias):
+            return module(h, add_bias=False), last.bias
     return module(h), None
 
 
@@ -219,8 +220,11 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
         stream = ResidualStream(x)
         for block in self.blocks:
-            stream = block(stream, c)  # [B, N, D]
-        x = self.final_layer(stream, c)  # [B, N, p·p·C]
+            # hooks, wrappers and checkpoints see tensors
+            streams = is_untouched(block, DiTBlock)
+            stream = block(stream, c) if streams else ResidualStream(block(stream.value(), c))  # [B, N, D]
+        last = stream if is_untouched(self.final_layer, FinalLayer) else stream.value()  # [B, N, D]
+        x = self.final_layer(last, c)  # [B, N, p·p·C]
         return unpatchify(x, self.patch_size, self.in_channels)  # [B, C, H, W]
 
 

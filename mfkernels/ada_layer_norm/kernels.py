@@ -361,7 +361,7 @@ def norm_forward(
             eps=eps,
         )
         launch.run()
-    return x_new if x_new is None else x_new.expand(B, N, D), h, x_new_dot, h_dot, stats
+    return x_new.expand(B, N, D) if x_new is not None and defer else x_new, h, x_new_dot, h_dot, stats
 
 
 def contiguous_update(update: Update | None) -> Update | None:

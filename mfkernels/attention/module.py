@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .._torch import is_untouched
 from ..dual import TensorOrDual, dual_aware, linear_map, split_map
 from ..linear import Linear, linear
 from .op import attention
@@ -31,9 +32,9 @@ class Attention(nn.Module):
 
     def forward(self, x: TensorOrDual, *, add_bias: bool = True) -> TensorOrDual:
         """(B, N, D); without `add_bias` before the bias of `proj`, which the caller adds (see `ResidualStream`)."""
-        if type(self.qkv) is Linear:
+        if is_untouched(self.qkv, Linear):
             o = projected_attention(x, self.qkv.weight, self.qkv.bias, self.num_heads)  # [B, N, D]
-        else:  # one that was put in its place
+        else:  # one that was put in its place, or has hooks
             H, d = self.num_heads, x.shape[-1] // self.num_heads
             q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), self.qkv(x))  # [B, N, H, d] each
             o = linear_map(lambda a: a.flatten(2), attention(q, k, v))  # [B, N, D]

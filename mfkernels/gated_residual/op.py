@@ -258,7 +258,8 @@ def gated_residual_ada_layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `bias` has a tangent.
     """
-    facts = facts_of(x, y, gate, bias, shift, scale, eps)
+    eps = check_number("eps", eps, 0)
+    facts = facts_of(x, y, gate, bias, shift, scale)
     if facts is None:
         run = partial(_run_norm, bias=bias, eps=eps)
         return bridge_forward_mode(_NORM, run, x, y, gate, shift, scale)
@@ -282,15 +283,13 @@ def facts_of(
     bias: Tensor | None,
     shift: TensorOrDual,
     scale: TensorOrDual,
-    eps: float,
 ) -> Facts | None:
     """Check the arguments; None where it is not plain eager, and what they come to depends on more than their kind."""
-    check_number("eps", eps, 0)
     kind = kind_of_call(_NORM, x, y, gate, bias, shift, scale)
     facts: Facts | None = known(kind)
     if facts is None:
         _check(x, y, gate, bias)
-        check_ada_layer_norm(x, shift, scale, eps)
+        check_ada_layer_norm(x, shift, scale, 0.0)
         if not kind:
             return None
         xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))

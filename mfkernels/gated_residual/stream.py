@@ -8,6 +8,7 @@ from torch import Tensor
 from ..ada_layer_norm import ada_layer_norm
 from ..ada_layer_norm.op import normed_dtype, promoted
 from ..calls import kind_of_call, known, remember
+from ..checks import check_number
 from ..dual import TensorOrDual, carries_tangent, primal_of
 from .op import Facts, choose_norm, facts_of, gated_residual, gated_residual_ada_layer_norm, update_and_norm
 
@@ -56,7 +57,8 @@ class ResidualStream(NamedTuple):
             return ada_layer_norm(x, shift, scale, eps=eps), self
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
-        facts = facts_of(x, y, gate, bias, shift, scale, eps) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        eps = check_number("eps", eps, 0)
+        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_when_compiling(x, y, gate, bias, shift, scale)
         if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
@@ -78,7 +80,8 @@ class ResidualStream(NamedTuple):
             x, h = gated_residual_ada_layer_norm(self.value(), y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
         x, seen, base = self.x, self.seen, (self.y, self.gate, self.bias)
-        facts = facts_of(x, y, gate, bias, shift, scale, eps) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        eps = check_number("eps", eps, 0)
+        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_when_compiling(x, y, gate, bias, shift, scale)
         if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
             raise ValueError(
                 "stream: expected the update of a sum that its norm has left unwritten to be such a one too"

@@ -45,19 +45,22 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(y_dot, *low)
     ctx.set_materialize_grads(False)
     ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, weight.dtype
-    # nothing of the tangent
-    ctx.save_for_backward(*(a if a.dtype == dtype else b for a, b in zip((x, weight), low, strict=True)))
+    ctx.product_dtype = dtype
+    ctx.save_for_backward(x, weight, low[1])  # nothing of the tangent
 
 
 def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
         return (None,) * 5
-    x, weight = ctx.saved_tensors
+    x, weight, low = ctx.saved_tensors
+    if low.shape != weight.shape or torch.is_grad_enabled():  # with create_graph a cast that is differentiated
+        low = in_dtype(weight, ctx.product_dtype)
     to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
     rows = dy.reshape(-1, dy.shape[-1])  # [B·…, D_out]
     with without_autocast(dy.device):
-        dx = torch.mm(rows, weight).view(x.shape) if to_x else None  # [B, …, D_in]
-        dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), ctx.dtype) if to_weight else None  # [D_out, D_in]
+        dx = torch.mm(rows, low).view(x.shape) if to_x else None  # [B, …, D_in]
+        x = in_dtype(x, ctx.product_dtype).reshape(-1, x.shape[-1])  # [B·…, D_in]
+        dweight = weight_gradient(rows, x, ctx.dtype) if to_weight else None  # [D_out, D_in]
         dbias = rows.sum(0, dtype=ctx.bias_dtype) if to_bias else None  # [D_out]
     return dx, dweight, dbias, None, None
 
