@@ -242,3 +242,29 @@ def test_triton_kernels_under_autocast():
         errors[backend] = found
     for name, error in errors["triton"].items():
         assert error <= 1.5 * errors["reference"][name] + 1e-3, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_hooks_and_replacements_are_called(backend):
+    """Layers are read by their weights only where nothing would be passed over; who watches a block sees tensors."""
+    if backend == "triton":
+        pytest.importorskip("triton", minversion="3.4")
+    size = SIZES["narrow"] | {"hidden_size": 48, "num_heads": 2}
+    net = randomized(size)[0].float()
+    args = [a.float() for a in inputs(size)[:3]] + [inputs(size)[3]]
+    block = net.blocks[0]
+    with use_backend(backend), torch.no_grad():
+        plain = net(*args)
+        for module in (block.attn.qkv, block.attn.proj, block.attn, block.mlp, block, net.final_layer):
+            seen = []
+            handle = module.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o) or o * 1.5)
+            assert relative_error(net(*args), plain) > 1e-3
+            handle.remove()
+            assert isinstance(seen[0], torch.Tensor)
+            assert relative_error(net(*args), plain) <= 1e-6
+        forward = block.attn.qkv.forward
+        block.attn.qkv.forward = lambda x: forward(x) * 1.5
+        assert relative_error(net(*args), plain) > 1e-3
+        del block.attn.qkv.forward
+        block.mlp, block.attn = torch.nn.Identity(), torch.nn.Sequential(torch.nn.Linear(48, 48))
+        assert relative_error(net(*args), plain) > 1e-3
