@@ -8,7 +8,7 @@ there. Both run the same functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Operator:
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
-        self.run = run
+        self.name, self.run = name, run
         self.custom_op = torch.library.custom_op(f"mfkernels::{name}", run, mutates_args=())
         self.register_fake = self.custom_op.register_fake
         self.apply: Callable[..., Any] | None = None
@@ -63,10 +63,37 @@ class Operator:
 
     def eager(self, *inputs: Any) -> Any:
         """The same for a caller that knows that `runs_plainly` says so."""
-        if self.apply is None:
-            # a backward: with create_graph it is to be an error to differentiate it, which the custom op sees to
-            return self.custom_op(*inputs) if torch.is_grad_enabled() or is_batched(inputs[0]) else self.run(*inputs)
-        return self.apply(*inputs) if torch.is_grad_enabled() else self.run(*inputs)
+        if self.apply is not None:
+            return self.apply(*inputs) if torch.is_grad_enabled() else self.run(*inputs)
+        # a backward
+        if is_batched(inputs[0]):
+            return self.custom_op(*inputs)
+        if not torch.is_grad_enabled():
+            return self.run(*inputs)
+        with torch.no_grad():  # create_graph: the inputs need not show that something will be differentiated
+            out = self.run(*inputs)
+        grads = _Undifferentiable.apply(self.name, torch.zeros((), requires_grad=True), *_as_tuple(out))
+        return grads if isinstance(out, tuple) else grads[0]
+
+
+def _as_tuple(out: Any) -> tuple[Any, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+class _Undifferentiable(Function):
+    """Gradients as they are, which are an error to differentiate: taken for constants they would give zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, _: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"mfkernels.{ctx.name}: a second derivative is not supported; "
+            'mfkernels.use_backend("reference") has one, except of attention'
+        )
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

@@ -81,10 +81,11 @@ class DiTBlock(nn.Module):
         h, stream = stream.normed(shift_attn, scale_attn)  # [B, N, D]
         y, bias = _branch(self.attn, h, stream)  # [B, N, D], [D]
         h, stream = stream.update_and_norm(y, gate_attn, bias, shift_mlp, scale_mlp)  # [B, N, D]
+        if not isinstance(x, ResidualStream):  # the sum is wanted now, where a bias would be a pass of its own
+            return stream.updated(self.mlp(h), gate_mlp).value()  # [B, N, D]
         y, bias = _branch(self.mlp, h, stream)  # [B, N, D], [D]
         # the bias is used by the next block, when FSDP2 may have freed this one's parameters
-        stream = stream.updated(y, gate_mlp, None if bias is None else bias.clone())
-        return stream if isinstance(x, ResidualStream) else stream.value()
+        return stream.updated(y, gate_mlp, None if bias is None else bias.clone())
 
 
 def _branch(module: nn.Module, h: TensorOrDual, stream: ResidualStream) -> tuple[TensorOrDual, Tensor | None]:

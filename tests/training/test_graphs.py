@@ -44,14 +44,7 @@ OBJECTIVES = {
 every_objective = pytest.mark.parametrize("values", OBJECTIVES.values(), ids=OBJECTIVES)
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("meanflow.training.run.save_loss_curve", lambda rows, path: None)  # a second each
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture

@@ -43,14 +43,7 @@ from meanflow.training.run import tensor_float32
 HALF_LOSS = 4e-4  # relative, against float32; measured 1.9e-4
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("meanflow.training.run.save_loss_curve", lambda rows, path: None)  # a second each
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def trainer(config: TrainConfig, data: ImageData | None = None) -> Trainer:
