@@ -75,9 +75,14 @@ _forward_ad = lookup("torch.autograd:forward_ad", _INTERCEPTS)
 _can_tell = bool(_func_level) and bool(_modes) and hasattr(_forward_ad, "_current_level")
 
 
+def nothing_transforms() -> bool:
+    """Whether torch.func and forward mode are at rest; False if that is not known."""
+    return _can_tell and _forward_ad._current_level < 0 and _func_level() is None
+
+
 def nothing_intercepts() -> bool:
     """Whether operators run as they are called, and nothing has a forward-mode tangent; False if that is not known."""
-    return _can_tell and _forward_ad._current_level < 0 and _modes() == 0 and _func_level() is None
+    return nothing_transforms() and _modes() == 0
 
 
 # Whether a tensor is several in the eyes of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.

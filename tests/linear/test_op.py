@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mfkernels import Dual, Linear, linear
+from mfkernels.linear import op
 from mfkernels.testing import assert_dual, relative_error
 
 # measured: 1.5e-16, 1.1e-7, 1.9e-3
@@ -86,3 +87,11 @@ def test_under_autocast_a_frozen_parameter_gets_no_gradient():
         linear(x, weight).float().sum().backward()
     assert x.grad is not None
     assert weight.grad is None
+
+
+def test_opcheck():
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((3, 7, 24), (40, 24), (40,)))
+    for x_dot in (torch.randn(2, 7, 24), None):
+        for b in (bias, None):
+            for dtype in (torch.float32, torch.float16):
+                torch.library.opcheck(op._forward.custom_op, (x, weight, b, x_dot, dtype))
