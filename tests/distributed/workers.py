@@ -45,9 +45,10 @@ B = 16
 COMPILE = torch.compile
 EXACT = (1e-15, 1.2e-14)  # loss and gradients; measured 1.9e-16 and 5.8e-15, with four processes
 BF16_BOUNDS = (5e-3, 7e-2)  # against float32; measured 2.2e-3 and 3.5e-2
-# Gradients of the trainer's two strategies under autocast, measured 1.6e-9 and 4.2e-2: an iMF-DiT's blocks have norm
-# weights and scales besides, which FSDP2 rounds and autocast does not.
-BF16_SAME = {"DiT": 4e-9, "iMF-DiT": 8e-2}
+# Gradients of the trainer's two strategies under autocast: the same weights in a DiT, measured 1.6e-9, and biases to a
+# rounding, 1.2e-3, which FSDP2 makes and autocast does not. An iMF-DiT's blocks have norm weights and scales besides,
+# which FSDP2 rounds too, 4.2e-2.
+BF16_SAME = {"DiT": {"weight": 4e-9, "bias": 2.4e-3}, "iMF-DiT": {"weight": 8e-2, "bias": 8e-2}}
 
 
 def network(name, dtype):
@@ -188,12 +189,16 @@ def trained(name, rank, world, *, strategy, precision="no", compiled=False, chec
 
 
 def sharded_as_ddp_in_bf16(name, rank, world):
-    """Autocast rounds a block's weights before their products, FSDP2 before they travel: the same numbers in a DiT."""
+    """Autocast rounds a block's weights before their products, FSDP2 before they travel: the same numbers in a DiT.
+
+    Autocast leaves a bias's gradient in float32, where it was summed; FSDP2 has it in bfloat16.
+    """
     copies, pieces = (trained(name, rank, world, strategy=way, precision="bf16") for way in ("ddp", "fsdp"))
     for parameter, p in copies.items():
         if p.requires_grad:
             error = relative_error(whole(pieces[parameter].grad), p.grad)
-            assert error <= BF16_SAME[name], (parameter, error)
+            kind = "bias" if parameter.endswith("bias") else "weight"
+            assert error <= BF16_SAME[name][kind], (parameter, error)
 
 
 FORMS = {
