@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backend
-from ._torch import nothing_intercepts
-from .dual import Dual
+from ._torch import nothing_intercepts, nothing_transforms
+from .dual import Dual, TensorOrDual, carries_tangent
 
 MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,6 +55,23 @@ def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         kind.append(torch.get_autocast_dtype(device_type))
     return tuple(kind)
+
+
+def is_untransformed(*operands: TensorOrDual | None) -> bool:
+    """Whether an op may be called on these: whatever has another kind than (), and also what a compiler or modes see.
+
+    They see the operators that plain eager runs, so values have the same bits and the tape keeps the same tensors. Not
+    where forward mode, torch.func or a subclass has rules of its own for what the op is made of.
+    """
+    if not (torch.compiler.is_compiling() or nothing_transforms()):
+        return False
+    for x in operands:
+        parts = x if isinstance(x, Dual) else (x,)
+        if any(a is not None and (not is_plain(a) or carries_tangent(a)) for a in parts):
+            return False
+        if isinstance(x, Dual) and x.tangent is not None and x.tangent.requires_grad:
+            return False
+    return True
 
 
 def known(kind: tuple[Any, ...]) -> Any:

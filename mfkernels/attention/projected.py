@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import recorded, requested_part
-from ..calls import kind_of_call, known, remember
+from ..calls import is_untransformed, kind_of_call, known, remember
 from ..dual import Dual, TensorOrDual, linear_map, primal_of, split_map, tangent_of
 from ..linear import linear
 from ..linear.op import check_linear
@@ -142,7 +142,7 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
     H, d = num_heads, x.shape[-1] // num_heads
     kind = kind_of_call("projected_attention", x, weight, bias, num_heads)
     fits = len(x.shape) == 3 and x.shape[1] > 0 and d > 0 and tuple(weight.shape) == (3 * x.shape[2], x.shape[2])
-    if kind and fits:
+    if fits and (kind or is_untransformed(x, weight, bias)):
         xp, dtype = primal_of(x), product_dtype(x)
         backend = known(kind)
         if backend is None or requested_part("attention_backward"):  # which depends on PyTorch's settings too
@@ -153,7 +153,8 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
-            o, o_dot, *_ = _forward.eager(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
+            run = _forward.eager if kind else _forward
+            o, o_dot, *_ = run(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
             if not isinstance(x, Dual):
                 return o
             return Dual(o, None if x.tangent is None else o_dot)

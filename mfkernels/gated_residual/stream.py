@@ -2,14 +2,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..ada_layer_norm import ada_layer_norm
 from ..ada_layer_norm.op import normed_dtype, promoted
-from ..calls import kind_of_call, known, remember
+from ..calls import is_untransformed, kind_of_call, known, remember
 from ..checks import check_number
-from ..dual import TensorOrDual, carries_tangent, primal_of
+from ..dual import TensorOrDual, primal_of
 from .op import Facts, choose_norm, facts_of, gated_residual, gated_residual_ada_layer_norm, update_and_norm
 
 
@@ -44,7 +43,7 @@ class ResidualStream(NamedTuple):
         kind = kind_of_call("takes_bias", self.x, bias)
         takes: bool | None = known(kind)
         if takes is None:
-            takes = choose_norm(self.x) != "reference" and (kind != () or torch.compiler.is_compiling())
+            takes = choose_norm(self.x) != "reference" and (kind != () or is_untransformed(self.x, bias))
             remember(kind, takes)
         return takes
 
@@ -58,7 +57,7 @@ class ResidualStream(NamedTuple):
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
         eps = check_number("eps", eps, 0)
-        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_of_an_op(x, y, gate, bias, shift, scale)
         if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
@@ -81,7 +80,7 @@ class ResidualStream(NamedTuple):
             return h, ResidualStream(x)
         x, seen, base = self.x, self.seen, (self.y, self.gate, self.bias)
         eps = check_number("eps", eps, 0)
-        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_when_compiling(x, y, gate, bias, shift, scale)
+        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_of_an_op(x, y, gate, bias, shift, scale)
         if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
             raise ValueError(
                 "stream: expected the update of a sum that its norm has left unwritten to be such a one too"
@@ -104,12 +103,12 @@ class ResidualStream(NamedTuple):
         return gated_residual(self.x, self.y, self.gate, bias=self.bias)
 
 
-def _facts_when_compiling(
+def _facts_of_an_op(
     x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None, shift: TensorOrDual, scale: TensorOrDual
 ) -> Facts | None:
-    """The same in a compiled region, unless it has tangents of forward mode, which the operator would not see."""
-    primals = [primal_of(a) for a in (x, y, gate, shift, scale)]
-    if not torch.compiler.is_compiling() or any(map(carries_tangent, (*primals, bias))):
+    """The same where a compiler or modes look on; None where it would not be one op."""
+    if not is_untransformed(x, y, gate, bias, shift, scale):
         return None
+    primals = [primal_of(a) for a in (x, y, gate, shift, scale)]
     keeps_dtype = promoted(*primals[:3]) == primals[0].dtype
     return Facts(choose_norm(x, y, gate, shift, scale), normed_dtype(*primals), keeps_dtype)

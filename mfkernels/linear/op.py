@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch import nothing_transforms
 from ..backend import recorded
-from ..calls import is_plain, kind_of_call, known, remember
+from ..calls import is_untransformed, kind_of_call, known, remember
 from ..checks import check_operand, check_parameter, check_shape
-from ..dual import Dual, TensorOrDual, carries_tangent, primal_of, tangent_of
+from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import plain_forward_mode
 from ..operator import operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
@@ -92,22 +91,14 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     recorded("linear", "reference")  # PyTorch's own everywhere
     dtype = product_dtype(x)
     casts = dtype != weight.dtype and len(x.shape) > 1 and torch.is_grad_enabled()
-    if not casts or not (kind or _is_untransformed(primal_of(x), weight, bias)):
+    if not casts or not (kind or is_untransformed(x, weight, bias)):
         return plain_forward_mode("linear", _run, x, weight, bias)
-    y, y_dot, *_ = (_forward.eager if kind else _forward)(primal_of(x), weight, bias, tangent_of(x), dtype)
+    # modes see its products: a counter of FLOPs knows nothing of custom ops
+    run = _forward if torch.compiler.is_compiling() else _forward.eager
+    y, y_dot, *_ = run(primal_of(x), weight, bias, tangent_of(x), dtype)
     if not isinstance(x, Dual):
         return y
     return Dual(y, None if x.tangent is None else y_dot)
-
-
-def _is_untransformed(*operands: Tensor | None) -> bool:
-    """Whether no transform of torch.func, forward mode or tensor subclass needs PyTorch's own rules of a product.
-
-    A compiler and dispatch modes do not: what they see is to have the same bits.
-    """
-    if torch.compiler.is_compiling():
-        return not any(map(carries_tangent, operands))
-    return nothing_transforms() and all(a is None or is_plain(a) for a in operands)
 
 
 def check_linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,11 +2,14 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from op_checks import saved_bytes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as stock_checkpoint
 
 import mfkernels.dual
@@ -125,8 +128,15 @@ def test_no_tangent_rule_runs_in_the_recompute(ours, monkeypatch):
     assert block[1].duals == (1 if ours else 2)
 
 
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_every_backend_recomputes_what_it_kept(backend):
+def test_every_backend_recomputes_what_it_kept(backend, autocast):
+    """Also where a dispatch mode sees the forward and not the recompute."""
     dtype = torch.float32 if backend == "triton" else torch.float64
     if backend == "triton":
         pytest.importorskip("triton", minversion="3.4")
@@ -137,13 +147,19 @@ def test_every_backend_recomputes_what_it_kept(backend):
         nn.init.normal_(p, std=0.2)
     x, c = (torch.randn(*s, dtype=dtype).to(device) for s in ((2, 16, 32), (2, 32)))
     x_dot, c_dot = torch.randn_like(x[:1]), torch.randn_like(c[:1])
+    checkpointed = partial(checkpoint, block)
     results = []
     with use_backend(backend):
-        for run in (block, lambda *a: checkpoint(block, *a)):
-            out = run(Dual(x, x_dot), Dual(c, c_dot))
+        for run, mode in (
+            (block, nullcontext()),
+            (checkpointed, nullcontext()),
+            (checkpointed, Looks()),
+        ):
+            with mode, torch.autocast(device, dtype=torch.float16, enabled=autocast):
+                out = run(Dual(x, x_dot), Dual(c, c_dot))
             results.append((*out, *torch.autograd.grad(out.primal.square().sum(), list(block.parameters()))))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    for tensors in zip(*results, strict=True):
+        assert all(torch.equal(a, tensors[0]) for a in tensors)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
