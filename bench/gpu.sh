@@ -128,7 +128,7 @@ sizes() {
         DiT-XL/2:64:off:plain-compiled,mf-compiled"
     bench sizes 500 "${pytest[@]}" bench/step/test_whole_step.py::test_{sampler,whole_step}
     compgen -G 'mfkernels/_C*.so' >/dev/null || build 0
-    export BENCH_STEPS="DiT-B/2:256:off:mf-cuda"
+    export BENCH_STEPS="DiT-B/2:256:off:mf-cuda,mf-cublaslt"
     bench sizes_cuda 60 "${whole_step[@]}"
 }
 

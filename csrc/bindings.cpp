@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "attention/forward.h"
+#include "mlp/gelu_product.h"
 
 #ifndef MF_ARCHITECTURES
 #error "MF_ARCHITECTURES: the architectures compiled for, as a string"
@@ -92,4 +93,34 @@ PYBIND11_MODULE(_C, m) {
         return out;
       },
       py::kw_only(), py::arg("head_dim"), py::arg("dual"));
+
+  m.def(
+      "gelu_product",
+      [](const std::string& library, bool derivative, const std::string& dtype, std::array<int64_t, 3> sizes,
+         uintptr_t x, uintptr_t weight, uintptr_t h, uintptr_t bias, uintptr_t out, uintptr_t workspace,
+         size_t workspace_bytes, int device, uintptr_t stream) {
+        const mlp::GeluProduct call{
+            derivative ? mlp::Ending::DERIVATIVE : mlp::Ending::GELU,
+            element(dtype),
+            sizes[0],
+            sizes[1],
+            sizes[2],
+            reinterpret_cast<const void*>(x),
+            reinterpret_cast<const void*>(weight),
+            reinterpret_cast<void*>(h),
+            reinterpret_cast<void*>(bias),
+            reinterpret_cast<void*>(out),
+            reinterpret_cast<void*>(workspace),
+            workspace_bytes,
+            device,
+            reinterpret_cast<void*>(stream),
+        };
+        py::gil_scoped_release release;
+        mlp::gelu_product(library, call);
+      },
+      "Launches cuBLASLt's product of sizes (M, N, K) on pointers to contiguous memory. ValueError for what it does not "
+      "serve, RuntimeError for cuBLASLt's errors.",
+      py::kw_only(), py::arg("library"), py::arg("derivative"), py::arg("dtype"), py::arg("sizes"), py::arg("x"),
+      py::arg("weight"), py::arg("h"), py::arg("bias"), py::arg("out"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
 }

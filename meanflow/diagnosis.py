@@ -11,7 +11,7 @@ import torch
 
 import mfkernels
 import mfkernels.backend
-from mfkernels.attention.cuda import description as cuda_description
+from mfkernels.extension import description as cuda_description
 
 from .models import DiT, IMFDiT
 from .objectives import ImprovedMeanFlow, MeanFlow

@@ -64,6 +64,9 @@ attention_backward_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_atte
 attention_backward_flash = lookup("torch:ops.aten._scaled_dot_product_flash_attention_backward", _KERNELS)
 attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _KERNELS)
 
+# A product that ends in GELU, which has no derivative: the tanh form on CUDA, the other one on a CPU.
+addmm_activation = lookup("torch:_addmm_activation", "an mlp without gradients")
+
 # Whether a tensor is one of `torch.func`'s own, of whose values vmap gives none: `torch.func.debug_unwrap` is newer.
 is_transformed = lookup("torch:_C._functorch.is_functorch_wrapped_tensor", "checks of values within torch.func")
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-BACKENDS = ("reference", "triton", "cuda")
+BACKENDS = ("reference", "triton", "cuda", "cublaslt")
 
 # The ops that have a choice, and what they have beside the reference; every other function is made of these and of
 # PyTorch's own products.
@@ -33,7 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "gated_residual_ada_layer_norm": ("triton",),
     "layer_scale_residual": ("triton",),
     "meanflow_loss": ("triton",),
-    "mlp": ("triton",),
+    "mlp": ("triton", "cublaslt"),
     "qk_norm_rotary": ("triton",),
     "rms_norm": ("triton",),
     "rotary": ("triton",),
@@ -45,6 +45,9 @@ OPS: dict[str, tuple[str, ...]] = {
 PARTS: dict[str, tuple[str, ...]] = {
     "attention_backward": ("triton", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4"),
 }
+
+# What may be asked for in a part's place: it names one of the part's at each call.
+RULES: dict[str, tuple[str, ...]] = {"attention_backward": ("by-length",)}
 
 # Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
 Support = Callable[[], str | None]
@@ -136,8 +139,9 @@ def _parsed(request: str | None, source: str) -> Mapping[str, str]:
     for part in (request or "").split(","):
         op, _, name = part.strip().rpartition("=")
         if op in PARTS:
-            if name not in PARTS[op]:
-                raise ValueError(f"{source}: {op} has the backends {', '.join(PARTS[op])}, got {name!r}")
+            names = (*PARTS[op], *RULES[op])
+            if name not in names:
+                raise ValueError(f"{source}: {op} has the backends {', '.join(names)}, got {name!r}")
             wanted[op] = name
             continue
         if request and name not in BACKENDS:
@@ -157,11 +161,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Serve every call of the block (in all threads) by one backend.
 
     Args:
-        name: "reference", "triton" or "cuda"; "attention=cuda" for one op; "attention_backward=" and one of triton,
-            cudnn, flash, flash-attn-2, flash-attn-3 and flash-attn-4 for the backward of attention that its triton and
-            cuda forwards have; several with commas between them; None restores the automatic choice. What holds when
-            an op's forward is called holds for its backward too; a checkpoint calls the forward again in the backward,
-            so that has to be in the block as well.
+        name: "reference", "triton", "cuda" or "cublaslt"; "attention=cuda" or "mlp=cublaslt" for one op;
+            "attention_backward=" and one of triton, cudnn, flash, flash-attn-2, flash-attn-3 and flash-attn-4, or
+            by-length for the one that is expected to be fastest, for the backward of attention that its triton and cuda
+            forwards have; several with commas between them; None restores the automatic choice. What holds when an op's
+            forward is called holds for its backward too; a checkpoint calls the forward again in the backward, so that
+            has to be in the block as well.
 
     Raises:
         ValueError: the name is unknown. Inside the block: `NotImplementedError` by ops that this backend does not have.

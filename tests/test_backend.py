@@ -68,7 +68,7 @@ def test_a_request_for_one_op():
     ):
         pass
     with (
-        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, got ''"),
+        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, cublaslt, got ''"),
         use_backend("attention="),
     ):
         pass
@@ -105,7 +105,7 @@ def test_an_op_with_one_implementation_is_not_subject_to_requests():
 
 def test_unknown_names():
     with (
-        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, got 'tpu'"),
+        pytest.raises(ValueError, match="name: expected one of reference, triton, cuda, cublaslt, got 'tpu'"),
         use_backend("tpu"),
     ):
         pass
@@ -114,7 +114,7 @@ def test_unknown_names():
         [sys.executable, "-c", code], env={**os.environ, "MFKERNELS_BACKEND": "tpu"}, capture_output=True, text=True
     )
     assert run.returncode != 0
-    assert "MFKERNELS_BACKEND: expected one of reference, triton, cuda, got 'tpu'" in run.stderr
+    assert "MFKERNELS_BACKEND: expected one of reference, triton, cuda, cublaslt, got 'tpu'" in run.stderr
 
 
 def test_import_is_quiet_and_builds_nothing():

@@ -20,7 +20,7 @@ PLANTED = {
     "test_whole_step[DiT-4-not guided-mf-graphs]": ("die", "its process hung or died"),
 }
 # what a CPU cannot serve is told, too
-NOT_HERE = ("cuda", "cudnn", "flash-attn", "jvp-flash-attention", "test_jax")
+NOT_HERE = ("cuda", "cublaslt", "cudnn", "flash-attn", "jvp-flash-attention", "test_jax")
 
 
 def gpu_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

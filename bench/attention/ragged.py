@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest
 
 from conftest import write
 
+from mfkernels import extension
+
 cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
 
 TABLE = "Attention forward on ragged shapes"
@@ -217,9 +219,9 @@ def emulate() -> None:
 
     if cuda_emulator.find_compiler() is None:
         raise SystemExit("no C++ compiler (c++) for the emulator")
-    extension = cuda_emulator.extension()
+    compiled = cuda_emulator.extension()
     cuda_emulator.configure()
-    cuda._extension = lambda: extension
+    extension.load = lambda: compiled
 
 
 def main() -> int:

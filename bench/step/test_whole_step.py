@@ -120,6 +120,7 @@ WAYS: dict[str, Way] = {
     "mf-cudnn": Way("MeanFlow (25 %), attention_backward=cudnn", backend="triton,attention_backward=cudnn"),
     "mf-flash": Way("MeanFlow (25 %), attention_backward=flash", backend="triton,attention_backward=flash"),
     "mf-cuda": Way("MeanFlow (25 %), attention=cuda", backend="triton,attention=cuda"),
+    "mf-cublaslt": Way("MeanFlow (25 %), mlp=cublaslt", backend="triton,mlp=cublaslt"),
 }
 if jvp_flash_attention() is not None:
     WAYS["jvp-compiled"] = replace(WAYS["jvp-compiled"], name="torch.compile of torch.func.jvp, jvp-flash-attention")

@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from .. import extension
+
 HEAD_DIMS = (64, 72, 80, 96, 128)
 ALIGNMENT = 8  # elements in the 16 bytes that the copy engine counts in
 
 
-# Looked up, not imported: importing this package loads nothing, and torch.compile traces through the question.
-_COMPILED = importlib.util.find_spec("mfkernels._C") is not None
-
-
-def _extension() -> ModuleType:
-    try:
-        return importlib.import_module("mfkernels._C")
-    except ImportError as error:
-        raise ImportError(
-            f"the CUDA extension does not load ({error}); reinstall the package with this Python"
-        ) from error
-
-
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the CUDA backend cannot run on `device` (None: on any), and what to do about it; None where it can."""
-    if not _COMPILED:
-        return (
-            "the CUDA extension was not compiled when this package was installed; with CUDA's nvcc on the PATH, "
-            "`MFKERNELS_CUDA=1 pip install .` compiles it, or says why it cannot"
-        )
-    if device is None:
-        return None
-    if device.type != "cuda":
-        return f"device: expected a CUDA device, got {device}"
+    why_not = extension.unavailable(device)
+    if why_not is not None or device is None:
+        return why_not
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) != (9, 0):
         return (
@@ -48,21 +27,9 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def description() -> str:
-    """One line: what is compiled, or why nothing is and how to get it."""
-    why_not = unavailable()
-    if why_not is not None:
-        return why_not
-    try:
-        architectures = _extension().ARCHITECTURES
-    except ImportError as error:
-        return str(error)
-    return f"attention, compiled for {architectures}; serves calls that ask for it (attention=cuda)"
-
-
 def unsupported(q: Tensor, scale: float) -> str | None:
     """Why the kernels cannot serve these arguments, naming the one at fault; None where they can."""
-    if q.dtype not in DTYPES:
+    if q.dtype not in extension.DTYPES:
         return f"q: expected float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}"
@@ -119,8 +86,8 @@ def attention_forward(
         )
     on_gpu = q.device.type == "cuda"  # the tests run the kernels in an emulator, on CPU tensors
     with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
-        _extension().attention_forward(
-            dtype=DTYPES[q.dtype],
+        extension.load().attention_forward(
+            dtype=extension.DTYPES[q.dtype],
             q=_described(primals[0]),
             k=_described(primals[1]),
             v=_described(primals[2]),

@@ -11,7 +11,7 @@ from ..dual import Dual, TensorOrDual, linear_map, padded_tangent, primal_of, ta
 from ..forward_mode import bridge_forward_mode
 from ..operator import operator
 from . import cuda, reference
-from .backward import attention_backward_by, choose_backward
+from .backward import attention_backward_by, by_length, choose_backward
 from .limits import unsupported
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -85,6 +85,8 @@ def _backward(
     is_causal: bool,
     backward: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backward == "by-length":
+        backward = by_length(q, k, causal=is_causal)
     if backward != "triton":
         return attention_backward_by(backward, do, q, k, v, o, lse, scale=scale, causal=is_causal)
     from .backward_kernels import attention_backward

@@ -18,7 +18,7 @@ from ..linear.op import check_linear
 from ..operator import operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from . import op
-from .backward import attention_backward_by
+from .backward import attention_backward_by, by_length
 
 # ------------------------------------------------------------------------------------------- operator and its rules
 
@@ -77,6 +77,8 @@ def _backward(
     """dx (B, N, D), and in `dtype` the gradients of the weight (3·D, D) and of the bias (3·D,), (0,) without one."""
     B, N, _, H, d = qkv.shape
     do, o = do.reshape(B, N, H, d), o.view(B, N, H, d)  # [B, N, H, d]
+    if backward == "by-length":
+        backward = by_length(qkv[:, :, 0], qkv[:, :, 1], causal=False)
     if backward == "triton":
         from .backward_kernels import packed_backward
 

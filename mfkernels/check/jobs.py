@@ -13,6 +13,7 @@ import torch
 
 from ..attention import backward, cuda
 from ..backend import OPS, PARTS, triton_unavailable, use_backend
+from ..mlp import cublaslt
 from ..timing import busy_time
 from .cases import FLOOR, Case, cases_of, timed_case
 from .processes import DeviceLostError, first_line
@@ -53,7 +54,11 @@ def missing_backward(name: str, device: torch.device) -> str | None:
 @functools.cache
 def missing(device: torch.device) -> dict[str, str]:
     """What this machine does not have, by name, and why."""
-    reasons = {"triton": triton_unavailable(device), "cuda": cuda.unavailable(device)}
+    reasons = {
+        "triton": triton_unavailable(device),
+        "cuda": cuda.unavailable(device),
+        "cublaslt": cublaslt.unavailable(device),
+    }
     for name in PARTS["attention_backward"]:
         reasons[f"backward {name}"] = missing_backward(name, device)
     return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -75,6 +80,8 @@ def backends(op: str, device: torch.device) -> list[Backend]:
 
 def may_refuse(op: str, backend: str, dtype: str, device: str) -> bool:
     """Whether it is documented that this backend does not serve some calls; any other refusal is a failure."""
+    if backend == "cublaslt":
+        return True  # float32 and sizes that 8 does not divide
     if op != "attention":
         return False
     if ", backward " in backend:

@@ -61,7 +61,8 @@ def _gelu_forward_kernel(
     if bias_ptr is not None:
         h += tl.load(bias_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     a, slope = gelu_and_slope(h)  # [BLOCK_M, BLOCK_H] both
-    tl.store(a_ptr + offs, a.to(a_ptr.dtype.element_ty), mask=mask)
+    if a_ptr is not None:
+        tl.store(a_ptr + offs, a.to(a_ptr.dtype.element_ty), mask=mask)
     if h_dot_ptr is not None:  # noqa: SIM102 (a constant, decided before the rows are compared)
         if start_m < M_t:
             mask_t = mask & (rows[:, None] < M_t)  # [BLOCK_M, BLOCK_H]
@@ -116,12 +117,12 @@ def forward_launch(
     h: Tensor,
     bias: Tensor | None,
     h_dot: Tensor | None,
-    a: Tensor,
+    a: Tensor | None,
     a_dot: Tensor | None,
     *,
     config: Mapping[str, int] | None = None,
 ) -> Launch:
-    """The launch that fills a [M, H] and a_dot [M_t, H]; all contiguous."""
+    """The launch that fills a [M, H] and a_dot [M_t, H], where they are given; all contiguous."""
     M, H = h.shape
     M_t = 0 if h_dot is None else h_dot.shape[0]
     return Launch.of(
@@ -149,6 +150,16 @@ def gelu_forward(h: Tensor, bias: Tensor | None, h_dot: Tensor | None) -> tuple[
     if h.numel():
         forward_launch(h, None if bias is None else bias.contiguous(), h_dot, a, a_dot).run()
     return a, a_dot
+
+
+@planned
+def gelu_tangent(h: Tensor, h_dot: Tensor) -> Tensor:
+    """gelu'(h)∘ḣ alone, of the first M_t rows of h [M, H] and of ḣ [M_t, H]."""
+    h, h_dot = h[: h_dot.shape[0]].contiguous(), h_dot.contiguous()
+    a_dot = torch.empty_like(h_dot)  # [M_t, H]
+    if h_dot.numel():
+        forward_launch(h, None, h_dot, None, a_dot).run()
+    return a_dot
 
 
 def backward_launch(

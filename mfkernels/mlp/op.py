@@ -4,14 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch import addmm_activation
 from ..backend import choose, recorded, triton_unavailable, unsupported_dtype
-from ..calls import kind_of_call, known, remember
+from ..calls import is_untransformed, kind_of_call, known, remember
 from ..checks import check_parameter, check_rows, check_shape
-from ..dual import Dual, TensorOrDual, primal_of
+from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import bridge_forward_mode, refuse_tangent
 from ..operator import operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
-from . import reference
+from . import cublaslt, reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
 # One op from end to end, so that the backward may keep the pre-activation alone: a plain MLP keeps the activation as
@@ -27,17 +28,23 @@ def _forward(
     b2: Tensor | None,
     x_dot: Tensor | None,
     dtype: torch.dtype,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂ (M, D_out) of x (M, D_in), its tangent (M_t, D_out), M_t = 0 without one.
 
-    Then what the backward reads: x and W₁, W₂ in `dtype`, each (0,) where it is given in that, and x W₁ᵀ (M, D_hidden).
+    Then what the backward reads: x and W₁, W₂ in `dtype`, each (0,) where it is given in that, and h (M, D_hidden):
+    x W₁ᵀ, or x W₁ᵀ + b₁ by cuBLASLt.
     """
-    from .kernels import gelu_forward
+    from .kernels import gelu_forward, gelu_tangent
 
     x_low, w1_low, w2_low = (in_dtype(a, dtype) for a in (x, w1, w2))
-    h = F.linear(x_low, w1_low)  # [M, D_hidden]
     h_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), w1_low)  # [M_t, D_hidden]
-    a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
+    if backend == "cublaslt" and b1 is not None:
+        a, h = cublaslt.gelu_product(x_low, w1_low, in_dtype(b1, dtype))  # [M, D_hidden] both
+        a_dot = None if h_dot is None else gelu_tangent(h, h_dot)  # [M_t, D_hidden]
+    else:
+        h = F.linear(x_low, w1_low)  # [M, D_hidden]
+        a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
     y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
     y_dot = y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
     lows = [y.new_empty(0) if low is a else low for low, a in ((x_low, x), (w1_low, w1), (w2_low, w2))]
@@ -45,7 +52,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, w1, b1, w2, b2, x_dot, dtype):  # type: ignore[no-untyped-def]
+def _(x, w1, b1, w2, b2, x_dot, dtype, backend="triton"):  # type: ignore[no-untyped-def]
     rows = 0 if x_dot is None else x_dot.shape[0]
     y, h = (x.new_empty((x.shape[0], w.shape[0]), dtype=dtype) for w in (w2, w1))
     return (
@@ -66,12 +73,18 @@ def _backward(
     w2: Tensor,
     has_b2: bool,
     dtype: torch.dtype,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx (M, D_in), dw1, db1, dw2 and db2, the weights' in `dtype`; of a bias that is not there (0,)."""
-    from .kernels import gelu_backward
+    from .kernels import gelu_backward, gelu_forward
 
     with without_autocast(x.device):
-        a, dh, db1 = gelu_backward(h, b1, torch.mm(dy, w2))  # [M, D_hidden] both
+        if backend == "cublaslt" and b1 is not None:
+            dh, sums = cublaslt.gelu_product_backward(dy, w2, h)  # [M, D_hidden], [D_hidden]
+            db1: Tensor | None = in_dtype(sums, b1.dtype)
+            a, _ = gelu_forward(h, None, None)  # [M, D_hidden]
+        else:
+            a, dh, db1 = gelu_backward(h, b1, torch.mm(dy, w2))  # [M, D_hidden] both
         dw2 = weight_gradient(dy, a, dtype)  # [D_out, D_hidden]
         db2 = dy.sum(0, dtype=dtype) if has_b2 else dy.new_empty(0)  # [D_out]
         dx, dw1 = torch.mm(dh, w1), weight_gradient(dh, x, dtype)  # [M, D_in], [D_hidden, D_in]
@@ -79,14 +92,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _(dy, x, h, w1, b1, w2, has_b2, dtype):  # type: ignore[no-untyped-def]
+def _(dy, x, h, w1, b1, w2, has_b2, dtype, backend="triton"):  # type: ignore[no-untyped-def]
     db1 = dy.new_empty(0) if b1 is None else b1.new_empty(b1.shape)
     dw1, dw2 = (w.new_empty(w.shape, dtype=dtype) for w in (w1, w2))
     return dy.new_empty(x.shape), dw1, db1, dw2, dy.new_empty(dy.shape[1] if has_b2 else 0, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, w1, b1, w2, b2, _, dtype = inputs
+    x, w1, b1, w2, b2, _, dtype, ctx.backend = inputs
     _, y_dot, h, *low = output
     ctx.mark_non_differentiable(y_dot, h, *low)
     ctx.set_materialize_grads(False)
@@ -98,10 +111,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x, h, w1, b1, w2 = ctx.saved_tensors
-    dx, dw1, db1, dw2, db2 = _backward(dy, x, h, w1, b1, w2, ctx.has_b2, ctx.dtype)
-    return dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None, None, None
+    dx, dw1, db1, dw2, db2 = _backward(dy, x, h, w1, b1, w2, ctx.has_b2, ctx.dtype, ctx.backend)
+    return dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None, *(None,) * 3
 
 
 _forward.register_autograd(_backward_rule, setup_context=_setup_context)
@@ -154,27 +167,50 @@ def mlp(
             if b is not None:
                 check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
         if not kind:
-            return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2, _choose(x)), x)
-        backend = _choose(x)
+            return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2, _choose(x, w1, b1)), x)
+        backend = _choose(x, w1, b1)
         remember(kind, backend)
     return _run(x, w1, b1, w2, b2, recorded("mlp", backend))
 
 
-def _choose(x: TensorOrDual) -> str:
+def _choose(x: TensorOrDual, w1: Tensor, b1: Tensor | None) -> str:
     xp = primal_of(x)
-    return choose("mlp", xp.device, {"triton": lambda: _triton_unsupported(xp)})
+    supports = {
+        "triton": lambda: _triton_unsupported(xp),
+        "cublaslt": lambda: _triton_unsupported(xp) or cublaslt.unsupported(xp, w1, b1, product_dtype(x)),
+    }
+    return choose("mlp", xp.device, supports, on_request=("cublaslt",))  # it has not run on a GPU yet
 
 
 def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> TensorOrDual:
     if backend == "reference":
         return _run_reference(x, w1, b1, w2, b2)
-    xp = primal_of(x)
-    x_dot = x.tangent.flatten(0, -2) if isinstance(x, Dual) and x.tangent is not None else None  # [M_t, D_in]
-    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, product_dtype(xp))  # M = B·…
+    xp, x_dot = primal_of(x), tangent_of(x)
+    value_alone = x_dot is None and not torch.is_grad_enabled()
+    if value_alone and b1 is not None and _fuses_gelu(xp.device) and is_untransformed(xp, w1, b1, w2, b2):
+        y = _run_without_gradients(xp, w1, b1, w2, b2)
+        return Dual(y) if isinstance(x, Dual) else y
+    if x_dot is not None:
+        x_dot = x_dot.flatten(0, -2)  # [M_t, D_in]
+    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, product_dtype(xp), backend)  # M = B·…
     y = y.view(*xp.shape[:-1], w2.shape[0])  # [B, …, D_out]
     if not isinstance(x, Dual):
         return y
     return Dual(y, None if x.tangent is None else y_dot.view(*x.tangent.shape[:-1], w2.shape[0]))
+
+
+def _run_without_gradients(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """The value alone: cuBLASLt's product ends in bias and GELU, so that h is neither written nor read."""
+    dtype = product_dtype(x)
+    rows, w1, b1, w2 = (in_dtype(a, dtype) for a in (x.flatten(0, -2), w1, b1, w2))
+    a = addmm_activation(b1, rows, w1.t(), use_gelu=True)  # [M, D_hidden]
+    y = F.linear(a, w2, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
+    return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _fuses_gelu(device: torch.device) -> bool:
+    """Whether PyTorch has such a product, with our form of GELU."""
+    return device.type == "cuda" and bool(addmm_activation)
 
 
 def _run_reference(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:

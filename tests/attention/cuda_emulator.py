@@ -19,7 +19,13 @@ ROOT = Path(__file__).parents[2]
 CSRC, EMULATOR = ROOT / "csrc", Path(__file__).parent / "emulator"
 BUILD = ROOT / "build" / "emulator"
 KERNELS = sorted((CSRC / "attention").glob("*.cu"))
-SOURCES = [*KERNELS, CSRC / "attention" / "forward.cpp", CSRC / "bindings.cpp", EMULATOR / "configure.cpp"]
+SOURCES = [
+    *KERNELS,
+    CSRC / "attention" / "forward.cpp",
+    CSRC / "mlp" / "gelu_product.cpp",
+    CSRC / "bindings.cpp",
+    EMULATOR / "configure.cpp",
+]
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden"]
 
 

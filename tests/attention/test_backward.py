@@ -10,8 +10,9 @@ from test_kernels import CASES, DEVICE, DTYPES, Case, check_backward, draw, inpu
 from test_op import oracle, packed
 
 from mfkernels import attention, use_backend
-from mfkernels.attention import backward, op
-from mfkernels.attention.backward import PACKAGES, attention_backward_by, unsupported
+from mfkernels.attention import backward, op, projected
+from mfkernels.attention.backward import PACKAGES, attention_backward_by, by_length, unsupported
+from mfkernels.attention.projected import projected_attention
 from mfkernels.backend import PARTS, recorded_choices, requested_backend
 from mfkernels.testing import assert_dual, relative_error
 
@@ -178,6 +179,52 @@ def test_what_each_of_them_serves(hopper, monkeypatch):
     assert unsupported("flash-attn-3", *call(), causal=False) == (
         "device: expected compute capability 9.x to 9.x, got 8.0"
     )
+
+
+def test_by_length_is_the_fastest_expected_of_those_that_serve(hopper, monkeypatch):
+    def chosen(N=512, *, causal=False, **options):
+        return by_length(*call((2, N, 4, 64), **options), causal=causal)
+
+    assert (chosen(511), chosen(512), chosen(4096)) == ("triton", "cudnn", "cudnn")
+    assert chosen(kv_shape=(2, 511, 4, 64)) == "triton"
+    assert chosen(kv_shape=(2, 512, 2, 64)) == "flash"  # grouped queries
+    assert chosen(kv_shape=(2, 600, 4, 64), causal=True) == "triton"
+    assert chosen(dtype=torch.float32) == "triton"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert chosen() == "flash"
+    monkeypatch.setattr(backward, "_installed", lambda module: True)
+    assert chosen() == "flash-attn-4"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert chosen() == "flash-attn-2"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_by_length_chooses_for_each_call(monkeypatch, compiled):
+    if DEVICE == "cuda":
+        pytest.skip("a CPU has one that serves float32, flash")
+    monkeypatch.setattr(backward, "LONG", 16)
+    served: list[str] = []
+    for module in (op, projected):
+        own = module.attention_backward_by
+        monkeypatch.setattr(
+            module, "attention_backward_by", lambda name, *a, own=own, **o: served.append(name) or own(name, *a, **o)
+        )
+    weight = (torch.randn(96, 32) * 32**-0.5).requires_grad_()
+    fn = torch.compile(projected_attention, fullgraph=True, backend="aot_eager") if compiled else projected_attention
+    for N, name in ((15, "triton"), (16, "flash")):
+        x = torch.randn(2, N, 32, requires_grad=True)
+        with use_backend("triton,attention_backward=by-length"), recorded_choices() as chosen:
+            out = fn(x, weight, None, 2)
+        assert compiled or chosen["attention_backward"] == name
+        grads = torch.autograd.grad(out.square().sum(), [x, weight])
+        with use_backend("triton"):
+            wanted = torch.autograd.grad(projected_attention(x, weight, None, 2).square().sum(), [x, weight])
+        for ours, theirs in zip(grads, wanted, strict=True):
+            assert relative_error(ours, theirs) <= 1.1e-6
+        q, k, v = torch.randn(3, 1, N, 2, 8).requires_grad_().unbind()
+        with use_backend("triton,attention_backward=by-length"):
+            attention(q, k, v).sum().backward()
+    assert served == ["flash", "flash"]
 
 
 def test_determinism_is_respected(hopper, monkeypatch):

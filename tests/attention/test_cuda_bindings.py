@@ -10,6 +10,8 @@ import cuda_emulator
 import pytest
 import torch
 
+from mfkernels.extension import description
+
 cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
 
 
@@ -109,9 +111,9 @@ def test_loading_it_needs_no_gpu_and_prints_nothing() -> None:
 
 def test_what_is_missing_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
-    monkeypatch.setattr(cuda, "_COMPILED", False)
+    monkeypatch.setattr("mfkernels.extension.COMPILED", False)
     assert "MFKERNELS_CUDA=1 pip install" in str(cuda.unsupported(q, 1.0))
-    assert cuda.description() == cuda.unavailable()
+    assert description() == cuda.unavailable()
 
 
 def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,15 +121,15 @@ def test_an_extension_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatc
         raise ImportError("undefined symbol")
 
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
-    monkeypatch.setattr(cuda, "_COMPILED", True)
+    monkeypatch.setattr("mfkernels.extension.COMPILED", True)
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ImportError, match=r"the CUDA extension does not load .undefined symbol.; reinstall"):
         cuda.attention_forward(q, q, q, scale=1.0)
-    assert "reinstall" in cuda.description()
+    assert "reinstall" in description()
 
 
 def test_other_devices_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_COMPILED", True)
+    monkeypatch.setattr("mfkernels.extension.COMPILED", True)
     assert cuda.unavailable(torch.device("cpu")) == "device: expected a CUDA device, got cpu"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=8, minor=0))
     assert "expected compute capability 9.0 (Hopper: H100, H200), got 8.0" in str(

@@ -68,7 +68,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> Forward:
     else:
         module = cuda_emulator.extension()
         cuda_emulator.configure()
-        monkeypatch.setattr(cuda, "_extension", lambda: module)
+        monkeypatch.setattr("mfkernels.extension.load", lambda: module)
         monkeypatch.setattr(cuda, "unavailable", lambda device=None: None)
     return cuda.attention_forward
 

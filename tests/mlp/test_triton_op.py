@@ -1,11 +1,10 @@
 """The public function on the Triton backend (in the interpreter where there is no GPU)."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+from plain_mlp import make, oracle
 
 from mfkernels import Dual, Mlp, mlp, use_backend
 from mfkernels.mlp import op
@@ -23,21 +22,50 @@ def _triton(poison_empty):
         yield
 
 
-def oracle(x, w1, w2, b1=0.0, b2=0.0):
-    h = x @ w1.T + b1
-    a = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    return a @ w2.T + b2
+@pytest.fixture
+def fused(monkeypatch):
+    """PyTorch's product that ends in GELU; on a CPU, which has another form of GELU in it, a stand-in that counts."""
+    calls = []
+    if DEVICE == "cpu":
+
+        def product(bias, x, weight, *, use_gelu):
+            calls.append(use_gelu)
+            return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+        monkeypatch.setattr(op, "addmm_activation", product)
+        monkeypatch.setattr(op, "_fuses_gelu", lambda device: True)
+    return calls
 
 
-def make(*shape, hidden, out=None):
-    D = shape[-1]
-    return {
-        "x": torch.randn(shape, dtype=torch.float64),
-        "w1": torch.randn(hidden, D, dtype=torch.float64) / D**0.5,
-        "b1": torch.randn(hidden, dtype=torch.float64),
-        "w2": torch.randn(out or D, hidden, dtype=torch.float64) / hidden**0.5,
-        "b2": torch.randn(out or D, dtype=torch.float64),
-    }
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_without_gradients_the_product_ends_in_gelu(dtype, bound, fused):
+    inputs = make(3, 17, 24, hidden=54, out=7)
+    low = {name: a.to(DEVICE, dtype) for name, a in inputs.items()}
+    wanted = oracle(**{name: a.double() for name, a in low.items()})
+    for x in (low["x"], Dual(low["x"], None)):
+        with torch.no_grad():
+            y = mlp(**{**low, "x": x})
+        assert isinstance(y, Dual) == isinstance(x, Dual)
+        assert relative_error(y.primal if isinstance(x, Dual) else y, wanted) <= bound
+    assert not fused or fused == [True, True]
+    calls = len(fused)
+    with torch.no_grad():  # a tangent needs the slope, and without a bias there is no such product
+        mlp(**{**low, "x": Dual(low["x"], low["x"][:1])})
+        mlp(**{**low, "b1": None})
+        torch.func.jvp(lambda x: mlp(**{**low, "x": x}), (low["x"],), (low["x"],))
+    mlp(**low)
+    assert len(fused) == calls
+
+
+def test_without_gradients_under_autocast_and_a_compiler(fused):
+    low = {name: a.float().to(DEVICE) for name, a in make(3, 17, 24, hidden=54).items()}
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.float16):
+        y = mlp(**low)
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")(**low)
+    assert y.dtype == compiled.dtype == torch.float16
+    wanted = oracle(**{name: a.double() for name, a in low.items()})
+    assert relative_error(y, wanted) <= 1e-3
+    assert relative_error(compiled, wanted) <= 1e-3
 
 
 def without_biases(x, w1, w2):

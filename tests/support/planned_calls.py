@@ -101,6 +101,7 @@ CASES = [
     (residual.gated_residual_forward, lambda: ((x(), new(B, N, D), new(B, D), *tangents()[:3]), {"dtype": WIDE})),
     (residual.gated_residual_backward, lambda: ((x(), new(B, N, D), new(B, D)), {})),
     (gelu.gelu_forward, lambda: ((new(7, D), new(D, dtype=WIDE), new(3, D)), {})),
+    (gelu.gelu_tangent, lambda: ((new(7, D), new(3, D)), {})),
     (gelu.gelu_backward, lambda: ((new(7, D), new(D, dtype=WIDE), new(7, D)), {})),
     (kernels.attention_forward, attended(False)),
     (kernels.attention_forward, attended(True)),
