@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -21,6 +23,16 @@ def load() -> ModuleType:
         raise ImportError(
             f"the CUDA extension does not load ({error}); reinstall the package with this Python"
         ) from error
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[dict[str, int]]:
+    """`device` is the current one; gives the arguments of these names that every function of the extension takes."""
+    if device.type != "cuda":  # the tests run them on CPU tensors
+        yield {"device": 0, "stream": 0}
+        return
+    with torch.cuda.device(device):
+        yield {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
 
 
 def unavailable(device: torch.device | None) -> str | None:

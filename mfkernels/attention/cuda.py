@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -84,8 +83,7 @@ def attention_forward(
             torch.zeros((given[0], *x.shape[1:]), device=x.device, dtype=x.dtype) if x_dot is None else as_boxes(x_dot)
             for x, x_dot in pairs
         )
-    on_gpu = q.device.type == "cuda"  # the tests run the kernels in an emulator, on CPU tensors
-    with torch.cuda.device(q.device) if on_gpu else contextlib.nullcontext():
+    with extension.launching(q.device) as where:
         extension.load().attention_forward(
             dtype=extension.DTYPES[q.dtype],
             q=_described(primals[0]),
@@ -99,7 +97,6 @@ def attention_forward(
             lse=lse.data_ptr(),
             scale=scale,
             causal=causal,
-            device=q.device.index if on_gpu else 0,
-            stream=torch.cuda.current_stream(q.device).cuda_stream if on_gpu else 0,
+            **where,
         )
     return o, o_dot, lse

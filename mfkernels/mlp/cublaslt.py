@@ -6,8 +6,6 @@ a library of the same functions.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
@@ -61,9 +59,8 @@ def _run(x: Tensor, weight: Tensor, h: Tensor, bias: Tensor, out: Tensor, *, der
             bias.zero_()
         return
     x, weight, bias_in = _in_place(x), _in_place(weight), bias if derivative else _in_place(bias)
-    on_gpu = x.device.type == "cuda"  # the tests run this on CPU tensors
     workspace = torch.empty(WORKSPACE, device=x.device, dtype=torch.uint8)
-    with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
+    with extension.launching(x.device) as where:
         extension.load().gelu_product(
             library=library(),
             derivative=derivative,
@@ -76,8 +73,7 @@ def _run(x: Tensor, weight: Tensor, h: Tensor, bias: Tensor, out: Tensor, *, der
             out=out.data_ptr(),
             workspace=workspace.data_ptr(),
             workspace_bytes=WORKSPACE,
-            device=x.device.index if on_gpu else 0,
-            stream=torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
+            **where,
         )
 
 
