@@ -90,7 +90,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @_remembered
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
@@ -99,7 +99,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     if _NO_TRITON is not None:
         return _NO_TRITON
     if device.type == "cuda":
-        major, minor = _capability(device)
+        major, minor = capability(device)
         return None if major >= 8 else f"device: expected compute capability 8.0 or newer, got {major}.{minor}"
     if device.type == "cpu" and _INTERPRETED:
         return None

@@ -63,11 +63,12 @@ def is_untransformed(*operands: TensorOrDual | None) -> bool:
     They see the operators that plain eager runs, so values have the same bits and the tape keeps the same tensors. Not
     where forward mode, torch.func or a subclass has rules of its own for what the op is made of.
     """
-    if not (torch.compiler.is_compiling() or nothing_transforms()):
+    compiling = torch.compiler.is_compiling()  # whose tensors are subclasses of its own
+    if not (compiling or nothing_transforms()):
         return False
     for x in operands:
         parts = x if isinstance(x, Dual) else (x,)
-        if any(a is not None and (not is_plain(a) or carries_tangent(a)) for a in parts):
+        if any(a is not None and (carries_tangent(a) or not (compiling or is_plain(a))) for a in parts):
             return False
         if isinstance(x, Dual) and x.tangent is not None and x.tangent.requires_grad:
             return False

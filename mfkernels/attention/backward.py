@@ -47,6 +47,8 @@ def by_length(q: Tensor, k: Tensor, *, causal: bool) -> str:
 def choose_backward(asked: str, q: Tensor, k: Tensor, *, causal: bool) -> str:
     """The backward of this name, or that "by-length" comes to, which is recorded as chosen.
 
+    Compiled, "by-length" is answered by the call's backward, by what is installed and set then.
+
     Others' are expected to be faster on long sequences, but have not been measured: they are asked for, not chosen.
 
     Raises:

@@ -47,7 +47,7 @@ def _forward(
     heads = (N, 3, num_heads, D // num_heads)
     qkv = qkv.view(B, *heads)  # [B, N, 3, H, d]
     dots = (None,) * 3 if qkv_dot is None else qkv_dot.view(qkv_dot.shape[0], *heads).unbind(2)  # [B_t, N, H, d] each
-    o, o_dot, lse = op.forward.run(*qkv.unbind(2), *dots, scale, False, backend, backward)
+    o, o_dot, lse = op.forward.inside(*qkv.unbind(2), *dots, scale, False, backend, backward)
     lows = [qkv.new_empty(0) if a is b else a for a, b in ((x_low, x), (low, weight))]
     return o.view(x.shape), o_dot.view(o_dot.shape[0], N, D), qkv, lse, lows[0], lows[1]
 
@@ -58,7 +58,51 @@ def _(x, weight, bias, x_dot, num_heads, scale, dtype, backend, backward):  # ty
     o = x.new_empty(x.shape, dtype=dtype)
     o_dot = o.new_empty((0 if x_dot is None else x_dot.shape[0], N, D))
     qkv, lse = o.new_empty((B, N, 3, num_heads, D // num_heads)), o.new_empty((B, num_heads, N), dtype=torch.float32)
-    return o, o_dot, qkv, lse, *(o.new_empty(0 if a.dtype == dtype else a.shape) for a in (x, weight))
+    return (
+        o,
+        o_dot,
+        qkv,
+        lse,
+        *(o.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, weight)),
+    )
+
+
+@operator("packed_attention_backward")
+def _packed(
+    do: Tensor,
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    bias_dtype: torch.dtype | None,
+    backward: str,
+) -> tuple[Tensor, Tensor]:
+    """dqkv (B, N, 3, H, d) of do and o (B, N, H, d), and its sum over the tokens (3·D,), (0,) without `bias_dtype`."""
+    if backward == "by-length":
+        backward = by_length(qkv[:, :, 0], qkv[:, :, 1], causal=False)
+    if backward == "triton":
+        from .backward_kernels import packed_backward
+
+        dqkv, dbias = packed_backward(
+            do,
+            qkv,
+            o,
+            lse,
+            scale=scale,
+            precision=op.product_precision(qkv),
+            bias_dtype=bias_dtype,
+        )
+    else:
+        q, k, v = qkv.unbind(2)  # [B, N, H, d] each
+        dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
+        dbias = None if bias_dtype is None else dqkv.sum((0, 1), dtype=bias_dtype).flatten()  # [3·D]
+    return dqkv, dqkv.new_empty(0) if dbias is None else dbias
+
+
+@_packed.register_fake
+def _(do, qkv, o, lse, scale, bias_dtype, backward):  # type: ignore[no-untyped-def]
+    dbias = qkv.new_empty(0) if bias_dtype is None else qkv.new_empty(qkv.shape[2:].numel(), dtype=bias_dtype)
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), dbias
 
 
 @operator("projected_attention_backward")
@@ -77,34 +121,17 @@ def _backward(
     """dx (B, N, D), and in `dtype` the gradients of the weight (3·D, D) and of the bias (3·D,), (0,) without one."""
     B, N, _, H, d = qkv.shape
     do, o = do.reshape(B, N, H, d), o.view(B, N, H, d)  # [B, N, H, d]
-    if backward == "by-length":
-        backward = by_length(qkv[:, :, 0], qkv[:, :, 1], causal=False)
-    if backward == "triton":
-        from .backward_kernels import packed_backward
-
-        dqkv, dbias = packed_backward(
-            do,
-            qkv,
-            o,
-            lse,
-            scale=scale,
-            precision=op.product_precision(qkv),
-            bias_dtype=dtype if has_bias else None,
-        )
-    else:
-        q, k, v = qkv.unbind(2)  # [B, N, H, d] each
-        dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
-        dbias = dqkv.sum((0, 1), dtype=dtype).flatten() if has_bias else None  # [3·D]
+    dqkv, dbias = _packed.inside(do, qkv, o, lse, scale, dtype if has_bias else None, backward)
     rows = dqkv.view(B * N, 3 * H * d)  # [B·N, 3·D]
     with without_autocast(x.device):
         dx = torch.mm(rows, weight).view(x.shape)  # [B, N, D]
         dweight = weight_gradient(rows, x.reshape(B * N, H * d), dtype)  # [3·D, D]
-    return dx, dweight, rows.new_empty(0, dtype=dtype) if dbias is None else dbias
+    return dx, dweight, dbias
 
 
 @_backward.register_fake
 def _(do, x, weight, qkv, o, lse, scale, dtype, has_bias, backward):  # type: ignore[no-untyped-def]
-    dbias = x.new_empty(weight.shape[0] if has_bias else 0, dtype=dtype)
+    dbias = x.new_empty(weight.shape[0], dtype=dtype) if has_bias else x.new_empty(0)
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), dbias
 
 
@@ -122,7 +149,8 @@ def _backward_rule(ctx, do, *_):  # type: ignore[no-untyped-def]
     if do is None:
         return (None,) * 9
     rest = (ctx.scale, ctx.dtype, ctx.has_bias, ctx.backward)
-    dx, dweight, dbias = _backward(do, *ctx.saved_tensors, *rest)
+    run = _backward if torch.compiler.is_compiling() else _backward.eager
+    dx, dweight, dbias = run(do, *ctx.saved_tensors, *rest)
     return dx, dweight, dbias if ctx.has_bias else None, *(None,) * 6
 
 
@@ -155,7 +183,8 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
-            run = _forward.eager if kind else _forward
+            # modes see its products: a counter of FLOPs knows nothing of custom ops
+            run = _forward if torch.compiler.is_compiling() else _forward.eager
             o, o_dot, *_ = run(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
             if not isinstance(x, Dual):
                 return o

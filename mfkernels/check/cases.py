@@ -378,7 +378,12 @@ CASES: dict[str, list[Case]] = {
         _more(attention_case(2, 100, 2, 64, N_kv=63, H_kv=1, causal=True)),
     ],
     "meanflow_loss": [loss_case(3, 4, 9, 11), loss_case(2, 1, 1, 1, p=0.75), _more(loss_case(5, 3, 32, 32, p=0.75))],
-    "mlp": [mlp_case(3, 21, 100, 276), mlp_case(2, 1, 96, 2730), _more(mlp_case(2, 17, 1152, 4608))],
+    "mlp": [
+        mlp_case(3, 21, 100, 276),
+        mlp_case(2, 1, 96, 2730),
+        mlp_case(3, 21, 96, 264),
+        _more(mlp_case(2, 17, 1152, 4608)),
+    ],
     "timestep_embedding": [time_case(1, 100), time_case(63, 256), time_case(100, 2730)],
 }
 

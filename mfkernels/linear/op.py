@@ -36,7 +36,7 @@ def _forward(
 def _(x, weight, bias, x_dot, dtype):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
     y_dot = y.new_empty((0 if x_dot is None else x_dot.shape[0], *y.shape[1:]))
-    return y, y_dot, *(y.new_empty(0 if a.dtype == dtype else a.shape) for a in (x, weight))
+    return y, y_dot, *(y.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, weight))
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -27,14 +27,15 @@ def unavailable(device: torch.device) -> str | None:
     return extension.unavailable(device)
 
 
-def unsupported(x: Tensor, w1: Tensor, b1: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Why it cannot serve an MLP of x (…, D_in), w1 (D_hidden, D_in) and b1 whose products are of `dtype`; or None."""
+def unsupported(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, dtype: torch.dtype) -> str | None:
+    """Why it cannot serve an MLP of these, as `mlp` takes them, whose products are of `dtype`; None where it can."""
     if dtype not in extension.DTYPES:
         return f"x: expected float16 or bfloat16, or autocast to one of these, got {dtype}"
     if b1 is None:
         return "b1: expected a bias, got None"
-    if w1.shape[0] % ALIGNMENT or w1.shape[1] % ALIGNMENT:
-        return f"w1: expected sizes that are multiples of {ALIGNMENT}, got {tuple(w1.shape)}"
+    for name, w in (("w1", w1), ("w2", w2)):
+        if not all(size > 0 and size % ALIGNMENT == 0 for size in w.shape):
+            return f"{name}: expected sizes that are multiples of {ALIGNMENT}, got {tuple(w.shape)}"
     return unavailable(x.device)
 
 
@@ -48,6 +49,7 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 def gelu_product_backward(dy: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """dh = gelu'(h)∘(dy W) [M, N] and its sum over the rows [N], of dy [M, K], W [K, N] and h [M, N], of one dtype."""
+    h = _in_place(h)
     dh, db = torch.empty_like(h), torch.empty(h.shape[1:], device=h.device, dtype=h.dtype)  # [M, N], [N]
     _run(dy, weight, h, db, dh, derivative=True)
     return dh, db

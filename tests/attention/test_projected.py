@@ -3,6 +3,7 @@
 import pytest
 import torch
 from both_backends import DEVICE, both, cases
+from torch.utils.flop_counter import FlopCounterMode
 
 from mfkernels import Attention, Dual, Linear, requested_backend, use_backend
 from mfkernels.attention import projected
@@ -81,6 +82,40 @@ def test_opcheck():
     o, _, qkv, lse, *_ = projected._forward(x, weight, bias, None, 2, 0.35, torch.float32, "triton", "triton")
     saved = [a.detach() for a in (torch.randn_like(o), x, weight, qkv, o, lse)]
     torch.library.opcheck(projected._backward.custom_op, (*saved, 0.35, torch.float32, True, "triton"))
+
+
+def test_opcheck_where_operands_are_cast_and_not_contiguous():
+    pytest.importorskip("triton", minversion="3.4")
+    x, weight, bias = (a.float().to(DEVICE) for a in make(2, 16, 16).values())
+    x, weight = x.mT.contiguous().mT.requires_grad_(), weight.mT.contiguous().mT.requires_grad_()
+    args = (x, weight, bias, None, 2, 0.35, torch.float16, "triton", "triton")
+    torch.library.opcheck(projected._forward.custom_op, args)
+
+
+def test_a_compiler_takes_patches_as_they_come():
+    """Whose last two dimensions are exchanged, under autocast."""
+    pytest.importorskip("triton", minversion="3.4")
+    x = torch.randn(2, 32, 16, device=DEVICE).mT.requires_grad_()
+    net = Attention(32, 2).to(DEVICE)
+    outs = {}
+    for name, fn in (("eager", net), ("compiled", torch.compile(net, fullgraph=True))):
+        with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.float16):
+            out = fn(x)
+        outs[name] = [out, *torch.autograd.grad(out.float().square().sum(), [x, *net.parameters()])]
+    for ours, theirs in zip(*outs.values(), strict=True):
+        assert relative_error(theirs, ours) <= 2e-3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_counter_of_flops_sees_the_projection(backend, autocast):
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    net = Attention(32, 2)
+    with torch.autocast(DEVICE, dtype=torch.float16, enabled=autocast), FlopCounterMode(display=False) as counter:
+        net.qkv(x).sum().backward()
+        alone = counter.get_total_flops()
+    with torch.autocast(DEVICE, dtype=torch.float16, enabled=autocast), FlopCounterMode(display=False) as counter:
+        projected_attention(x, net.qkv.weight, net.qkv.bias, 2).sum().backward()
+    assert counter.get_total_flops() >= alone == 3 * 2 * 2 * 9 * 32 * 96
 
 
 def test_what_was_put_in_place_of_a_projection_is_called(backend):

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import cuda_emulator
@@ -87,11 +88,12 @@ def test_products(derivative, dtype, served):
 
 
 @pytest.mark.parametrize("rows", [0, 2, 5])
-def test_autocast_agrees_with_our_own(rows, served):
+def test_autocast_agrees_with_our_own(rows, served, request):
     """Float32 weights, of which the gradients keep their dtype; tangent rows none, some and all."""
     inputs = {name: x.float().to(DEVICE).requires_grad_() for name, x in make(5, 9, 16, hidden=48).items()}
     x_dot = torch.randn(rows, 9, 16).to(DEVICE)
     results = {}
+    before = counts(request.getfixturevalue("library"))[0] if DEVICE == "cpu" else 0
     for asked in ("triton", "mlp=cublaslt"):
         with use_backend(asked), torch.autocast(DEVICE, dtype=torch.float16):
             x = Dual(inputs["x"], x_dot if rows else None)
@@ -99,6 +101,10 @@ def test_autocast_agrees_with_our_own(rows, served):
         assert y.dtype == torch.float16
         grads = torch.autograd.grad(y.primal.float().square().sum(), list(inputs.values()))
         assert all(g.dtype == torch.float32 for g in grads)
+        if DEVICE == "cpu":
+            made = counts(request.getfixturevalue("library"))[0]
+            assert made - before == (2 if asked == "mlp=cublaslt" else 0)  # in the forward and in the backward
+            before = made
         results[asked] = [y.primal, *grads, *([y.tangent] if rows else [])]
     for ours, theirs in zip(*results.values(), strict=True):
         assert relative_error(theirs, ours) <= 1.1e-3  # measured 5.4e-4
@@ -112,6 +118,35 @@ def test_views_and_odd_addresses_are_copied(served):
     again = cublaslt.gelu_product(x.clone(), weight.clone(), bias.clone())
     assert torch.equal(a, again[0])
     assert torch.equal(h, again[1])
+
+
+@pytest.mark.parametrize("given_back", ["transposed", "at an odd address"])
+def test_saved_tensors_may_come_back_as_other_views(given_back, served):
+    def unpack(x):
+        if given_back == "transposed":
+            return x.mT.contiguous().mT if x.ndim > 1 else x
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+    inputs = [a.half().to(DEVICE).requires_grad_() for a in make(3, 5, 16, hidden=24, out=8).values()]
+    grads = []
+    with use_backend("mlp=cublaslt"):
+        for hooks in (nullcontext(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack)):
+            with hooks:
+                y = mlp(*inputs)
+            grads.append(torch.autograd.grad(y.square().sum(), inputs))
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(theirs, ours) <= 1e-3
+
+
+def test_compiled(served):
+    inputs = [a.half().to(DEVICE).requires_grad_() for a in make(3, 5, 16, hidden=24, out=8).values()]
+    grads = []
+    with use_backend("mlp=cublaslt"):
+        for fn in (mlp, torch.compile(mlp, fullgraph=True, backend="aot_eager")):
+            y = fn(*inputs)
+            grads.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for ours, theirs in zip(*grads, strict=True):
+        assert torch.equal(theirs, ours)
 
 
 def test_a_kind_of_product_is_chosen_once(served, request):
@@ -153,6 +188,10 @@ def test_what_it_does_not_serve_is_named(served):
     with use_backend("mlp=cublaslt"):
         with pytest.raises(NotImplementedError, match="b1: expected a bias, got None"):
             mlp(x, w1, None, w2, b2)
+        with pytest.raises(NotImplementedError, match=r"w2: expected sizes that are multiples of 8, got \(7, 16\)"):
+            mlp(x, w1, b1, w2[:7], b2[:7])
+        with pytest.raises(NotImplementedError, match=r"w1: expected sizes that are multiples of 8, got \(16, 0\)"):
+            mlp(x[..., :0], w1[:, :0], b1, w2, b2)
         with pytest.raises(NotImplementedError, match=r"w1: expected sizes that are multiples of 8, got \(12, 8\)"):
             mlp(x, w1[:12], b1[:12], w2[:, :12].contiguous(), b2)
         with pytest.raises(NotImplementedError, match="x: expected float16 or bfloat16, or autocast to one of these"):
