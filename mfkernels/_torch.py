@@ -193,7 +193,6 @@ class _Saver(torch.autograd.Function):
 _force_keys = lookup("torch:_C._ForceDispatchKeyGuard", _DUALIZE)
 _at_rest = [lookup(f"torch:_C._dispatch_tls_local_{kind}_set", _DUALIZE) for kind in ("include", "exclude")]
 _at_rest = [keys() for keys in _at_rest] if all(_at_rest) else []
-_modes = lookup("torch:_C._len_torch_dispatch_stack", _DUALIZE)
 
 
 def autograd_again() -> AbstractContextManager[Any]:
