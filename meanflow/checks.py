@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfkernels import requested_backend
 from mfkernels._torch import is_transformed
 
-from .errors import UsageError
+from .errors import NetworkError, UsageError
 
 
 def check_floating(name: str, x: Any) -> None:
@@ -60,9 +61,9 @@ def check_labels(y: Any, batch: int, of: str) -> None:
 def check_velocity(name: str, u: Any, z: Tensor) -> Tensor:
     """`u`, which a network returned at `z`, if it is a tensor of the shape of z."""
     if not isinstance(u, Tensor):
-        raise TypeError(f"net: expected it to return {name}, a tensor of the shape of z, got {type(u).__name__}")
+        raise NetworkError(f"net: expected it to return {name}, a tensor of the shape of z, got {type(u).__name__}")
     if u.shape != z.shape:
-        raise ValueError(f"net: expected {name} of the shape of z, {tuple(z.shape)}, got {tuple(u.shape)}")
+        raise NetworkError(f"net: expected {name} of the shape of z, {tuple(z.shape)}, got {tuple(u.shape)}")
     return u
 
 
@@ -79,7 +80,7 @@ def check_takes(net: Callable[..., Any], *keywords: str) -> None:
         signature.bind("z", "r", "t", **dict.fromkeys(keywords))
     except TypeError as error:
         wanted = ", ".join(["z, r, t, y", *(f"{keyword}=" for keyword in keywords if keyword != "y")])
-        raise TypeError(f"net: expected net({wanted}), got {type(net).__name__}{signature}: {error}") from error
+        raise NetworkError(f"net: expected net({wanted}), got {type(net).__name__}{signature}: {error}") from error
 
 
 def num_classes_of(net: Any) -> int | None:
@@ -92,9 +93,32 @@ def num_classes_of(net: Any) -> int | None:
     return None
 
 
+def no_label_of(net: Any) -> int:
+    """The index that means "no label" for `net`; looks inside wrappers such as DDP.
+
+    Raises:
+        NetworkError: neither `net` nor a module it wraps has the attribute `num_classes`.
+    """
+    n = num_classes_of(net)
+    if n is not None:
+        return n
+    raise NetworkError(
+        'net: expected an attribute num_classes (the index that means "no label") because labels are dropped or the '
+        f"target is guided; {type(net).__name__} has none. Set it, or use label_dropout=0, omega=1, kappa=0"
+    )
+
+
+def check_backend() -> None:
+    """Raise where MFKERNELS_BACKEND names no backend."""
+    try:
+        requested_backend()
+    except ValueError as error:
+        raise UsageError(str(error), field="backend") from error
+
+
 def check_device(name: str) -> None:
     """Raise where a GPU is asked for and there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "device: cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)"
+            "cuda was asked for, but PyTorch sees no GPU here (`meanflow info` shows what it sees)", field="device"
         )

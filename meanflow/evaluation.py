@@ -8,17 +8,57 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from .data import ImageData, ImageSource
 from .errors import UsageError
+from .options import Options
+from .registry import register
 
 MAX_FEATURES = 4096  # values per image: beyond, covariances are too large and pixels say too little
 MAX_REAL = 10_000  # real images that are compared with, evenly spaced in the data set
+
+
+class Evaluator(Protocol):
+    """What measures generated images.
+
+    titles: the figures that are told at the end, by their names in report.json; each may have a reference value, of
+        held-out real images, under "held_out_" and its name.
+    """
+
+    titles: ClassVar[dict[str, str]]
+
+    def refusal(self, image_shape: tuple[int, int, int]) -> dict[str, Any] | None:
+        """The figures where images of that shape are not even drawn; None where they are."""
+        ...
+
+    def evaluate(self, images: Tensor, labels: Tensor, data: ImageData) -> dict[str, Any]:
+        """Figures by name, as report.json has them, of decoded images (n, C, H, W), generated for `labels` (n,)."""
+        ...
+
+
+@register("evaluators", "pixels")
+@dataclass(frozen=True)
+class PixelStatistics(Options):
+    """Class accuracy and Fréchet distance in pixels, of small images."""
+
+    titles: ClassVar[dict[str, str]] = {
+        "class_accuracy": "class accuracy",
+        "frechet_distance": "pixel-space Frechet distance",
+    }
+
+    def refusal(self, image_shape: tuple[int, int, int]) -> dict[str, Any] | None:
+        """Null for every figure where images have more than `MAX_FEATURES` values."""
+        note = too_large(image_shape)
+        return _figures(Evaluation(None, None, None, None, samples=0, note=note)) if note else None
+
+    def evaluate(self, images: Tensor, labels: Tensor, data: ImageData) -> dict[str, Any]:
+        """As `evaluate_images`."""
+        return _figures(evaluate_images(images, labels, data))
 
 
 @dataclass(frozen=True)
@@ -145,3 +185,8 @@ def evaluate_images(images: Tensor, labels: Tensor, data: ImageData) -> Evaluati
         samples=n,
         note=note,
     )
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    figures = {key: round(a, 4) if isinstance(a, float) else a for key, a in asdict(evaluation).items()}
+    return {key: value for key, value in figures.items() if key != "note" or value}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mfkernels.checks import check_number
 
-from .checks import check_floating, check_label_range, check_labels, check_velocity
-from .objectives.meanflow import net_num_classes
+from .checks import check_floating, check_label_range, check_labels, check_velocity, no_label_of
+from .errors import UsageError
+from .options import Options, option
 
 
 def _schedule(steps: int | None, times: Sequence[float] | Tensor | None, default: int) -> list[float]:
@@ -111,7 +113,7 @@ def sample_ode(
     if method not in ("euler", "heun"):
         raise ValueError(f"method: expected 'euler' or 'heun', got {method!r}")
     schedule = _schedule(steps, times, 50)
-    null = torch.full_like(y, net_num_classes(net)) if guidance_scale != 1.0 else y
+    null = torch.full_like(y, no_label_of(net)) if guidance_scale != 1.0 else y
 
     def velocity(z: Tensor, at: float) -> Tensor:
         t = z.new_full((z.shape[0],), at)  # [B]
@@ -129,3 +131,92 @@ def sample_ode(
         z_euler = z - h * v
         z = z_euler if method == "euler" else z - h / 2 * (v + velocity(z_euler, after))
     return z
+
+
+class Sampling(Protocol):
+    """How images are drawn, as a group of options.
+
+    sweep: an option and the values of it that a report compares; None: there is none.
+    """
+
+    sweep: ClassVar[tuple[str, tuple[float, ...]] | None]
+
+    def draw(self, net: Callable[..., Any], noise: Tensor, y: Tensor) -> Tensor:
+        """(B, C, H, W) images of labels y (B,) from noise (B, C, H, W)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FewSteps(Options):
+    """Steps of a flow map.
+
+    Args:
+        steps: network evaluations per image
+    """
+
+    sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+
+    steps: int = option(1, low=1)
+
+    def draw(self, net: Callable[..., Any], noise: Tensor, y: Tensor) -> Tensor:
+        """As `sample`."""
+        return sample(net, noise, y, steps=self.steps)
+
+    def __str__(self) -> str:
+        return f"MeanFlow, {self.steps} network evaluation{'s' if self.steps > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class GuidedSteps(FewSteps):
+    """Steps of a flow map that takes its guidance as a condition.
+
+    Args:
+        omega: guidance scale, 1 is none
+        t_min: guided times, from
+        t_max: guided times, to
+    """
+
+    sweep = ("omega", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
+
+    omega: float = option(2.0, low=1.0)
+    t_min: float = option(0.0, low=0.0, high=1.0)
+    t_max: float = option(1.0, low=0.0, high=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_min > self.t_max:
+            raise UsageError(f"expected at most t_max = {self.t_max}, got {self.t_min}", field="t_min")
+
+    def draw(self, net: Callable[..., Any], noise: Tensor, y: Tensor) -> Tensor:
+        """As `sample`, of the u head alone."""
+        guidance = {"omega": self.omega, "t_min": self.t_min, "t_max": self.t_max}
+        return sample(net, noise, y, steps=self.steps, heads="u", **guidance)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, omega {self.omega:g} on [{self.t_min:g}, {self.t_max:g}]"
+
+
+@dataclass(frozen=True)
+class OdeSteps(Options):
+    """An ODE solver along the velocity.
+
+    Args:
+        steps: of the ODE solver
+        method: the ODE solver: euler has one network evaluation a step, heun two
+        guidance_scale: classifier-free guidance; 1 is none
+    """
+
+    sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+
+    steps: int = option(50, low=1)
+    method: Literal["heun", "euler"] = "heun"
+    guidance_scale: float = 1.0
+
+    def draw(self, net: Callable[..., Any], noise: Tensor, y: Tensor) -> Tensor:
+        """As `sample_ode`."""
+        return sample_ode(net, noise, y, steps=self.steps, method=self.method, guidance_scale=self.guidance_scale)
+
+    def __str__(self) -> str:
+        evaluations = 2 * self.steps if self.method == "heun" else self.steps
+        guidance = "" if self.guidance_scale == 1.0 else f", guidance scale {self.guidance_scale:g}"
+        return f"{self.method.title()}'s method, {self.steps} steps, {evaluations} network evaluations{guidance}"

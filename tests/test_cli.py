@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from meanflow import __version__, cli
 from meanflow.errors import UsageError
 from meanflow.models import DiT, IMFDiT
-from meanflow.presets import PRESETS
-from meanflow.training import LoadedNetwork, TrainConfig, TrainingError, list_checkpoints
+from meanflow.recipes import recipe
+from meanflow.training import Config, LoadedNetwork, TrainingError, list_checkpoints
 from meanflow.training.log import read_log
 from mfkernels import backend
 
@@ -38,7 +38,7 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def no_training(monkeypatch):
     """Commands stop where training would start; the list holds what would have been trained."""
-    asked: list[TrainConfig] = []
+    asked: list[Config] = []
 
     def refuse(config, **kwargs):
         asked.append(config)
@@ -106,7 +106,7 @@ def test_a_run_of_the_preset_from_end_to_end(capsys):
     assert picture(folder / "samples.png") == ((422, 422), "L")
     assert len(read_log(folder / "log.jsonl")) == 4
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (saved["hidden_size"], saved["kappa"]) == (16, PRESETS["digits"].kappa)
+    assert (saved["hidden_size"], saved["kappa"]) == (16, recipe("digits").kappa)
 
     fails(f"train digits {TINY}", capsys, "runs/digits exists already", "--name", "--resume", "--overwrite")
     assert run("train digits --resume --steps 6") == 0  # the tiny model comes from the saved run, not the preset
@@ -192,7 +192,7 @@ def test_flags_come_before_the_file_and_the_file_before_the_preset(no_training):
     assert run("train digits --config mine.yaml --steps 9") == 1
     (config,) = no_training
     expected = dataclasses.replace(
-        PRESETS["digits"], lr=0.5, steps=9, guidance_interval=(0.2, 0.8), flip=True, hidden_size=None
+        recipe("digits"), lr=0.5, steps=9, guidance_interval=(0.2, 0.8), flip=True, hidden_size=None
     )
     assert config == expected
 
@@ -269,7 +269,7 @@ def test_every_option_has_a_line_of_help(capsys, command):
 def test_the_help_of_a_preset_shows_its_values(capsys):
     assert run("train digits --help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"optimiser steps (default: {PRESETS['digits'].steps})" in text
+    assert f"optimiser steps (default: {recipe('digits').steps})" in text
     assert "values to start from. digits: 8x8" in text
 
 
@@ -281,23 +281,23 @@ def test_training_that_fails_ends_with_code_1(no_training, capsys):
 def test_the_authors_recipes_build():
     """Parameters in millions as the paper's table 4 has them, with 4-channel 32×32 latents."""
     from meanflow.data import ImageData, TensorImages
-    from meanflow.training import build_model, build_objective, parameter_count
+    from meanflow.training import parameter_count
 
     source = TensorImages(torch.zeros(1, 4, 32, 32), torch.zeros(1, dtype=torch.long))
     latents = ImageData("latents", source, None, tuple(map(str, range(1000))), channels=4, image_size=32)
     scale = {"DiT-B/4": 2.0, "DiT-B/2": 2.0, "DiT-M/2": 2.0, "DiT-L/2": 2.5, "DiT-XL/2": 2.5}
     with torch.device("meta"):
         for name, millions in {"DiT-B/4": 131, "DiT-B/2": 131}.items():
-            assert parameter_count(build_model(PRESETS[name], latents)) / 1e6 == pytest.approx(millions, rel=0.01)
+            assert parameter_count(recipe(name).network(latents)) / 1e6 == pytest.approx(millions, rel=0.01)
     for name, effective in scale.items():
-        objective = build_objective(PRESETS[name])
+        objective = recipe(name).objective
         assert objective.omega / (1 - objective.kappa) == pytest.approx(effective, rel=1e-6)
     with torch.device("meta"):
         for size, blocks in {"B": 12, "M": 24, "L": 32, "XL": 48}.items():
-            preset = PRESETS[f"iMF-DiT-{size}/2"]
-            net = build_model(preset, latents)
+            preset = recipe(f"iMF-DiT-{size}/2")
+            net = preset.network(latents)
             assert (len(net.shared_blocks), len(net.u_heads), len(net.v_heads)) == (blocks - 8, 8, 8)
-            objective = build_objective(preset)
+            objective = preset.objective
             assert (objective.ratio, objective.cfg_beta, objective.omega_max) == (0.5, 1.0, 8.0)
 
 

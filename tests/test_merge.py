@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from meanflow.merge import OBJECTIVES, SIZES, merged
+from meanflow.training.config_file import read_config, read_values
 
 from meanflow import cli
+from meanflow.config import Config
 from meanflow.errors import UsageError
-from meanflow.merge import OBJECTIVES, SIZES, merged
-from meanflow.presets import PRESETS
-from meanflow.training import TrainConfig, TrainingError
-from meanflow.training.config_file import read_config, read_values
+from meanflow.recipes import recipe
+from meanflow.training import TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _own_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def configured(monkeypatch):
     """The configuration that `meanflow train LINE` with a YAML file of this text would train."""
-    asked: list[TrainConfig] = []
+    asked: list[Config] = []
 
     def refuse(config, **kwargs):
         asked.append(config)
@@ -30,7 +31,7 @@ def configured(monkeypatch):
 
     monkeypatch.setattr("meanflow.training.run.run_training", refuse)
 
-    def configure(line: str, text: str = "") -> TrainConfig:
+    def configure(line: str, text: str = "") -> Config:
         if text:
             Path("mine.yaml").write_text(text)
             line += " --config mine.yaml"
@@ -42,12 +43,12 @@ def configured(monkeypatch):
 
 def saved(**values) -> None:
     """A run with a checkpoint, as far as merging looks."""
-    config = dataclasses.replace(PRESETS["digits"], **values)
-    checkpoint = Path("runs") / config.name / "checkpoints" / "step_00000001"
+    config = recipe("digits").replace(**values)
+    checkpoint = Path("runs") / config.run.name / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
     text = yaml.safe_dump({"preset": "digits", **config.to_dict()})
-    (Path("runs") / config.name / "config.yaml").write_text(text)
+    (Path("runs") / config.run.name / "config.yaml").write_text(text)
 
 
 @pytest.mark.parametrize(("line", "text"), [("--model DiT-B/2", ""), ("", "model: DiT-B/2"), ("--model m:f", "")])
@@ -56,7 +57,7 @@ def test_another_model_does_not_take_a_presets_sizes(configured, line, text):
     assert [getattr(config, name) for name in SIZES] == [None] * len(SIZES)
     assert configured(f"digits {line} --depth 3", text).depth == 3
     assert configured(f"digits {line}", f"{text}\ndepth: 3").depth == 3
-    assert configured("digits --model DiT").hidden_size == PRESETS["digits"].hidden_size
+    assert configured("digits --model DiT").hidden_size == recipe("digits").hidden_size
 
 
 def test_values_need_to_fit_in_the_end_only(configured):
@@ -65,20 +66,20 @@ def test_values_need_to_fit_in_the_end_only(configured):
     assert configured("--data x --batch-size 60", "accumulate: 3").accumulate == 3
     saved(batch_size=60)
     config = configured("--resume --name digits --accumulate 5")
-    assert (config.batch_size, config.accumulate) == (60, 5)
+    assert (config.optim.batch_size, config.optim.accumulate) == (60, 5)
     with pytest.raises(UsageError, match="batch_size: expected a multiple of accumulate = 7, got 60"):
-        merged(TrainConfig(), {"batch_size": 60}, {"accumulate": 7})
+        merged(Config.of(), {"batch_size": 60}, {"accumulate": 7})
 
 
 def test_an_objective_that_is_given_counts_though_it_is_the_default(configured):
     assert configured("digits", "objective: imf").name == "digits-imf"
     config = configured("digits --objective meanflow", "objective: imf")
-    assert config == PRESETS["digits"]
+    assert config == recipe("digits")
 
 
 def test_a_file_may_name_its_preset(configured, capsys):
-    assert configured("", "preset: digits\nlr: 0.5") == dataclasses.replace(PRESETS["digits"], lr=0.5)
-    assert configured("digits", "preset: DiT-B/4") == PRESETS["digits"]
+    assert configured("", "preset: digits\nlr: 0.5") == recipe("digits").replace(lr=0.5)
+    assert configured("digits", "preset: DiT-B/4") == recipe("digits")
     Path("bad.yaml").write_text("preset: digitz")
     assert cli.main(["train", "--config", "bad.yaml"]) == 2
     assert "preset: expected one of digits" in capsys.readouterr().err
@@ -106,24 +107,24 @@ def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
 )
 def test_what_would_have_no_effect_is_refused_where_it_is_asked_for(base, flags, words):
     with pytest.raises(UsageError, match=f"^{words}"):
-        merged(PRESETS[base], {}, flags)
+        merged(recipe(base), {}, flags)
     with pytest.raises(UsageError, match=f"^config: a.yaml: {words}"):
-        merged(PRESETS[base], flags, {}, path=Path("a.yaml"))
+        merged(recipe(base), flags, {}, path=Path("a.yaml"))
 
 
 def test_what_a_preset_says_besides_does_no_harm():
-    config = merged(PRESETS["digits"], {}, {"objective": "flow_matching", "steps": 4})
-    assert (config.kappa, config.ratio, config.steps) == (0.0, None, 4)  # warm-up: the preset's 50
+    config = merged(recipe("digits"), {}, {"objective": "flow_matching", "steps": 4})
+    assert (config.kappa, config.ratio, config.optim.steps) == (0.0, None, 4)  # warm-up: the preset's 50
     for preset in PRESETS.values():
-        assert merged(TrainConfig(), vars(preset), {}) == preset
-    assert set(OBJECTIVES) < {field.name for field in dataclasses.fields(TrainConfig)}
+        assert merged(Config.of(), vars(preset), {}) == preset
+    assert set(OBJECTIVES) < {field.name for field in dataclasses.fields(Config)}
 
 
 def test_yaml_as_people_write_it():
     Path("a.yaml").write_text("precision: no\nlr: 1e-3\nsteps: 1e3\nname: 7\nbatch-size: 8\ncheckpoint_blocks: all\n")
     values = {"precision": "no", "lr": 1e-3, "steps": 1000, "name": "7", "batch_size": 8, "checkpoint_blocks": "all"}
     assert read_values(Path("a.yaml")) == values
-    assert read_config(Path("a.yaml")) == TrainConfig(**values)
+    assert read_config(Path("a.yaml")) == Config.of(**values)
     for preset in PRESETS.values():
         Path("b.yaml").write_text(yaml.safe_dump(preset.to_dict()))
         assert read_config(Path("b.yaml")) == preset
@@ -151,7 +152,7 @@ def test_yaml_that_is_not_meant_is_refused(text, words, capsys):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("extra", ["", "--time-sampler uniform", "--objective flow_matching"])
 def test_a_runs_own_values_as_a_file_start_a_run_like_it(configured, preset, extra):
-    if "flow_matching" in extra and "iMF" in PRESETS[preset].model:
+    if "flow_matching" in extra and "iMF" in recipe(preset).model:
         extra += " --model DiT-B/4"
     first = configured(f"{preset} --data there {extra}")
     text = yaml.safe_dump({"preset": preset, **first.to_dict()})

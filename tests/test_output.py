@@ -1,6 +1,5 @@
 """Commands whose output nobody reads any more."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word(line, unbuffered):
 
 def test_training_goes_on_without_readers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("tiny.yaml").write_text(yaml.safe_dump(dataclasses.replace(TINY, steps=3).to_dict()))
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY.replace(steps=3).to_dict()))
     assert run("train --config tiny.yaml", unread=("stdout", "stderr"), unbuffered=False) == (141, "")
     assert len(losses("tiny")) == 3
     assert Path("runs/tiny/samples.png").is_file()

@@ -61,7 +61,7 @@ Loss = Callable[..., Tensor]  # (objective, net, x, y, draws)
 
 
 def ours(objective: Objective, net: nn.Module, x: Tensor, y: Tensor, draws) -> Tensor:
-    return objective.loss_of(net, x, y, draws).loss
+    return objective.loss(net, x, y, draws).loss
 
 
 def func_jvp(objective: Objective, net: nn.Module, x: Tensor, y: Tensor, draws) -> Tensor:

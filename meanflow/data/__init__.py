@@ -4,22 +4,25 @@ from .digits import load_digits_data
 from .folder import load_folder, read_image
 from .images import ImageData, ImageSource, TensorImages, stratified_split
 from .left_out import LeftOut, UnreadableImage
-from .loader import load_data, located, micro_batches
-from .order import StepOrder, StepSampler, generator_for, shard
+from .loader import micro_batches
+from .order import StepOrder, StepSampler, Stream, generator_for, shard
+from .sources import DataSource, Digits, ImageFolder
 
 __all__ = [
+    "DataSource",
+    "Digits",
     "ImageData",
+    "ImageFolder",
     "ImageSource",
     "LeftOut",
     "StepOrder",
     "StepSampler",
+    "Stream",
     "TensorImages",
     "UnreadableImage",
     "generator_for",
-    "load_data",
     "load_digits_data",
     "load_folder",
-    "located",
     "micro_batches",
     "read_image",
     "shard",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_finite
 from ..errors import UsageError
 from .left_out import LeftOut
-from .order import generator_for
+from .order import Stream, generator_for
 
 
 class ImageSource(Protocol):
@@ -94,6 +94,10 @@ class ImageData:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.image_size, self.image_size
+
     def check_classes(self, names: Sequence[str], source: object) -> None:
         """Raise a UsageError unless the classes are `names`, those of `source`, in their order."""
         if tuple(names) == self.class_names:
@@ -117,7 +121,7 @@ def stratified_split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tenso
     kept: list[Tensor] = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        chosen = torch.randperm(len(members), generator=generator_for(seed, 3, label))
+        chosen = torch.randperm(len(members), generator=generator_for(seed, Stream.SPLIT, label))
         kept.append(members[chosen[: round(len(members) * share)]])
     mask = torch.zeros(len(labels), dtype=torch.bool)
     mask[torch.cat(kept)] = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,38 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UsageError
-from .digits import load_digits_data
-from .folder import FolderImages, load_folder
-from .images import ImageData, ImageSource, TensorImages
+from .folder import FolderImages
+from .images import ImageSource, TensorImages
 from .left_out import LeftOut
 from .order import StepOrder, StepSampler
-
-
-def load_data(data: str, *, image_size: int, grey: bool, held_out: float, skip_unreadable: bool = False) -> ImageData:
-    """The data set called "digits", or the folder of images at that path.
-
-    Args:
-        skip_unreadable: leave images out that cannot be read (see `load_folder`).
-
-    Raises:
-        UsageError: it cannot be used; the message says why.
-    """
-    if data == "digits":
-        return load_digits_data(held_out)
-    if not data:
-        raise UsageError("data: say what to train on: `meanflow train digits`, or `meanflow train --data FOLDER`")
-    return load_folder(
-        Path(data).expanduser(),
-        image_size=image_size,
-        grey=grey,
-        held_out=held_out,
-        skip_unreadable=skip_unreadable,
-    )
-
-
-def located(data: str) -> str:
-    """`data` as `load_data` finds it from any working directory."""
-    return data if data in ("", "digits") else str(Path(data).expanduser().resolve())
 
 
 class _Guarded(Dataset[Any]):

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 _MASK = 2**64 - 1
+
+
+class Stream(IntEnum):
+    """What random numbers are for, after the seed: each purpose has a stream of its own."""
+
+    ORDER = 1  # of the samples, by epoch
+    FLIPS = 2  # by step
+    SPLIT = 3  # into training and held-out images, by class
+    DRAWS = 4  # of the objective, by step
+    SAMPLES = 5  # noise of generated images
+    NETWORK = 6  # what a network draws itself in training, such as dropout, by step and part
 
 
 def mix(*parts: int) -> int:
@@ -49,7 +61,7 @@ class StepOrder:
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
             self._epochs = {e: p for e, p in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = torch.randperm(self.n, generator=generator_for(self.seed, 1, epoch))
+            self._epochs[epoch] = torch.randperm(self.n, generator=generator_for(self.seed, Stream.ORDER, epoch))
         return self._epochs[epoch]
 
     def batch(self, step: int) -> Tensor:
@@ -64,7 +76,7 @@ class StepOrder:
 
     def flips(self, step: int) -> Tensor:
         """(batch_size,) bool: which samples of step `step` are mirrored, where mirroring is on."""
-        return torch.rand(self.batch_size, generator=generator_for(self.seed, 2, step)) < 0.5
+        return torch.rand(self.batch_size, generator=generator_for(self.seed, Stream.FLIPS, step)) < 0.5
 
 
 def shard(batch: Tensor, *, micro: int, micros: int, rank: int, world: int) -> Tensor:

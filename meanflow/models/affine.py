@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from mfkernels import Linear, SiLU, TensorOrDual, TimestepEmbedder, dual_aware, split_map
 
+from ..registry import register
 from .dit import LabelEmbedder
 
 
+@register("models", "Affine")
 @dual_aware
 class Affine(nn.Module):
     """Baseline u = A(r, t, y) z + b(r, t, y) with a diagonal A: all that a network can know of each pixel by itself.

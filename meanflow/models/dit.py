@@ -30,6 +30,7 @@ from mfkernels._torch import is_untouched
 from mfkernels.checks import check_number
 
 from ..checks import check_labels
+from ..registry import register
 
 
 def sincos_2d(dim: int, side: int) -> Tensor:
@@ -113,6 +114,7 @@ class FinalLayer(nn.Module):
         return self.linear(h)  # [B, N, p·p·C]
 
 
+@register("models", "DiT")
 @dual_aware
 class DiT(nn.Module):
     """Diffusion transformer conditioned on t and t − r, on Tensor | Dual.
@@ -284,6 +286,8 @@ NAMED = {
     for size, widths in SIZES.items()
     for patch_size in (2, 4, 8)
 }
+for name, make in NAMED.items():
+    register("models", name)(make)
 
 DiT_S_2, DiT_S_4, DiT_S_8 = (NAMED[f"DiT-S/{p}"] for p in (2, 4, 8))
 DiT_B_2, DiT_B_4, DiT_B_8 = (NAMED[f"DiT-B/{p}"] for p in (2, 4, 8))

@@ -1,18 +1,17 @@
-"""Other people's networks, by the name of a function that makes them."""
+"""Networks by name: this package's, registered ones, and other people's by the name of a function that makes them."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from mfkernels import dualize
+
+from .. import registry
+from ..errors import UsageError
 
 _CONTRACT = (
     "a function of input_size=, in_channels=, num_classes= (and of every size given beside the name) that returns a "
@@ -20,9 +19,19 @@ _CONTRACT = (
 )
 
 
-def is_factory(name: str) -> bool:
-    """Whether `name` is of the form "package.module:function"."""
-    return ":" in name
+def create_model(name: str, **config: Any) -> nn.Module:
+    """A backbone by name, with any of its sizes changed, or a network of yours.
+
+    "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
+    baseline "Affine" with every size given; or whatever else is registered. "package.module:function" is what that
+    function makes of the sizes, dualized (the contract: `meanflow.models.factory.model_from_factory`).
+
+    Raises:
+        ValueError: there is no model of that name.
+    """
+    if ":" in name:
+        return model_from_factory(name, config)
+    return registry.find("models", name)(**config)
 
 
 def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
@@ -36,7 +45,7 @@ def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: the name leads to no such function, or what it returns is no such network.
     """
-    with _working_directory_first():  # what the function itself imports as well
+    with registry.working_directory_first():  # what the function itself imports as well
         function = _function(name)
         _check_takes(function, name, config)
         net = function(**config)
@@ -69,17 +78,12 @@ def config_of(net: nn.Module) -> dict[str, Any]:
 
 
 def _function(name: str) -> Callable[..., Any]:
-    module_name, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), *function.split("."))):
+    if not registry.is_code(name):
         raise ValueError(f'name: expected "package.module:function", got {name!r}')
     try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"name: cannot import {module_name} of {name!r}: {error}") from error
-    for part in function.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"name: {module_name} has no {function!r}; expected {_CONTRACT}")
-        found = getattr(found, part)
+        found: Any = registry.find("models", name)
+    except UsageError as error:
+        raise ValueError(f"name: {error.message}; expected {_CONTRACT}") from error
     if not callable(found):
         raise ValueError(f"name: {name} is a {type(found).__name__}; expected {_CONTRACT}")
     return found
@@ -95,13 +99,3 @@ def _check_takes(function: Callable[..., Any], name: str, config: dict[str, Any]
         signature.bind(**config)
     except TypeError as error:
         raise ValueError(f"name: {name}{signature} does not take {', '.join(config)}: {error}") from error
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)  # the first of them; what was imported may have put its own before it

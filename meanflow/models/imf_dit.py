@@ -31,6 +31,7 @@ from mfkernels import (
 from mfkernels.checks import check_number
 from mfkernels.dual import padded_tangent, primal_of, tangent_rows
 
+from ..registry import register
 from .dit import LabelEmbedder, check_inputs, check_sizes, unpatchify
 
 
@@ -103,6 +104,7 @@ class IMFFinalLayer(nn.Module):
         return self.linear(self.norm(x))  # [B, N, p·p·C]
 
 
+@register("models", "iMF-DiT")
 @dual_aware
 class IMFDiT(nn.Module):
     """Improved MeanFlow's transformer (arXiv 2512.02012, §4): (u, v) = net(z, r, t, y, omega=, t_min=, t_max=).
@@ -131,6 +133,8 @@ class IMFDiT(nn.Module):
     Raises:
         ValueError: a size does not fit; the message names it.
     """
+
+    outputs = ("u", "v")
 
     def __init__(
         self,
@@ -368,5 +372,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 NAMED = {f"iMF-DiT-{size}/2": partial(IMFDiT, patch_size=2, **widths) for size, widths in SIZES.items()}
+for name, make in NAMED.items():
+    register("models", name)(make)
 
 IMFDiT_B_2, IMFDiT_M_2, IMFDiT_L_2, IMFDiT_XL_2 = (NAMED[f"iMF-DiT-{size}/2"] for size in SIZES)

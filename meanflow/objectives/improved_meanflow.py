@@ -8,20 +8,22 @@ towards the guided velocity v_g, and so is the auxiliary head that gives v_c.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfkernels import jvp, meanflow_loss
-from mfkernels.checks import check_number
-
-from ..checks import check_finite, check_takes, check_velocity
-from .draws import Draws
-from .meanflow import column, forget_autocast, net_num_classes, rows_first
-from .objective import Net, Objective, ObjectiveOutput, check_draws, check_shares_and_norm, check_times
+from ..checks import check_finite, check_velocity
+from ..errors import NetworkError
+from ..options import choice, group, option
+from ..registry import register
+from ..sampling import GuidedSteps
+from .objective import Networks, Objective, ObjectiveOutput, Terms, check_time_sampler
+from .rows import Rows, forget_autocast
 from .time_samplers import LogitNormal, TimeSampler
+from .weights import adaptive_error
 
 
 @dataclass(frozen=True)
@@ -40,39 +42,50 @@ class ImprovedMeanFlowOutput(ObjectiveOutput):
     t_max: Tensor
 
 
+@register("objectives", "imf")
 @dataclass(frozen=True)
-class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
+class ImprovedMeanFlow(Objective):
     """The improved MeanFlow objective (arXiv 2512.02012, §4), for networks such as `IMFDiT`.
 
     One network learns every guidance: each sample draws a scale ω and an interval [t_min, t_max], which the network
     sees and in which v_g = v + (1 − 1/ω)(v_c − v_u), with v_c and v_u the auxiliary head's velocities with this ω and
     label, and with neither. Samples with r = t have the whole interval [0, 1].
 
+    The network is (u, v) = net(z, r, t, y, omega=, t_min=, t_max=, heads=) with attribute `num_classes`. It is called
+    once under no_grad with heads="v" for the guidance, and once for training.
+
     Args:
-        ratio: share of samples with r ≠ t, in [0, 1]; their number is round(B·ratio), the same for every batch.
-        cfg_beta: power β of the density ω^(−β) of ω on [1, omega_max]; 1 is uniform in log ω.
-        omega_max: largest ω, at least 1; with 1 nothing is guided.
-        label_dropout: probability that a sample is trained without its label, in [0, 1]; such a row is not guided.
-        norm_p: power p of the adaptive weight 1/(‖Δ‖² + norm_eps)^p of both losses; 0 is plain squared error.
-        norm_eps: ε in it.
-        time_sampler: how the two times are drawn; the larger is t.
+        ratio: share of samples with r != t, in [0, 1]; their number is round(B·ratio), the same for every batch
+        cfg_beta: guidance scales are drawn with density omega^-cfg_beta from 1 to omega_max; 1 is uniform in log omega
+        omega_max: largest guidance scale in training, at least 1; with 1 nothing is guided
+        label_dropout: share of samples trained without their label, in [0, 1]; their target is not guided
+        norm_p: power of the adaptive loss weight of both losses; 0 is plain squared error
+        norm_eps: epsilon of the adaptive loss weight
+        time_sampler: how the two times are drawn; the larger is t
+        sampling: how images are drawn
 
     Raises:
         ValueError: a value is out of its range; the message names it.
     """
 
-    ratio: float = 0.5
+    outputs = ("u", "v")
+    metrics = ("squared_error", "squared_error_v")
+    conditions = ("omega", "t_min", "t_max")
+    keywords = ("heads",)
+    Output = ImprovedMeanFlowOutput
+
+    ratio: float = option(0.5, low=0.0, high=1.0)
     cfg_beta: float = 1.0
-    omega_max: float = 8.0
-    label_dropout: float = 0.1
-    norm_p: float = 1.0
-    norm_eps: float = 0.01
-    time_sampler: TimeSampler = field(default_factory=LogitNormal)
+    omega_max: float = option(8.0, low=1.0)
+    label_dropout: float = option(0.1, low=0.0, high=1.0)
+    norm_p: float = option(1.0, low=0.0)
+    norm_eps: float = option(0.01, low=0.0, above=True)
+    time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
+    sampling: GuidedSteps = group(GuidedSteps, prefix="sample_")
 
     def __post_init__(self) -> None:
-        check_shares_and_norm(self)
-        check_number("cfg_beta", self.cfg_beta)
-        check_number("omega_max", self.omega_max, 1)
+        super().__post_init__()
+        check_time_sampler(self.time_sampler)
 
     def draw_omega(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -85,138 +98,66 @@ class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
         # the inverse of the cumulative distribution; log1p and expm1 keep it exact near β = 1
         return torch.exp(torch.log1p(share * math.expm1(power * log_max)) / power)  # [B]
 
-    def _draw_conditions(
-        self, n: int, generator: torch.Generator | None, device: torch.device | str
+    def draw_conditions(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """ω, t_min uniform on [0, 1/2] and t_max on [1/2, 1]."""
+        """ω, t_min uniform on [0, 1/2] and t_max on [1/2, 1], (n,) each."""
         omega = self.draw_omega(n, generator=generator, device=device)  # [B]
         t_min, t_max = torch.rand(2, n, generator=generator, device=device) / 2  # [B] each
         return {"omega": omega, "t_min": t_min, "t_max": 1 - t_max}
 
-    def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> ImprovedMeanFlowOutput:
-        """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
-        check_draws(net, x, y, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
-        return self._loss(
-            net, x, draws.noise, draws.t, draws.r, y, draws.drop, **draws.conditions, order=draws.order, rows=draws.rows
-        )
-
-    def loss_at(
-        self,
-        net: Net,
-        *,
-        x: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        drop: Tensor | None = None,
-        omega: Tensor,
-        t_min: Tensor,
-        t_max: Tensor,
-    ) -> ImprovedMeanFlowOutput:
-        """The loss at given draws; nothing random inside.
-
-        Args:
-            net: (u, v) = net(z, r, t, y, omega=, t_min=, t_max=, heads=) as `IMFDiT`, with attribute `num_classes`. It
-                is called once under no_grad with heads="v" for the guidance, and once for training.
-            x: (B, C, H, W) data.
-            noise: (B, C, H, W) noise e.
-            t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.
-            y: (B,) integer labels.
-            drop: (B,) bool, True where the label is dropped; default: nowhere.
-            omega: (B,) guidance scales, at least 1.
-            t_min, t_max: (B,) ends of the guided interval; rows with r = t have [0, 1] whatever is given.
-
-        Raises:
-            TypeError, ValueError: an argument does not fit; the message names it.
-        """
-        check_draws(net, x, y, noise, t=t, r=r, drop=drop, omega=omega, t_min=t_min, t_max=t_max)
-        check_times(t, r)
-        check_finite("noise", noise)
-        if not bool((omega >= 1).all()):  # NaN fails too
+    def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """Raise unless ω is at least 1 everywhere, and all are finite."""
+        if not bool((conditions["omega"] >= 1).all()):  # NaN fails too
             raise ValueError("omega: expected at least 1 in every row")
-        for name, a in (("omega", omega), ("t_min", t_min), ("t_max", t_max)):
+        for name, a in conditions.items():
             check_finite(name, a)
-        return self._loss(net, x, noise, t, r, y, drop, omega, t_min, t_max, *rows_first(t, r))
 
-    def _loss(
-        self,
-        net: Net,
-        x: Tensor,
-        e: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        drop: Tensor | None,
-        omega: Tensor,
-        t_min: Tensor,
-        t_max: Tensor,
-        order: Tensor,
-        rows: int,
-    ) -> ImprovedMeanFlowOutput:
-        """`order` puts the `rows` samples with r ≠ t first; only those carry tangents."""
-        check_takes(net, "y", "omega", "t_min", "t_max", "heads")
-        back = order.argsort()
-        x, e, t, r, y, omega, t_min, t_max = (a[order] for a in (x, e, t, r, y, omega, t_min, t_max))
-        t_ = column(t.to(x.dtype), x)  # [B, 1, 1, 1]
-        z = (1 - t_) * x + t_ * e  # [B, C, H, W]
-        v = e - x  # [B, C, H, W]
-        null = torch.full_like(y, net_num_classes(net))  # [B]
-        drop = torch.zeros_like(y, dtype=torch.bool) if drop is None else drop[order]  # [B]
-        y_in = torch.where(drop, null, y)  # [B]
-        t_min = torch.cat([t_min[:rows], torch.zeros_like(t_min[rows:])])  # [B]
-        t_max = torch.cat([t_max[:rows], torch.ones_like(t_max[rows:])])  # [B]
-        omega_eff = torch.where((t_min <= t) & (t <= t_max), omega, torch.ones_like(omega))  # [B]
+    def terms(self, b: Rows, nets: Networks) -> Terms:
+        """‖V − v_g‖² and ‖v_head − v_g‖², each with its weight."""
+        conditions = dict(b.conditions)
+        conditions["t_min"] = torch.cat([b.conditions["t_min"][: b.moved], torch.zeros_like(b.t[b.moved :])])  # [B]
+        conditions["t_max"] = torch.cat([b.conditions["t_max"][: b.moved], torch.ones_like(b.t[b.moved :])])  # [B]
+        omega = conditions["omega"]  # [B]
+        inside = (conditions["t_min"] <= b.t) & (b.t <= conditions["t_max"])  # [B]
+        omega_eff = torch.where(inside, omega, torch.ones_like(omega))  # [B]
+        v_u, v_c = self._own_velocities(b, omega_eff)  # [B, …], [moved, …]
 
-        with torch.no_grad():
-            # v_u of every row and, where r ≠ t, v_c: one forward of the shared blocks and the v head
-            z2, t2, y2 = torch.cat([z, z[:rows]]), torch.cat([t, t[:rows]]), torch.cat([null, y[:rows]])
-            omega2 = torch.cat([torch.ones_like(omega), omega_eff[:rows]])  # [B + rows]
-            whole = {"t_min": torch.zeros_like(t2), "t_max": torch.ones_like(t2)}
-            _, velocities = _pair(net(z2, t2, t2, y2, omega=omega2, **whole, heads="v"))
-            velocities = check_velocity("v", velocities, z2).to(v.dtype)  # [B + rows, C, H, W]
-            v_u, v_c = velocities.split([len(z), rows])  # [B, C, H, W], [rows, C, H, W]
-            forget_autocast(z.device)
-
-        conditions: dict[str, Any] = {"omega": omega, "t_min": t_min, "t_max": t_max}
-        if rows > 0:
-            tangents = (v_c, torch.zeros_like(r[:rows]), torch.ones_like(t[:rows]))
-            out, out_dot = jvp(net, (z, r, t), tangents, y=y_in, **conditions)
-            (u, v_head), (du_dt, _) = _pair(out), out_dot  # [B, C, H, W], du: [rows, …]
-        else:
-            (u, v_head), du_dt = _pair(net(z, r, t, y_in, **conditions)), torch.zeros_like(z[:0])
-        u, v_head = check_velocity("u", u, z), check_velocity("v", v_head, z)
+        out, out_dot = b.with_derivative(v_c, **conditions)
+        u, v_head = _pair(out)
+        du_dt = None if out_dot is None else out_dot[0]  # [moved, …]
+        u, v_head = check_velocity("u", u, b.z), check_velocity("v", v_head, b.z)  # [B, …]
         with torch.no_grad():
             # where r = t and the label is kept, the training forward's v head is v_c itself
-            v_c = torch.cat([v_c, v_head[rows:].to(v.dtype)])  # [B, C, H, W]
-            weight = (1 - 1 / omega_eff).masked_fill(drop, 0.0)  # [B]; a row without label is not guided
-            v_g = v + column(weight.to(v.dtype), v) * (v_c - v_u)  # [B, C, H, W]
+            v_c = torch.cat([v_c, v_head[b.moved :].to(b.v.dtype)])  # [B, …]
+            weight = 1 - 1 / omega_eff  # [B]
+            weight = weight if b.drop is None else weight.masked_fill(b.drop, 0.0)  # a row without label is not guided
+            v_g = b.v + b.column(weight) * (v_c - v_u)  # [B, …]
 
-        norm = {"norm_p": self.norm_p, "norm_eps": self.norm_eps}
-        loss_u = meanflow_loss(u, du_dt.to(u.dtype), v_g, t, r, **norm)
-        loss_v = meanflow_loss(v_head, torch.zeros_like(v_head[:0]), v_g, t, r, **norm)  # its target is v_g itself
-        per_sample = loss_u.per_sample + loss_v.per_sample  # [B]
-        full_du_dt = torch.cat([du_dt, du_dt.new_zeros(u.shape[0] - rows, *u.shape[1:])])  # [B, C, H, W]
-        return ImprovedMeanFlowOutput(
-            loss=per_sample.mean(),
-            per_sample=per_sample.detach()[back],
-            squared_error=loss_u.squared_error[back],
-            u=u.detach()[back],
-            du_dt=full_du_dt[back],
-            v=v_g[back],
-            t=t[back],
-            r=r[back],
-            v_head=v_head.detach()[back],
-            squared_error_v=loss_v.squared_error[back],
-            omega=omega[back],
-            t_min=t_min[back],
-            t_max=t_max[back],
-        )
+        error = adaptive_error(u, v_g, b, du_dt, norm_p=self.norm_p, norm_eps=self.norm_eps)
+        error_v = adaptive_error(v_head, v_g, b, norm_p=self.norm_p, norm_eps=self.norm_eps)
+        metrics = {"squared_error": error.squared_error, "squared_error_v": error_v.squared_error}
+        others = {"v_head": v_head.detach(), **conditions}
+        return Terms(error.per_sample + error_v.per_sample, metrics, u, du_dt, v_g, others)
+
+    @torch.no_grad()
+    def _own_velocities(self, b: Rows, omega: Tensor) -> tuple[Tensor, Tensor]:
+        """v_u (B, …) of every row and v_c (moved, …) where r ≠ t: one forward of the shared blocks and the v head."""
+        null = torch.full_like(b.labels, b.no_label)  # [B]
+        n = b.moved
+        z, t, y = torch.cat([b.z, b.z[:n]]), torch.cat([b.t, b.t[:n]]), torch.cat([null, b.labels[:n]])
+        omega = torch.cat([torch.ones_like(omega), omega[:n]])  # [B + moved]
+        whole = {"t_min": torch.zeros_like(t), "t_max": torch.ones_like(t)}
+        _, velocities = _pair(b.net(z, t, t, y, omega=omega, **whole, heads="v"))
+        velocities = check_velocity("v", velocities, z).to(b.v.dtype)  # [B + moved, …]
+        forget_autocast(b.z.device)
+        v_u, v_c = velocities.split([len(b.z), n])
+        return v_u, v_c
 
 
 def _pair(out: Any) -> tuple[Any, Any]:
     """(u, v) of a network that returns both."""
     if not isinstance(out, tuple) or len(out) != 2:
         what = f"{len(out)} values" if isinstance(out, tuple) else type(out).__name__
-        raise TypeError(f"net: expected it to return (u, v), as IMFDiT does, got {what}")
+        raise NetworkError(f"net: expected it to return (u, v), as IMFDiT does, got {what}")
     return out[0], out[1]

@@ -1,28 +1,70 @@
-"""What the objectives have in common: random draws, a loss that is a pure function of them, and its checks."""
+"""What the objectives have in common: random draws, the order of rows, and checks. A subclass holds its paper alone."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mfkernels.checks import check_number
-
-from ..checks import check_finite, check_floating, check_label_range, check_labels
+from ..checks import check_finite, check_floating, check_label_range, check_labels, check_takes, no_label_of
+from ..options import Options
+from ..sampling import Sampling
 from .draws import Draws, choose_moved
+from .path import LinearPath
+from .rows import Net, Rows
 from .time_samplers import TimeSampler
 
-# u = net(z, r, t, y)
-Net = Callable[..., Any]
+
+class Loss(NamedTuple):
+    """What a training step needs.
+
+    loss: () mean of `per_sample`, differentiable.
+    per_sample: (B,) loss of each sample, detached.
+    metrics: (B,) numbers of each sample by name, detached; their means are logged.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Networks(NamedTuple):
+    """Other copies of the network, for the objectives that need them.
+
+    ema: averaged weights; frozen: a pretrained one; weak: a worse one, for autoguidance.
+    """
+
+    ema: Net | None = None
+    frozen: Net | None = None
+    weak: Net | None = None
+
+
+class Terms(NamedTuple):
+    """What an objective's formulas give, rows with r ≠ t first.
+
+    per_sample: (B,) loss of each sample, differentiable.
+    metrics: (B,) numbers of each sample by name, detached.
+    u: (B, …) prediction; du_dt: (moved, …) its total derivative, None where there are no such rows; v: (B, …) target
+    velocity.
+    others: further results by name, (B, …).
+    """
+
+    per_sample: Tensor
+    metrics: dict[str, Tensor]
+    u: Tensor
+    du_dt: Tensor | None
+    v: Tensor
+    others: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What one evaluation of an objective gives, in the caller's row order.
+    """All that one evaluation of an objective gives, in the caller's row order.
 
     loss: () mean of `per_sample`, differentiable.
     per_sample: (B,) weighted loss of each sample, detached.
@@ -43,20 +85,57 @@ class ObjectiveOutput:
     r: Tensor
 
 
-Output = TypeVar("Output", bound=ObjectiveOutput)
+@dataclass(frozen=True)
+class Objective(Options, ABC):
+    """A loss of a network, data and labels: a frozen dataclass, whose fields are its options.
 
+    A subclass has the fields `ratio`, `label_dropout` and `time_sampler` (or class attributes of these names), and
+    defines `terms`.
 
-class Objective(ABC, Generic[Output]):
-    """A loss of a network, data and labels.
-
-    ratio: share of samples with r ≠ t; label_dropout: of those trained without their label.
+    Attributes:
+        outputs: what the network returns.
+        metrics: names of what `terms` gives for the log.
+        conditions: names of the further (B,) draws that `draw_conditions` makes.
+        keywords: what the network is called with besides z, r, t and y.
+        path: between data and noise.
+        Output: the class of what a call returns.
     """
 
-    ratio: float
-    label_dropout: float
-    time_sampler: TimeSampler
+    outputs: ClassVar[tuple[str, ...]] = ("u",)
+    metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
+    conditions: ClassVar[tuple[str, ...]] = ()
+    keywords: ClassVar[tuple[str, ...]] = ()
+    path: ClassVar[LinearPath] = LinearPath()
+    Output: ClassVar[type[Any]] = ObjectiveOutput
 
-    def __call__(self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Output:
+    if TYPE_CHECKING:  # of every subclass; a dataclass would take them for fields of this one
+        ratio: ClassVar[float]
+        label_dropout: ClassVar[float]
+        time_sampler: ClassVar[TimeSampler]
+        sampling: ClassVar[Sampling]
+
+    @abstractmethod
+    def terms(self, b: Rows, nets: Networks) -> Terms:
+        """The paper's formulas. Nothing random, no read on the host: a compiler takes them whole."""
+
+    def draw_conditions(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Further draws, (n,) each, by the names in `conditions`."""
+        return {}
+
+    def draw_times(
+        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Two independent times per sample, (n,) each, the larger one first."""
+        pair = self.time_sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
+        return pair.amax(dim=0), pair.amin(dim=0)  # [B]
+
+    # ------------------------------------------------------------------------------------------------- what users call
+
+    def __call__(
+        self, net: Net, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, nets: Networks | None = None
+    ) -> Any:
         """Draw everything random (see `draw`) and evaluate the loss there.
 
         Args:
@@ -64,17 +143,20 @@ class Objective(ABC, Generic[Output]):
             x: (B, C, H, W) data; any shape (B, …) that the network takes.
             y: (B,) integer labels.
             generator: source of the draws, on the device of `x`; default: PyTorch's global one.
+            nets: other copies of the network, for the objectives that need them.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         check_batch(x, y)
-        return self.loss_of(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype))
+        self.check_network(net)
+        return self.evaluate(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype), nets)
 
     def draw(
         self,
         shape: Sequence[int],
         *,
+        step: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -83,46 +165,134 @@ class Objective(ABC, Generic[Output]):
         """Everything random of a batch of this shape (B, C, H, W).
 
         Args:
+            step: training step, counted from 0, for objectives whose draws change in the course of training.
             generator: source of the draws, on `device`; default: PyTorch's global one.
             spread: put the rows with r ≠ t at even distances (see `Draws.part`) instead of at random.
         """
         B = shape[0]
-        e = torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)  # [B, C, H, W]
-        t, r = self._draw_times(B, generator, device)
-        drop = None
-        if self.label_dropout > 0:
-            drop = torch.rand(B, generator=generator, device=device) < self.label_dropout  # [B]
-        moved, rows = choose_moved(B, self.ratio, spread=spread, generator=generator, device=device)
-        conditions = self._draw_conditions(B, generator, device)
+        place: dict[str, Any] = {"generator": generator, "device": device}
+        e = torch.randn(tuple(shape), dtype=dtype, **place)  # [B, C, H, W]
+        t, r = self.draw_times(B, **place)
+        drop = torch.rand(B, **place) < self.label_dropout if self.label_dropout > 0 else None  # [B]
+        moved, rows = choose_moved(B, self.ratio, spread=spread, **place)
+        conditions = self.draw_conditions(B, **place)
         return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop, conditions=conditions)
 
-    def _draw_times(
-        self, n: int, generator: torch.Generator | None, device: torch.device | str
-    ) -> tuple[Tensor, Tensor]:
-        """Two independent times per sample, (n,) each, the larger one first."""
-        pair = self.time_sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
-        return pair.amax(dim=0), pair.amin(dim=0)  # [B]
+    def loss(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None = None) -> Loss:
+        """The loss at what `draw` gave. Nothing random, no read on the host: a compiler takes it whole.
 
-    def _draw_conditions(
-        self, n: int, generator: torch.Generator | None, device: torch.device | str
-    ) -> dict[str, Tensor]:
-        """Further draws, (n,) each, by the names that `loss_at` has for them."""
-        return {}
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        terms, order = self._terms(net, x, y, draws, nets)
+        back = order.argsort()
+        return Loss(
+            loss=terms.per_sample.mean(),
+            per_sample=terms.per_sample.detach()[back],
+            metrics={name: terms.metrics[name][back] for name in self.metrics},
+        )
 
-    @abstractmethod
-    def loss_of(self, net: Net, x: Tensor, y: Tensor, draws: Draws) -> Output:
-        """The loss at what `draw` gave; nothing random, no read on the host: this is what a compiler takes whole."""
+    def evaluate(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None = None) -> Any:
+        """The same with prediction, derivative and target."""
+        terms, order = self._terms(net, x, y, draws, nets)
+        back = order.argsort()
+        du_dt = terms.u.new_zeros(terms.u.shape)
+        if terms.du_dt is not None:
+            du_dt = torch.cat([terms.du_dt, du_dt[len(terms.du_dt) :].to(terms.du_dt.dtype)])  # [B, …]
+        rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, **terms.metrics, **terms.others}
+        return self.Output(
+            loss=terms.per_sample.mean(),
+            per_sample=terms.per_sample.detach()[back],
+            t=draws.t,
+            r=draws.r,
+            **{name: a[back] for name, a in rows.items()},
+        )
+
+    def loss_at(
+        self,
+        net: Net,
+        *,
+        x: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        drop: Tensor | None = None,
+        nets: Networks | None = None,
+        **conditions: Tensor,
+    ) -> Any:
+        """The loss at given draws; nothing random inside.
+
+        Args:
+            net: u = net(z, r, t, y), of the shape of z; the labels are given by the name y.
+            x: (B, C, H, W) data.
+            noise: (B, C, H, W) noise e.
+            t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.
+            y: (B,) integer labels.
+            drop: (B,) bool, True where the label is dropped; default: nowhere.
+            nets: other copies of the network, for the objectives that need them.
+            conditions: (B,) further draws, by the names in the attribute `conditions`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        if set(conditions) != set(self.conditions):
+            expected = ", ".join(f"{name}=" for name in self.conditions) or "no further argument"
+            raise TypeError(f"conditions: expected {expected}, got {', '.join(conditions) or 'none'}")
+        check_batch(x, y)
+        check_draws(x, noise, t=t, r=r, drop=drop, **conditions)
+        check_times(t, r)
+        check_finite("noise", noise)
+        self.check_conditions(conditions)
+        self.check_network(net)
+        moved = r != t  # [B]
+        draws = Draws(noise=noise, t=t, r=r, moved=moved, rows=int(moved.sum()), drop=drop, conditions=conditions)
+        return self.evaluate(net, x, y, draws, nets)
+
+    def sample(self, net: Net, noise: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """Images of labels y (B,) from noise (B, C, H, W): as `sampling` says, with other values for its options.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        return dataclasses.replace(self.sampling, **options).draw(net, noise, y)
+
+    # ----------------------------------------------------------------------------------------------------------- checks
+
+    def check_network(self, net: Net) -> None:
+        """Raise a NetworkError unless `net` takes what the objective gives it."""
+        if self.ratio > 0 or self.keywords:
+            check_takes(net, "y", *self.conditions, *self.keywords)
+
+    def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """Raise unless given draws by the names in `conditions` have values in their ranges, which are read."""
+
+    def _terms(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None) -> tuple[Terms, Tensor]:
+        """The formulas on the rows in their order (B,), those with r ≠ t first."""
+        check_batch(x, y)
+        check_label_range(y, net)
+        check_finite("x", x)
+        check_draws(x, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
+        order = draws.order
+        x, e, t, r, y = (a[order] for a in (x, draws.noise, draws.t, draws.r, y))
+        drop = None if draws.drop is None else draws.drop[order]  # [B]
+        batch = Rows(
+            net=net,
+            z=self.path.point(x, e, t),
+            v=self.path.velocity(x, e, t),
+            r=r,
+            t=t,
+            labels=y,
+            y=y if drop is None else y.masked_fill(drop, no_label_of(net)),
+            drop=drop,
+            moved=draws.rows,
+            conditions={name: a[order] for name, a in draws.conditions.items()},
+        )
+        return self.terms(batch, Networks() if nets is None else nets), order
 
 
-def check_shares_and_norm(objective: Any) -> None:
-    """Raise unless `ratio`, `label_dropout`, `norm_p` and `norm_eps` of an objective are in their ranges and its
-    `time_sampler` is one."""
-    for name in ("ratio", "label_dropout"):
-        if not 0.0 <= getattr(objective, name) <= 1.0:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(objective, name)}")
-    check_number("norm_p", objective.norm_p, 0)
-    check_number("norm_eps", objective.norm_eps, 0, above=True)
-    sampler = objective.time_sampler
+def check_time_sampler(sampler: Any) -> None:
+    """Raise unless `sampler` draws times."""
     if isinstance(sampler, type) or not callable(getattr(sampler, "sample", None)):
         raise TypeError(f"time_sampler: expected a TimeSampler, such as LogitNormal() or Uniform(), got {sampler!r}")
 
@@ -137,16 +307,8 @@ def check_batch(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y: expected the device of x, {x.device}, got {y.device}")
 
 
-def check_draws(
-    net: Net, x: Tensor, y: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: Tensor, **others: Tensor
-) -> None:
-    """Raise unless the labels fit `net`, and they and the draws of a batch fit `x`, whose values are finite.
-
-    `others` are further (B,) tensors by name. Values are read on a CPU only.
-    """
-    check_batch(x, y)
-    check_label_range(y, net)
-    check_finite("x", x)
+def check_draws(x: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: Tensor, **others: Tensor) -> None:
+    """Raise unless the draws of a batch fit x; `others` are further (B,) tensors by name."""
     check_floating("noise", noise)
     if noise.shape != x.shape:
         raise ValueError(f"noise: expected the shape of x, {tuple(x.shape)}, got {tuple(noise.shape)}")

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mfkernels.checks import check_number
+from ..options import Options, option
+from ..registry import register
 
 
 class TimeSampler(Protocol):
@@ -19,8 +20,9 @@ class TimeSampler(Protocol):
     ) -> Tensor: ...
 
 
+@register("time_samplers", "uniform")
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Options):
     """t ~ U(0, 1)."""
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -28,20 +30,21 @@ class Uniform:
         return torch.rand(n, generator=generator, device=device)
 
 
+@register("time_samplers", "logit_normal")
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(Options):
     """logit(t) ~ N(mean, std²) (arXiv 2403.03206, §3.1; MeanFlow's default is mean −0.4, std 1).
+
+    Args:
+        mean: of logit(t)
+        std: of logit(t)
 
     Raises:
         ValueError: the mean is not finite, or std not positive.
     """
 
     mean: float = -0.4
-    std: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("mean", self.mean)
-        check_number("std", self.std, 0, above=True)
+    std: float = option(1.0, low=0.0, above=True)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n float32 times, (n,)."""

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from ..lazy import imported_late
 
 if TYPE_CHECKING:
-    from .build import build_model, build_objective
+    from .accelerator import make_accelerator
     from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-    from .config import TrainConfig
     from .ema import EMA
-    from .loop import Trainer, TrainingError, TrainResult, make_accelerator, parameter_count
-    from .network import LoadedNetwork, generate, load_network
+    from .folder import RunFolder
+    from .loop import Trainer, TrainingError, TrainResult, parameter_count
+    from .network import LoadedNetwork, load_network
     from .run import run_training
     from .schedule import learning_rate
 
@@ -18,13 +18,10 @@ __all__ = [
     "EMA",
     "Checkpoint",
     "LoadedNetwork",
-    "TrainConfig",
+    "RunFolder",
     "TrainResult",
     "Trainer",
     "TrainingError",
-    "build_model",
-    "build_objective",
-    "generate",
     "learning_rate",
     "list_checkpoints",
     "load_checkpoint",
@@ -38,16 +35,16 @@ __all__ = [
 __getattr__, __dir__ = imported_late(
     __name__,
     {
-        "build": ["build_model", "build_objective"],
+        "accelerator": ["make_accelerator"],
         "checkpoint": ["Checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"],
-        "config": ["TrainConfig"],
-        "config_file": [],
         "ema": ["EMA"],
+        "folder": ["RunFolder"],
         "log": [],
-        "loop": ["TrainResult", "Trainer", "TrainingError", "make_accelerator", "parameter_count"],
-        "network": ["LoadedNetwork", "generate", "load_network"],
+        "loop": ["TrainResult", "Trainer", "TrainingError", "parameter_count"],
+        "network": ["LoadedNetwork", "load_network"],
         "parallel": [],
         "pictures": [],
+        "report": [],
         "run": ["run_training"],
         "schedule": ["learning_rate"],
         "signals": [],

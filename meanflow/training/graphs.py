@@ -12,57 +12,57 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..config import Config
 from ..errors import UsageError
 from ..files import reason
-from ..models import is_factory
 from ..objectives import Draws
-from .config import TrainConfig
+from ..registry import is_code
 
 WARM_UP = 3  # steps: kernels are compiled, moments made and libraries given their memory where they first run
 Step = Callable[[Tensor, Tensor, Draws], Tensor]
 
 
-def conflict(config: TrainConfig, accelerator: Accelerator) -> str | None:
+def conflict(config: Config, accelerator: Accelerator) -> str | None:
     """What in this run keeps a step from being recorded, in words; None where nothing does."""
     if accelerator.device.type != "cuda":
         return f"device: expected a CUDA GPU, got {accelerator.device}"
     if accelerator.num_processes > 1:
         return f"processes: expected one, got {accelerator.num_processes}"
-    if config.precision == "fp16":
+    if config.run.precision == "fp16":
         return "precision: the gradient scaler of fp16 reads on the host whether a gradient is infinite"
-    if config.accumulate > 1:
-        return f"accumulate: expected 1, got {config.accumulate}: each part seeds the generators anew"
-    if config.checkpoint_blocks != 0:
+    if config.optim.accumulate > 1:
+        return f"accumulate: expected 1, got {config.optim.accumulate}: each part seeds the generators anew"
+    if config.run.checkpoint_blocks != 0:
         return (
-            f"checkpoint_blocks: expected 0, got {config.checkpoint_blocks}: a block that is recomputed reads the "
+            f"checkpoint_blocks: expected 0, got {config.run.checkpoint_blocks}: a block that is recomputed reads the "
             "generators' state"
         )
-    if config.compile and config.compile_mode == "reduce-overhead":
+    if config.run.compile and config.run.compile_mode == "reduce-overhead":
         return "compile_mode: reduce-overhead records graphs of its own; expected default"
     return None
 
 
-def is_recorded(config: TrainConfig, accelerator: Accelerator) -> bool:
+def is_recorded(config: Config, accelerator: Accelerator) -> bool:
     """Whether a run records its step. A network of the user's own, whose Python would run no more, only on demand.
 
     Raises:
         UsageError: it is asked for, and cannot be.
     """
     obstacle = conflict(config, accelerator)
-    if config.cuda_graphs == "auto":
-        return obstacle is None and not is_factory(config.model)
-    if config.cuda_graphs and obstacle is not None:
-        raise UsageError(f"cuda_graphs: a step of this run cannot be recorded: {obstacle}")
-    return config.cuda_graphs
+    if config.run.cuda_graphs == "auto":
+        return obstacle is None and not is_code(config.model.name)
+    if config.run.cuda_graphs and obstacle is not None:
+        raise UsageError(f"a step of this run cannot be recorded: {obstacle}", field="cuda_graphs")
+    return bool(config.run.cuda_graphs)
 
 
-def described(config: TrainConfig, accelerator: Accelerator) -> str:
+def described(config: Config, accelerator: Accelerator) -> str:
     """What is said of it when a run begins."""
     if is_recorded(config, accelerator):
         return "steps as a CUDA graph"
-    if config.cuda_graphs is False:
+    if config.run.cuda_graphs is False:
         return "no CUDA graph"
-    foreign = f"model: {config.model} is not of this package; --cuda-graphs records it too"
+    foreign = f"model: {config.model.name} is not of this package; --cuda-graphs records it too"
     return f"no CUDA graph ({conflict(config, accelerator) or foreign})"
 
 

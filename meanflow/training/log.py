@@ -12,12 +12,13 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..config import Config
 from ..errors import UsageError
 from ..files import check_regular, naming, parse_json, write_text
-from .config import TrainConfig
+from .folder import RunFolder
 from .state import is_number
 
-PLOTTED = {"step", "loss", "squared_error"}  # what every row has
+REQUIRED = {"step", "loss"}  # of every row
 SECONDS = 60.0  # between progress lines at most
 
 
@@ -46,7 +47,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def _has_step(row: dict[str, Any]) -> bool:
-    return row.keys() >= PLOTTED and isinstance(row["step"], int) and row["step"] >= 0
+    return row.keys() >= REQUIRED and isinstance(row["step"], int) and row["step"] >= 0
 
 
 class RunLog:
@@ -57,21 +58,23 @@ class RunLog:
         step: steps done so far; rows of later steps, which a crashed run has written, are removed.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, accelerator: Accelerator, step: int) -> None:
-        self.accelerator, self.config = accelerator, config
-        self.path = folder / "log.jsonl"
+    def __init__(self, folder: RunFolder, config: Config, accelerator: Accelerator, step: int) -> None:
+        self.accelerator = accelerator
+        self.name, self.steps, self.batch_size = config.run.name, config.optim.steps, config.optim.batch_size
+        self.tensorboard = config.run.tensorboard
+        self.path = folder.log
         self.main = accelerator.is_main_process
         if self.main:
             kept = [row for row in read_log(self.path) if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        if config.tensorboard:
+        if self.tensorboard:
             accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
         # On a terminal a bar; elsewhere (a pipe, a file) about ten lines a run, and one a minute.
         self.bar = tqdm(
-            total=config.steps, initial=step, unit="step", desc=config.name, disable=None if self.main else True
+            total=self.steps, initial=step, unit="step", desc=self.name, disable=None if self.main else True
         )
         self.plain = self.main and self.bar.disable
-        self.line_every = max(1, config.steps // 10)
+        self.line_every = max(1, self.steps // 10)
         self.next_line = step + self.line_every
         self.last_line = time.monotonic()
 
@@ -84,16 +87,17 @@ class RunLog:
         if self.main:
             with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        if self.config.tensorboard:
+        if self.tensorboard:
             values = {key: value for key, value in row.items() if key != "step"}
             self.accelerator.log(values, step=int(row["step"]))
-        summary = f"loss {row['loss']:.4f}, error {row['squared_error']:.4g}, {row['images_per_second']:.0f} images/s"
+        error = f", error {row['squared_error']:.4g}" if "squared_error" in row else ""
+        summary = f"loss {row['loss']:.4f}{error}, {row['images_per_second']:.0f} images/s"
         self.bar.set_postfix_str(summary, refresh=False)
         if self.plain and (row["step"] >= self.next_line or time.monotonic() >= self.last_line + SECONDS):
             self.next_line = int(row["step"]) + self.line_every
             self.last_line = time.monotonic()
-            left = (self.config.steps - row["step"]) * self.config.batch_size / max(row["images_per_second"], 1e-9)
-            line = f"{self.config.name}: step {row['step']}/{self.config.steps}, {summary}, {left:.0f} s left"
+            left = (self.steps - row["step"]) * self.batch_size / max(row["images_per_second"], 1e-9)
+            line = f"{self.name}: step {row['step']}/{self.steps}, {summary}, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import is_tensorboard_available, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from ..checks import check_device
-from ..data import ImageData, StepOrder, generator_for, micro_batches
+from ..checks import check_backend
+from ..config import Config
+from ..data import ImageData, StepOrder, Stream, generator_for, micro_batches
 from ..data.order import mix, shard
-from ..errors import TrainingError, UsageError
+from ..errors import NetworkError, TrainingError, UsageError
 from ..models import config_of
 from ..objectives import Draws
-from ..processes import world_size
-from .build import build_model, build_objective
 from .checkpoint import (
     Checkpoint,
     check_tensors,
     cure_for_damage,
-    list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
     load_tensors,
@@ -39,11 +36,11 @@ from .checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from .config import TrainConfig
 from .ema import EMA
+from .folder import RunFolder
 from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
-from .parallel import AUTOCAST, checkpoint_blocks, in_bfloat16, is_sharded, settled, training_loss, whole
+from .parallel import checkpoint_blocks, in_bfloat16, is_sharded, settled, training_loss, whole
 from .schedule import learning_rate
 from .signals import StopSignals
 from .state import check_scaler, load_state
@@ -72,67 +69,6 @@ class TrainResult:
     signal: int | None
 
 
-def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
-    """Device, precision, gradient accumulation and trackers as the configuration says.
-
-    Raises:
-        UsageError: this machine or installation cannot do that.
-    """
-    check_device(config.device)
-    if config.tensorboard and not is_tensorboard_available():
-        raise UsageError('tensorboard: it is not installed: pip install "meanflow[tensorboard]"')
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UsageError(
-                f"strategy: accelerate was told to use {name} by its own configuration; take that out, and choose with "
-                "--strategy ddp or --strategy fsdp"
-            )
-    world_size()  # raises before accelerate would wait for processes that are not there
-    # where PyTorch sees no GPU, accelerate starts no group by itself: each process would be a run of its own
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    device = PartialState(cpu=cpu).device
-    config = settled(config, device)
-    if config.precision in ("tf32", "fp16") and device.type != "cuda":  # accelerate would train in float32
-        raise UsageError(f"precision: {config.precision} is a format of NVIDIA GPUs, and this run's device is {device}")
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=config.precision if config.precision in AUTOCAST else "no",
-            gradient_accumulation_steps=config.accumulate,
-            log_with="tensorboard" if config.tensorboard else None,
-            project_dir=str(folder),
-        )
-    except ValueError as error:  # a second run of this process with another precision
-        raise UsageError(f"precision: {config.precision} cannot be used here: {error}") from error
-    if accelerator.num_processes != world_size():  # which accelerate sets for mpirun's processes
-        raise UsageError(
-            f"WORLD_SIZE: {world_size()} processes are announced, and accelerate found {accelerator.num_processes} on "
-            f"{device}; expected as many (`meanflow info` shows what PyTorch sees)"
-        )
-    torch_version = tuple(map(int, torch.__version__.split(".")[:2]))
-    if is_sharded(config, accelerator) and accelerator.device.type == "cpu" and torch_version < (2, 7):
-        raise UsageError(f"strategy: fsdp on a CPU: expected torch 2.7 or newer, found {torch.__version__}")
-    if config.compile and torch_version < (2, 11):
-        # older ones (2.6, 2.8 and 2.9 were tried) do not follow a Dual's properties
-        raise UsageError(f"compile: expected torch 2.11 or newer, found {torch.__version__}")
-    if config.compile and config.compile_mode == "reduce-overhead" and accelerator.device.type != "cuda":
-        raise UsageError(
-            f"compile_mode: reduce-overhead records CUDA graphs, and this run's device is {accelerator.device}; there "
-            "expected default"
-        )
-    if config.compile and config.compile_mode == "reduce-overhead" and config.accumulate > 1:
-        # the gradients of one part are memory of its CUDA graph, which the next part's run takes (pytorch#169545)
-        raise UsageError(f"accumulate: expected 1 with compile_mode reduce-overhead, got {config.accumulate}")
-    parts = config.accumulate * accelerator.num_processes
-    if config.batch_size % parts != 0:
-        raise UsageError(
-            f"batch_size: expected a multiple of {parts} ({accelerator.num_processes} processes × accumulate = "
-            f"{config.accumulate}), got {config.batch_size}"
-        )
-    is_recorded(config, accelerator)  # raises where it is asked for and cannot be
-    return accelerator
-
-
 class Trainer:
     """One training run: weights, averages, optimiser and position, and the loop over them.
 
@@ -149,24 +85,25 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: Config,
         data: ImageData,
-        folder: Path,
+        folder: RunFolder,
         accelerator: Accelerator,
         on_samples: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
-        self.auto_precision = config.precision == "auto"
+        self.auto_precision = config.run.precision == "auto"
         self.config = config = settled(config, accelerator.device)
         self.data, self.folder, self.accelerator = data, folder, accelerator
         self.on_samples = on_samples
-        set_seed(config.seed)  # the same first weights in every process
-        self.objective = build_objective(config)
-        self.model = build_model(config, data)
-        if config.init is not None:
-            load_weights(self.model, load_tensors(Path(config.init)), Path(config.init))
-        if config.precision == "bf16-weights":
+        set_seed(config.run.seed)  # the same first weights in every process
+        self.objective, self.codec = config.objective, config.codec
+        self.shape = config.codec.latent_shape(data.image_shape)  # of what the network trains on
+        self.model = config.network(data)
+        if config.run.init is not None:
+            load_weights(self.model, load_tensors(Path(config.run.init)), Path(config.run.init))
+        if config.run.precision == "bf16-weights":
             in_bfloat16(self.model)
-        checkpoint_blocks(self.model, config.checkpoint_blocks)
+        checkpoint_blocks(self.model, config.run.checkpoint_blocks)
         self._check_parts()
         self.loss_of = training_loss(self.model, self.objective, config, accelerator)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -174,42 +111,43 @@ class Trainer:
         self.update: Step = self._update  # or a recording of it, within `run`
         # wherever a step can be recorded, so that it is the same one with and without
         recordable = conflict(config, accelerator) is None
-        self.lr = torch.tensor(config.lr, device=accelerator.device) if recordable else None
+        self.lr = torch.tensor(config.optim.lr, device=accelerator.device) if recordable else None
         optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.lr if self.lr is None else self.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
+            lr=config.optim.lr if self.lr is None else self.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            weight_decay=config.optim.weight_decay,
             fused=recordable or accelerator.device.type == "cuda",  # recordable: no other takes its rate from memory
             capturable=recordable,
         )
         self.optimizer = accelerator.prepare(optimizer)
-        self.ema = EMA(self.model, config.ema_decay, recordable=recordable)
+        self.ema = EMA(self.model, config.optim.ema_decay, recordable=recordable)
         self._check_backends()
-        self.order = StepOrder(len(data.train), config.batch_size, config.seed)
+        self.order = StepOrder(len(data.train), config.optim.batch_size, config.run.seed)
         self.step = 0
         self.seconds = 0.0
 
     def _check_parts(self) -> None:
-        parts = self.config.accumulate * self.accelerator.num_processes
-        ratio = getattr(self.objective, "ratio", 0.0)
-        rows = round(self.config.batch_size * ratio)
+        parts = self.config.optim.accumulate * self.accelerator.num_processes
+        ratio = self.objective.ratio
+        rows = round(self.config.optim.batch_size * ratio)
         if ratio > 0.0 and rows == 0:
             raise UsageError(
-                f"ratio, batch_size: a share of {ratio:g} of {self.config.batch_size} samples is none; expected one "
+                f"ratio, batch_size: a share of {ratio:g} of {self.config.optim.batch_size} samples is none; expected one "
                 "with r != t at least, or ratio 0"
             )
         if rows % parts != 0:
             raise UsageError(
-                f"ratio, batch_size: {rows} of the batch's {self.config.batch_size} samples have r != t; expected a "
+                f"ratio, batch_size: {rows} of the batch's {self.config.optim.batch_size} samples have r != t; expected a "
                 f"multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
-                f"{self.config.accumulate}), so that each part has as many"
+                f"{self.config.optim.accumulate}), so that each part has as many"
             )
 
     def _check_backends(self) -> None:
         """Four samples through the loss and its gradient, so that a backend that cannot serve an op says so now."""
+        check_backend()
         device = self.accelerator.device
-        x = torch.zeros(4, self.data.channels, self.data.image_size, self.data.image_size, device=device)
+        x = torch.zeros(4, *self.shape, device=device)  # [4, C, H, W]
         y = torch.zeros(4, dtype=torch.long, device=device)
         try:
             loss = self.objective(self.model, x, y, generator=torch.Generator(device)).loss
@@ -218,23 +156,18 @@ class Trainer:
                 self.optimizer.zero_grad()
             else:
                 torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
-        except (NotImplementedError, TypeError, ValueError) as error:
-            if str(error).startswith("net:"):
-                raise UsageError(f"model: {self.config.model}: {error}") from error
-            if isinstance(error, NotImplementedError) or str(error).startswith("MFKERNELS_BACKEND:"):
-                raise UsageError(f"backend: this run cannot be served: {error}") from error
-            raise  # a mistake within the user's own network
+        except NetworkError as error:
+            raise UsageError(f"{self.config.model.name}: {error}", field="model") from error
+        except NotImplementedError as error:
+            raise UsageError(f"this run cannot be served: {error}", field="backend") from error
         except RuntimeError as error:
-            if self.config.precision != "bf16-weights":
+            if self.config.run.precision != "bf16-weights":
                 raise
             raise UsageError(
-                "precision: this network does not run with its weights in bfloat16, z in bfloat16 and the times in "
-                f"float32 ({error}); --precision bf16 asks nothing of a network"
+                "this network does not run with its weights in bfloat16, z in bfloat16 and the times in float32 "
+                f"({error}); --precision bf16 asks nothing of a network",
+                field="precision",
             ) from error
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped.
@@ -247,9 +180,9 @@ class Trainer:
             state = load_state(path, "seconds", "class_names", "model")
             saved = load_checkpoint(path, like=held)
         except UsageError as error:
-            raise UsageError(f"{error}{cure_for_damage(self.checkpoints, path)}") from error
+            raise UsageError(f"{error}{cure_for_damage(self.folder.checkpoints, path)}") from error
         self.data.check_classes(state["class_names"], path)
-        for name, here in (("input_size", self.data.image_size), ("in_channels", self.data.channels)):
+        for name, here in (("input_size", self.shape[1]), ("in_channels", self.shape[0])):
             before = state["model"].get("config", {}).get(name, here)
             if before != here:
                 raise UsageError(f"data: {path} was trained with {name} {before}, and {self.data.name} has {here}")
@@ -282,12 +215,12 @@ class Trainer:
             raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.spread or self.accelerator.is_main_process:
             try:
-                save_checkpoint(self.checkpoints, saved, keep=self.config.keep_checkpoints)
+                save_checkpoint(self.folder.checkpoints, saved, keep=self.config.run.keep_checkpoints)
             except OSError as error:  # a full disk
                 if self.accelerator.is_main_process:
-                    remove_partial(self.checkpoints)
-                path = self.last_checkpoint()
-                cure = f", and --resume --name {self.config.name} goes on from {path}" if path else ""
+                    remove_partial(self.folder.checkpoints)
+                path = self.folder.newest()
+                cure = f", and --resume --name {self.config.run.name} goes on from {path}" if path else ""
                 raise TrainingError(
                     f"the checkpoint of step {self.step} could not be written: {error}. Mend that{cure}"
                 ) from error
@@ -298,10 +231,9 @@ class Trainer:
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
             "seconds": seconds,
-            "model": {"name": self.config.model, "config": config_of(self.model)},
+            "model": {"name": self.config.model.name, "config": config_of(self.model)},
             "class_names": list(self.data.class_names),
-            "objective": self.config.objective,
-            "guidance": self.config.guidance,
+            **{name: part for name, part in self.config.to_dict().items() if name in ("objective", "codec")},
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         return Checkpoint(
@@ -321,7 +253,7 @@ class Trainer:
         """The network with averaged weights, whole; every process takes part, and all but the main one get None."""
         net = None
         if self.accelerator.is_main_process:
-            net = build_model(self.config, self.data).to(self.accelerator.device).eval()
+            net = self.config.network(self.data).to(self.accelerator.device).eval()
         into = {} if net is None else net.state_dict()
         for name, average in self._averaged_state().items():
             value = whole(average)
@@ -342,17 +274,17 @@ class Trainer:
             self.data.train,
             self.order,
             start=first,
-            stop=config.steps,
-            micros=config.accumulate,
+            stop=config.optim.steps,
+            micros=config.optim.accumulate,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
-            workers=config.workers,
+            workers=config.data.workers,
         )
         self.model.train()
         if self.recorded:
             self.update = StepGraph(self._update)
         begun = last_log = time.perf_counter()
-        pending: list[Tensor] = []  # one (3,) tensor a step: loss, squared error, gradient norm
+        pending: list[Tensor] = []  # one tensor a step: loss, metrics, gradient norm
         saved_at = first
 
         def flush() -> None:
@@ -363,11 +295,9 @@ class Trainer:
             now = time.perf_counter()
             row = {
                 "step": self.step,
-                "loss": means[0],
-                "squared_error": means[1],
-                "grad_norm": means[2],
-                "lr": learning_rate(self.step - 1, config),
-                "images_per_second": len(pending) * config.batch_size / max(now - last_log, 1e-9),
+                **dict(zip(("loss", *self.objective.metrics, "grad_norm"), means, strict=True)),
+                "lr": learning_rate(self.step - 1, config.optim),
+                "images_per_second": len(pending) * config.optim.batch_size / max(now - last_log, 1e-9),
                 "seconds": self.seconds + now - begun,
             }
             pending.clear()
@@ -382,13 +312,13 @@ class Trainer:
 
         with StopSignals(self._first_signal, lambda name: self._second_signal(name, saved_at)) as signals:
             try:
-                while self.step < config.steps and not self._stop(signals):
+                while self.step < config.optim.steps and not self._stop(signals):
                     pending.append(self._train_step(batches))
                     self.step += 1
                     log.tick()
-                    if self.step % config.log_every == 0:
+                    if self.step % config.run.log_every == 0:
                         flush()
-                    if self.step % config.checkpoint_every == 0:
+                    if self.step % config.run.checkpoint_every == 0:
                         checkpoint()
                     if self.on_samples is not None and self._samples_due():
                         net = self.averaged()
@@ -405,14 +335,14 @@ class Trainer:
             finally:
                 self.update = self._update  # gives the memory of a recording back
                 log.close()
-            early = self.step < config.steps
+            early = self.step < config.optim.steps
         self.seconds += elapsed
         return TrainResult(
             step=self.step,
             new_steps=self.step - first,
             seconds=self.seconds,
-            images_per_second=(self.step - first) * config.batch_size / elapsed,
-            checkpoint=self.last_checkpoint(),
+            images_per_second=(self.step - first) * config.optim.batch_size / elapsed,
+            checkpoint=self.folder.newest(),
             signal=signals.received if early else None,
         )
 
@@ -421,16 +351,16 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return ""
         alone = self.accelerator.num_processes == 1
-        when = "the step at hand" if alone else f"a multiple of log_every = {self.config.log_every} steps"
+        when = "the step at hand" if alone else f"a multiple of log_every = {self.config.run.log_every} steps"
         return f"{name}: the run stops after {when} and saves a checkpoint. Once more: it stops at once, unsaved"
 
     def _second_signal(self, name: str, saved_at: int) -> str:
         """What is lost when it stops at once."""
-        path = self.last_checkpoint()
+        path = self.folder.newest()
         lost = f"step {self.step} is" if self.step == saved_at + 1 else f"steps {saved_at + 1} to {self.step} are"
         if self.step == saved_at:
             lost = "the step at hand is"
-        go_on = f"--resume --name {self.config.name} goes on from {path}" if path else "there is no checkpoint yet"
+        go_on = f"--resume --name {self.config.run.name} goes on from {path}" if path else "there is no checkpoint yet"
         return f"stopped by a second {name} after step {self.step}: {lost} lost; {go_on}"
 
     @contextmanager
@@ -449,42 +379,43 @@ class Trainer:
             collective = isinstance(error, torch.distributed.DistError) or any(word in said for word in COLLECTIVE)
             if self.accelerator.num_processes == 1 or not collective:
                 raise
-            path = self.last_checkpoint()
+            path = self.folder.newest()
             raise TrainingError(
                 f"process {self.accelerator.process_index} of {self.accelerator.num_processes} lost another one after "
-                f"step {self.step} of {self.config.steps}, so the run ends; what that process said last is the cause. "
+                f"step {self.step} of {self.config.optim.steps}, so the run ends; what that process said last is the cause. "
                 + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
             ) from error
 
-    def last_checkpoint(self) -> Path | None:
-        found = list_checkpoints(self.checkpoints)
-        return found[-1] if found else None
-
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        """One optimiser step; returns (3,): loss, squared error and gradient norm, still on the device."""
+        """One optimiser step; returns loss, metrics and gradient norm, still on the device."""
         config, accelerator = self.config, self.accelerator
-        rate = learning_rate(self.step, config)
+        rate = learning_rate(self.step, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.lr is None else self.lr.fill_(rate)
         self.ema.set_step(self.step)
-        flips = self.order.flips(self.step) if config.flip else None
-        figures = torch.zeros(3, device=accelerator.device)
+        flips = self.order.flips(self.step) if config.data.flip else None
+        figures = torch.zeros(2 + len(self.objective.metrics), device=accelerator.device)
         draws = self._draws()
-        where = {"micros": config.accumulate, "rank": accelerator.process_index, "world": accelerator.num_processes}
-        for micro in range(config.accumulate):
+        where = {
+            "micros": config.optim.accumulate,
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+        }
+        for micro in range(config.optim.accumulate):
             x, y = (a.to(accelerator.device, non_blocking=True) for a in next(batches))
             if flips is not None:
                 mirrored = shard(flips, micro=micro, **where).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
                 x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
+            x = self.codec.encode(x)  # [b, C, H, W] of the network's
             index = micro * where["world"] + where["rank"]
             part = draws.part(index, where["micros"] * where["world"])
             # what a network draws itself, for dropout say: other numbers in each part, the same ones after a resume
-            torch.manual_seed(mix(config.seed, 5, self.step, index))
+            torch.manual_seed(mix(config.run.seed, Stream.NETWORK, self.step, index))
             figures += self.update(x, y, part)
         return figures
 
     def _update(self, x: Tensor, y: Tensor, part: Draws) -> Tensor:
-        """A part of a step, and after the last one new weights and averages; returns its share of the figures, (3,).
+        """A part of a step, and after the last one new weights and averages; returns its share of the figures.
 
         It reads nothing on the host, and what it keeps stays in the same memory: it can be recorded as a CUDA graph.
         """
@@ -492,34 +423,36 @@ class Trainer:
         with accelerator.accumulate(self.loss_of):
             out = self.loss_of(x, y, part)
             accelerator.backward(out.loss)
-            loss, error = out.loss.detach().float(), out.squared_error.mean().float()
-            norm = torch.zeros_like(loss)
+            means = [out.loss.detach().float(), *(a.mean().float() for a in out.metrics.values())]
+            norm = torch.zeros_like(means[0])
             if accelerator.sync_gradients:
-                norm = whole(accelerator.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)).float()
+                norm = whole(
+                    accelerator.clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
+                ).float()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients:
                 self.ema.take(self.model)
-        return torch.stack([loss / self.config.accumulate, error / self.config.accumulate, norm])
+        return torch.stack([*(mean / self.config.optim.accumulate for mean in means), norm])
 
     def _draws(self) -> Draws:
         """The draws of this step's whole batch: a function of (seed, step), so that a resumed run makes the same ones
         and any number of processes and parts shares the same."""
         device = self.accelerator.device
-        shape = (self.config.batch_size, self.data.channels, self.data.image_size, self.data.image_size)
-        generator = generator_for(self.config.seed, 4, self.step, device=device)
-        return self.objective.draw(shape, generator=generator, device=device, spread=True)
+        generator = generator_for(self.config.run.seed, Stream.DRAWS, self.step, device=device)
+        shape = (self.config.optim.batch_size, *self.shape)
+        return self.objective.draw(shape, step=self.step, generator=generator, device=device, spread=True)
 
     def _finite_means(self, pending: list[Tensor]) -> list[float]:
         """Means over steps and processes; one transfer from the device for all of them."""
-        table = self.accelerator.reduce(torch.stack(pending), reduction="mean").cpu()  # [steps, 3]
+        table = self.accelerator.reduce(torch.stack(pending), reduction="mean").cpu()  # [steps, figures]
         # fp16's gradient scaler meets infinite gradients by design, and skips those steps.
-        watched = table[:, :1] if self.config.precision == "fp16" else table[:, [0, 2]]
+        watched = table[:, :1] if self.config.run.precision == "fp16" else table[:, [0, -1]]
         bad = (~watched.isfinite().all(dim=1)).nonzero().flatten()
         if len(bad):
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
-            what = f"the loss is {value[0]:g} and the gradient norm {value[2]:g} at step {at}"
+            what = f"the loss is {value[0]:g} and the gradient norm {value[-1]:g} at step {at}"
             batch = self.data.train.images(self.order.batch(at - 1).tolist())  # read anew: no step waits for this
             if not batch.isfinite().all():
                 raise TrainingError(
@@ -529,10 +462,10 @@ class Trainer:
         return table.double().mean(dim=0).tolist()
 
     def _stopped(self, what: str) -> TrainingError:
-        path = self.last_checkpoint()
+        path = self.folder.newest()
         where = (
             f"The last good checkpoint is {path}; continue from it with a lower learning rate: "
-            f"meanflow train --resume --name {self.config.name} --lr {self.config.lr / 2:g}"
+            f"meanflow train --resume --name {self.config.run.name} --lr {self.config.optim.lr / 2:g}"
             if path
             else "No checkpoint had been written yet; start again with a lower learning rate (--lr) or longer "
             "warm-up (--warmup-steps), with --overwrite"
@@ -540,14 +473,14 @@ class Trainer:
         return TrainingError(f"training stopped because {what}. {where}")
 
     def _samples_due(self) -> bool:
-        every = self.config.sample_every
-        return every > 0 and self.step % every == 0 and self.step < self.config.steps
+        every = self.config.run.sample_every
+        return every > 0 and self.step % every == 0 and self.step < self.config.optim.steps
 
     def _stop(self, signals: StopSignals) -> bool:
         """Whether a signal came; with several processes they agree, every `log_every` steps."""
         if self.accelerator.num_processes == 1:
             return signals.received is not None
-        if self.step % self.config.log_every != 0:
+        if self.step % self.config.run.log_every != 0:
             return False
         flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data import generator_for
+from ..codecs import Codec, Pixels
+from ..config import check_code
+from ..data import Stream, generator_for
 from ..errors import UsageError
 from ..files import parse_json, reason, shown
-from ..models import config_of, create_model, family_of, is_factory
-from ..sampling import sample, sample_ode
+from ..models import config_of, create_model
+from ..objectives import Objective
+from ..registry import is_code
+from ..sampling import Sampling
 from .checkpoint import (
     check_weights,
     cure_for_damage,
@@ -25,10 +30,9 @@ from .checkpoint import (
     load_tensors,
     load_weights,
 )
-from .state import check_files, check_model, load_state
+from .state import check_files, check_model, load_state, names_in, objective_for, saved_codec, saved_objective
 
 CHUNK = 500  # images per network evaluation
-UNGUIDED = {"omega": 1.0, "t_min": 0.0, "t_max": 1.0}
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,70 @@ class LoadedNetwork:
     """A network and what is needed to draw from it.
 
     net: in evaluation mode.
-    objective: "meanflow", "imf" or "flow_matching": which sampler fits.
+    objective: what it was trained with, which knows how to sample.
     class_names: one per label.
     step: optimiser steps it was trained for; None for a weight file.
     source: where it came from.
-    guidance: omega, t_min and t_max that an iMF-DiT is asked for by default; empty for other networks.
+    codec: turns what it makes into images.
     """
 
     net: nn.Module
-    objective: str
+    objective: Objective
     class_names: tuple[str, ...]
     step: int | None
     source: Path
-    guidance: Mapping[str, float] = field(default_factory=dict)
+    codec: Codec = field(default_factory=Pixels)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network makes."""
+        config = config_of(self.net)
+        return config["in_channels"], config["input_size"], config["input_size"]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        config = config_of(self.net)
-        return config["in_channels"], config["input_size"], config["input_size"]
+        """(C, H, W) of its images."""
+        with torch.device("meta"):
+            return tuple(self.codec.decode(torch.empty(1, *self.latent_shape)).shape[1:])  # type: ignore[return-value]
+
+    def sampling(self, **options: Any) -> Sampling:
+        """How images are drawn, with other values for some of its options.
+
+        Raises:
+            UsageError: there is no such option, or a value is out of its range.
+        """
+        own: Any = self.objective.sampling
+        unknown = [name for name in options if name not in own.__dataclass_fields__]
+        if unknown:
+            raise UsageError(f"expected {', '.join(own.__dataclass_fields__)}, got {unknown[0]}", field="sampling")
+        sampling: Sampling = dataclasses.replace(own, **options)
+        return sampling
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor, *, seed: int = 0, device: torch.device | str = "cpu", **options: Any) -> Tensor:
+        """Images of the given labels; the noise depends on `seed` alone, not on the device.
+
+        Args:
+            labels: (n,) integer labels.
+            device: where the network is.
+            options: of the objective's sampling, such as steps=, where they are others than its own.
+
+        Returns:
+            (n, C, H, W) float32 on the CPU, not cut to [-1, 1].
+
+        Raises:
+            UsageError: the backend that was asked for cannot serve the network.
+        """
+        noise = torch.randn(len(labels), *self.latent_shape, generator=generator_for(seed, Stream.SAMPLES))
+        sampling = self.sampling(**options)
+        images = []
+        for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
+            try:
+                x = self.codec.decode(sampling.draw(self.net, z.to(device), y.to(device)))  # [CHUNK, C, H, W]
+            except NotImplementedError as error:
+                raise UsageError(f"this network cannot be served: {error}", field="backend") from error
+            images.append(x.float().cpu())
+        return torch.cat(images)
 
 
 def load_network(
@@ -74,7 +124,9 @@ def load_network(
     if not source.is_file():
         return _of_checkpoint(source, weights, device, trust_code)
     if weights == "raw":
-        raise UsageError(f"weights: {source} holds one set of weights; a run or a checkpoint has ema and raw ones")
+        raise UsageError(
+            f"{source} holds one set of weights; a run or a checkpoint has ema and raw ones", field="weights"
+        )
     metadata = load_metadata(source)
     if "model" not in metadata:
         raise UsageError(f"{source}: expected a weight file written by `meanflow convert`, which names its model")
@@ -85,15 +137,13 @@ def load_network(
         raise UsageError(
             f"{source}: its metadata names no model ({error}); convert it anew with `meanflow convert`"
         ) from error
-    imf = model["name"].startswith("iMF-DiT")
     net = _network(model, load_tensors(source), source, trust_code)
     return LoadedNetwork(
         net.to(device).eval(),
-        objective="imf" if imf else "meanflow",
+        objective=objective_for(net),
         class_names=tuple(str(label) for label in range(model["config"]["num_classes"])),
         step=None,
         source=source,
-        guidance=UNGUIDED if imf else {},
     )
 
 
@@ -107,23 +157,15 @@ def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: bool | s
     except UsageError as error:
         cure = "" if path == folder else cure_for_damage(path.parent, path)
         raise UsageError(f"{error}{cure}") from error
+    check_code(names_in(state), source, trust_code)
     return LoadedNetwork(
         _network(state["model"], tensors, source, trust_code).to(device).eval(),
-        state["objective"],
+        saved_objective(state),
         tuple(state["class_names"]),
         state["step"],
         source,
-        state.get("guidance") or (UNGUIDED if state["objective"] == "imf" else {}),
+        saved_codec(state),
     )
-
-
-def check_trusted(name: str, source: Path, trust_code: bool | str) -> None:
-    """Raise where `source` names a function as its model that is not to be run."""
-    if is_factory(name) and trust_code is not True and trust_code != name:
-        raise UsageError(
-            f"{source} names the function {shown(name)} as its model. It is not run because only a file names it: if "
-            "you trust it, add --trust-code, or name it to `meanflow train` with --model (in Python: trust_code=True)"
-        )
 
 
 def _network(
@@ -131,25 +173,25 @@ def _network(
 ) -> nn.Module:
     """The network that a file names, with its weights."""
     name, config = model["name"], model["config"]
-    check_trusted(name, source, trust_code)
+    check_code([name], source, trust_code)
     _check_sizes(model, weights, source)
     with _building(source):
-        net = create_model(name if is_factory(name) else family_of(name), **config)
+        net = create_model(name, **config)
     load_weights(net, weights, source)
     return net
 
 
 def _check_sizes(model: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path) -> None:
-    """Raise where a model of ours has other sizes than its weights; takes no memory, however large they are."""
+    """Raise where a registered model has other sizes than its weights; takes no memory, however large they are."""
     name, config = model["name"], model["config"]
-    if is_factory(name):
+    if is_code(name):
         return
     with _building(source):
         blocks = max(config.get("depth", 0), config.get("aux_head_depth", 0))
         if blocks > len(weights):
             raise ValueError(f"depth: expected no more than there are tensors, {len(weights)}, got {shown(blocks)}")
         with torch.device("meta"):
-            draft = create_model(family_of(name), **config)
+            draft = create_model(name, **config)
         check_weights(draft.state_dict(), weights, source)
 
 
@@ -175,7 +217,7 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
     for name, value in sizes.items():
         before = model["config"].get(name, value)
         if before != value:
-            raise UsageError(f"{name}: {path} holds another model's weights: expected {before}, got {value}")
+            raise UsageError(f"{path} holds another model's weights: expected {before}, got {value}", field=name)
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -191,52 +233,3 @@ def find_checkpoint(source: Path) -> Path:
         what = "has no checkpoint yet" if source.is_dir() else "does not exist"
         raise UsageError(f"{source} {what}; expected a run folder such as runs/digits, a checkpoint, or a weight file")
     return found[-1]
-
-
-def generate(
-    net: Callable[..., Any],
-    labels: Tensor,
-    image_shape: tuple[int, int, int],
-    *,
-    objective: str = "meanflow",
-    guidance: Mapping[str, float] | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    method: Literal["euler", "heun"] = "heun",
-    guidance_scale: float = 1.0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Images of the given labels; the noise depends on `seed` alone, not on the device.
-
-    Args:
-        net: u = net(z, r, t, y).
-        labels: (n,) integer labels.
-        image_shape: C, H, W.
-        objective: "meanflow" and "imf" take `steps` (default 1) MeanFlow steps, "flow_matching" `steps` (default 50)
-            ODE steps.
-        guidance: of "imf": omega, t_min and t_max.
-        method, guidance_scale: of the ODE sampler.
-
-    Returns:
-        (n, C, H, W) float32 on the CPU, not cut to [-1, 1].
-
-    Raises:
-        UsageError: the backend that was asked for cannot serve the network.
-    """
-    noise = torch.randn(len(labels), *image_shape, generator=generator_for(seed, 5))  # [n, C, H, W]
-    images = []
-    for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
-        z, y = z.to(device), y.to(device)
-        try:
-            if objective == "imf":
-                conditions: dict[str, Any] = {"heads": "u", **(guidance or {})}
-                x = sample(net, z, y, steps=1 if steps is None else steps, **conditions)
-            elif objective == "meanflow":
-                x = sample(net, z, y, steps=1 if steps is None else steps)
-            else:
-                steps_ode = 50 if steps is None else steps
-                x = sample_ode(net, z, y, steps=steps_ode, method=method, guidance_scale=guidance_scale)
-        except NotImplementedError as error:
-            raise UsageError(f"backend: this network cannot be served: {error}") from error
-        images.append(x.float().cpu())
-    return torch.cat(images)

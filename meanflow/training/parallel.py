@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from mfkernels import TensorOrDual, checkpoint_module, linear_map
 from mfkernels._torch import tree_map_only
 
+from ..config import Config, Run
 from ..errors import UsageError
-from ..objectives import Draws, FlowMatching, ImprovedMeanFlow, MeanFlow, ObjectiveOutput
-from .config import TrainConfig
+from ..objectives import Draws, Loss, Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
-Objective = MeanFlow | ImprovedMeanFlow | FlowMatching
 
 
 class TrainingLoss(nn.Module):
@@ -35,8 +34,8 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.net, self.objective = net, objective
 
-    def forward(self, x: Tensor, y: Tensor, draws: Draws) -> ObjectiveOutput:
-        return self.objective.loss_of(self.net, x, y, draws)
+    def forward(self, x: Tensor, y: Tensor, draws: Draws) -> Loss:
+        return self.objective.loss(self.net, x, y, draws)
 
 
 class ShardedLoss(TrainingLoss):
@@ -53,17 +52,17 @@ class ShardedLoss(TrainingLoss):
             net.set_requires_gradient_sync(True)
 
 
-def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration with its precision decided, where that is left to the device: see `TrainConfig.precision`."""
-    if config.precision != "auto":
+def settled(config: Config, device: torch.device) -> Config:
+    """The configuration with its precision decided, where that is left to the device: see `Run.precision`."""
+    if config.run.precision != "auto":
         return config
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dataclasses.replace(config, precision="bf16" if bf16 else "no")
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bf16" if bf16 else "no"))
 
 
-def is_sharded(config: TrainConfig, accelerator: Accelerator) -> bool:
+def is_sharded(config: Config, accelerator: Accelerator) -> bool:
     """Whether the network is spread by FSDP2. One process has nothing to share: there either strategy is plain."""
-    return config.strategy == "fsdp" and accelerator.num_processes > 1
+    return config.run.strategy == "fsdp" and accelerator.num_processes > 1
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -107,14 +106,14 @@ def in_bfloat16(model: nn.Module) -> None:
     model.forward = rounded
 
 
-def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, accelerator: Accelerator) -> nn.Module:
-    """(x, y, draws) -> ObjectiveOutput over all processes, `model` on its device and in the run's precision.
+def training_loss(model: nn.Module, objective: Objective, config: Config, accelerator: Accelerator) -> nn.Module:
+    """(x, y, draws) -> Loss over all processes, `model` on its device and in the run's precision.
 
     DDP wraps the whole objective, so that it exchanges gradients once a step whatever the objective evaluates. FSDP2
     gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway, they are
     rounded before they travel, and gradients are summed in float32. What is outside of the blocks travels in float32.
 
-    `config.compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of
+    `config.run.compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of
     each block.
     """
     sharded = is_sharded(config, accelerator)
@@ -131,31 +130,31 @@ def training_loss(model: nn.Module, objective: Objective, config: TrainConfig, a
                     "it of shape (1,)"
                 )
         blocks = transformer_blocks(model)
-        if config.compile and not blocks:
+        if config.run.compile and not blocks:
             raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {BLOCKS}")
         for block in blocks:
-            if config.compile:
-                compile_forward(block, config)
+            if config.run.compile:
+                compile_forward(block, config.run)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        half = AUTOCAST.get(config.precision)
-        wide = None if config.precision in ("no", "tf32") else torch.float32
+        half = AUTOCAST.get(config.run.precision)
+        wide = None if config.run.precision in ("no", "tf32") else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=wide, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False))
         return ShardedLoss(model, objective)
     loss = TrainingLoss(model, objective)
-    if config.compile:
-        compile_forward(loss, config)
+    if config.run.compile:
+        compile_forward(loss, config.run)
     if accelerator.num_processes == 1:
         return loss
     device = accelerator.device
     return DistributedDataParallel(loss, device_ids=None if device.type == "cpu" else [device.index])
 
 
-def compile_forward(module: nn.Module, config: TrainConfig) -> None:
+def compile_forward(module: nn.Module, run: Run) -> None:
     """Compile what `module` computes, as one graph; wrappers around it and hooks on it stay outside."""
-    module.forward = torch.compile(module.forward, fullgraph=True, mode=config.compile_mode)
+    module.forward = torch.compile(module.forward, fullgraph=True, mode=run.compile_mode)
 
 
 def is_spread(value: Tensor) -> TypeGuard[DTensor]:

@@ -47,16 +47,19 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def save_loss_curve(rows: Sequence[dict[str, float]], path: Path) -> None:
-    """Plot the weighted loss and the squared error ‖u − u_tgt‖² per image over the steps of a log."""
+    """Plot the weighted loss and, if there is one, the squared error ‖u − u_tgt‖² per image over the steps of a log."""
     from matplotlib.figure import Figure  # half a second
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for position, key, title in ((1, "loss", "weighted loss"), (2, "squared_error", "‖u − u_tgt‖² per image")):
+        told = [row for row in rows if key in row]
+        if rows and not told:
+            continue
         axes = figure.add_subplot(1, 2, position)
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=0.8)
+        axes.plot([row["step"] for row in told], [row[key] for row in told], linewidth=0.8)
         axes.set_xlabel("step")
         axes.set_title(title)
-        if key == "squared_error" and rows and min(row[key] for row in rows) > 0:
+        if key == "squared_error" and told and min(row[key] for row in told) > 0:
             axes.set_yscale("log")
     with replaced(path) as partial:
         figure.savefig(partial, dpi=110)

@@ -11,19 +11,25 @@ import inspect
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
+from torch import nn
+
+from .. import registry
+from ..codecs import Codec
+from ..config import Config, merged
 from ..errors import UsageError
 from ..files import check_regular, parse_json, read_text, shown
-from ..models import FAMILIES, family_of, is_factory
-from .config import TrainConfig
+from ..models.options import model_options
+from ..objectives import Objective
+from ..options import flattened
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, 2)  # 1: an objective is a word, and its sampling options are beside it as guidance
 STATE = "state.json"
 _CHECKSUMS = "checksums"
-_OBJECTIVES = get_args(get_type_hints(TrainConfig)["objective"])
 _LARGEST = 2**31  # of a size; a step may be larger
 
 
@@ -77,7 +83,7 @@ def load_state(path: Path, *names: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not a checkpoint: cannot read its state.json: {error}") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if type(found) is not int or found != FORMAT:
+    if type(found) is not int or found not in READ:
         raise UsageError(f"{path}: expected a checkpoint of format {FORMAT}, got {shown(found)}")
     missing = [name for name in ("step", *names) if name not in state]
     if missing:
@@ -93,7 +99,7 @@ def load_state(path: Path, *names: str) -> dict[str, Any]:
                 check(name, state[name])
         if "model" in state:
             _check_together(state)
-    except ValueError as error:
+    except ValueError as error:  # a UsageError is one
         raise UsageError(f"{path / STATE}: {error}") from error
     return state
 
@@ -111,16 +117,17 @@ def check_model(name: str, model: Any) -> None:
         _check_whole(f"{name}.config.{key}", config.get(key), 1, _LARGEST)
     if config["in_channels"] * config["input_size"] ** 2 >= _LARGEST:
         raise ValueError(f"{name}.config.input_size: expected images of less than 2**31 values, got {shown(config)}")
-    if is_factory(model["name"]):
+    if registry.is_code(model["name"]):
         return
     try:
-        sizes = inspect.signature(FAMILIES[family_of(model["name"])]).parameters
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from error
+        sizes = inspect.signature(registry.find("models", model["name"])).parameters
+    except UsageError as error:
+        raise ValueError(f"{name}.name: {error.message}") from error
     for key, value in config.items():
         if key not in sizes:
             raise ValueError(f"{name}.config: expected {', '.join(sizes)}, got {shown(key)}")
-        kind = sizes[key].annotation  # "int", "float" or "bool"
+        kind = sizes[key].annotation
+        kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")  # "int", "float" or "bool"
         if not (is_number(value) if kind == "float" else type(value).__name__ == kind):
             raise ValueError(f"{name}.config.{key}: expected {kind}, got {shown(value)}")
 
@@ -157,9 +164,15 @@ def _check_class_names(name: str, names: Any) -> None:
         raise ValueError(f"{name}: expected a list of different names, got {shown(names)}")
 
 
+def _check_component(name: str, component: Any) -> None:
+    """Raise unless `component` is a tree of options with a name."""
+    if not isinstance(component, dict) or not isinstance(component.get("name"), str):
+        raise ValueError(f"{name}: expected a name and its options, got {shown(component)}")
+
+
 def _check_objective(name: str, objective: Any) -> None:
-    if objective not in _OBJECTIVES:
-        raise ValueError(f"{name}: expected one of {', '.join(_OBJECTIVES)}, got {shown(objective)}")
+    if not isinstance(objective, str):
+        _check_component(name, objective)
 
 
 def _check_guidance(name: str, guidance: Any) -> None:
@@ -167,8 +180,6 @@ def _check_guidance(name: str, guidance: Any) -> None:
         raise ValueError(f"{name}: expected omega, t_min and t_max, or nothing, got {shown(guidance)}")
     for key, value in guidance.items():
         check_number(f"{name}.{key}", value, 1.0 if key == "omega" else 0.0)
-    if guidance and not guidance["t_min"] <= guidance["t_max"] <= 1.0:
-        raise ValueError(f"{name}: expected 0 <= t_min <= t_max <= 1, got {shown(guidance)}")
 
 
 def _check_scaler(name: str, scaler: Any) -> None:
@@ -185,22 +196,60 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "class_names": _check_class_names,
     "objective": _check_objective,
     "guidance": _check_guidance,
+    "codec": _check_component,
     "scaler": _check_scaler,
 }
 
 
 def _check_together(state: Mapping[str, Any]) -> None:
-    """Raise unless classes, objective and guidance are the model's."""
+    """Raise unless classes, objective and codec go with the model. What is code of others is not looked at."""
     name, config = state["model"]["name"], state["model"]["config"]
     if "class_names" in state and len(state["class_names"]) != config["num_classes"]:
         raise ValueError(
             f"class_names: expected {config['num_classes']}, num_classes of the model, got {len(state['class_names'])}"
         )
-    imf = not is_factory(name) and family_of(name) == "iMF-DiT"
-    if "objective" in state and (state["objective"] == "imf") != imf:
-        raise ValueError(f"objective: expected imf for an iMF-DiT and no other, got {state['objective']} for {name}")
-    if state.get("guidance") and not imf:
-        raise ValueError(f"guidance: expected none for {name}, got {shown(state['guidance'])}")
+    if any(map(registry.is_code, names_in(state))):
+        return
+    if "codec" in state:
+        saved_codec(state)
+    if "objective" in state:
+        outputs, objective = model_options(name).outputs, saved_objective(state)
+        if outputs is not None and outputs != objective.outputs:
+            raise ValueError(f"objective: expected one of a network that returns {', '.join(outputs)}, such as {name}")
+
+
+def names_in(state: Mapping[str, Any]) -> Iterator[str]:
+    """Names of components in a tree of plain values, such as a file may give."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from names_in(value)
+        elif isinstance(value, str) and key in ("name", "objective"):
+            yield value
+
+
+def saved_objective(state: Mapping[str, Any]) -> Objective:
+    """The objective that a checkpoint was trained with.
+
+    Raises:
+        UsageError: there is none of its name, or an option is none of its or out of its range.
+    """
+    values = flattened(Config, {"objective": state["objective"]})
+    values |= {f"sample_{name}": value for name, value in state.get("guidance", {}).items()}
+    return merged(Config(), {}, values).objective
+
+
+def saved_codec(state: Mapping[str, Any]) -> Codec:
+    """The codec that a checkpoint was trained with; pixels where it says nothing."""
+    return merged(Config(), {}, flattened(Config, {"codec": state["codec"]} if "codec" in state else {})).codec
+
+
+def objective_for(net: nn.Module) -> Objective:
+    """An objective that samples from a network of which only the weights are known, without guidance of its own."""
+    outputs = getattr(net, "outputs", ("u",))
+    names = sorted(registry.names("objectives"), key=lambda name: name != "meanflow")
+    fitting = [name for name in names if registry.find("objectives", name).outputs == outputs]
+    config = Config().replace(objective=fitting[0])
+    return config.replace(sample_omega=1.0).objective if "sample_omega" in config.values() else config.objective
 
 
 def check_scaler(saved: Mapping[str, float], own: Mapping[str, Any], path: Path) -> None:

@@ -21,8 +21,9 @@ from minimum import needs_sharding
 from safetensors.torch import load_file
 
 from meanflow.cli import main
+from meanflow.config import Config
 from meanflow.errors import UsageError
-from meanflow.training import TrainConfig, list_checkpoints, load_checkpoint, load_network, run_training
+from meanflow.training import list_checkpoints, load_checkpoint, load_network, run_training
 from meanflow.training.checkpoint import cure_for_damage
 from meanflow.training.log import read_log
 
@@ -38,14 +39,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def write(config: TrainConfig) -> str:
-    path = Path(f"{config.name}.yaml")
+def write(config: Config) -> str:
+    path = Path(f"{config.run.name}.yaml")
     path.write_text(yaml.safe_dump(config.to_dict()))
     return str(path)
 
 
 @contextlib.contextmanager
-def processes(config: TrainConfig, world: int, *flags: str):
+def processes(config: Config, world: int, *flags: str):
     """The processes of a run, without a launcher that would end them all."""
     path = write(config)
     with socket.socket() as free:
@@ -77,7 +78,7 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: str, world: int, config: TrainConfig, *flags: str) -> tuple[str, str]:
+def launch(launcher: str, world: int, config: Config, *flags: str) -> tuple[str, str]:
     """What a launcher's processes say, on stdout and stderr."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher].format(world=world).split()]
     command += ["-m", "meanflow", "train", "--config", write(config), *flags]
@@ -92,11 +93,11 @@ def curve(name: str, column: str) -> list[float]:
 
 @needs_sharding
 def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from_one_stop_to_the_next():
-    run_training(dataclasses.replace(TINY, name="one"))
-    config = dataclasses.replace(TINY, name="many", sample_every=3)
-    said, _ = launch("torchrun", 2, dataclasses.replace(config, steps=1))
+    run_training(TINY.replace(name="one"))
+    config = TINY.replace(name="many", sample_every=3)
+    said, _ = launch("torchrun", 2, config.replace(steps=1))
     assert said.count("Trained 1 steps") == 1  # only the first process speaks
-    sharded = dataclasses.replace(config, strategy="fsdp")
+    sharded = config.replace(strategy="fsdp")
     _, logged = launch("torchrun", 4, dataclasses.replace(sharded, steps=4), "--resume")  # DDP's checkpoint, FSDP2
     assert logged.count("many: step 4/4") == 1
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
@@ -109,7 +110,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
         assert saved.keys() == of.keys()
         assert all(torch.equal(saved[name], of[name]) for name in of), part
     assert load_network(Path("runs/many")).step == 5
-    run_training(dataclasses.replace(config, steps=6), resume=True)
+    run_training(config.replace(steps=6), resume=True)
     assert len(curve("many", "loss")) == 6
     for column in ("loss", "grad_norm"):
         assert curve("many", column) == pytest.approx(curve("one", column), rel=4e-7)  # measured 1e-7 and 2e-7
@@ -155,7 +156,7 @@ def net(input_size, in_channels, num_classes):
 """
     )
     sizes = dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"))
-    config = dataclasses.replace(TINY, name="noisy", model="noisy:net", steps=3, kappa=0.0, label_dropout=0.0, **sizes)
+    config = TINY.replace(name="noisy", model="noisy:net", steps=3, kappa=0.0, label_dropout=0.0, **sizes)
 
     def drawn(rank: int) -> list[str]:
         return Path(f"drawn_{rank}.txt").read_text().split()
@@ -164,16 +165,16 @@ def net(input_size, in_channels, num_classes):
     assert "gathers all of it" not in said
     straight = [drawn(rank)[-1] for rank in range(2)]
     assert straight[0] != straight[1]
-    launch("torchrun", 2, dataclasses.replace(config, steps=2), "--overwrite", "--trust-code")
+    launch("torchrun", 2, config.replace(steps=2), "--overwrite", "--trust-code")
     assert [drawn(rank)[-1] for rank in range(2)] != straight
-    _, said = launch("torchrun", 2, dataclasses.replace(config, strategy="fsdp"), "--resume", "--model", "noisy:net")
+    _, said = launch("torchrun", 2, config.replace(strategy="fsdp"), "--resume", "--model", "noisy:net")
     assert said.count("strategy: noisy:net has no blocks, so fsdp gathers all of it at once") == 1
     assert [drawn(rank)[-1] for rank in range(2)] == straight
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
 def test_a_process_that_dies_takes_the_others_down(strategy):
-    config = dataclasses.replace(TINY, name="dies", steps=100_000, checkpoint_every=20, strategy=strategy)
+    config = TINY.replace(name="dies", steps=100_000, checkpoint_every=20, strategy=strategy)
     with processes(config, 2) as (first, second):
         log = Path("runs/dies/log.jsonl")
         deadline = time.monotonic() + 150
@@ -191,17 +192,17 @@ def test_a_process_that_dies_takes_the_others_down(strategy):
 
 
 def test_where_there_is_no_gpu_auto_is_one_run_on_the_cpu():
-    config = dataclasses.replace(TINY, name="auto", device="auto", steps=2)
+    config = TINY.replace(name="auto", device="auto", steps=2)
     said, logged = launch("torchrun", 2, config)
     assert said.count("Trained 2 steps") == 1
     assert logged.count("1797 images") == 1
     assert len(curve("auto", "loss")) == 2
-    run_training(dataclasses.replace(config, name="one"))
+    run_training(config.replace(name="one"))
     assert curve("auto", "loss") == pytest.approx(curve("one", "loss"), rel=4e-7)
 
 
 def test_a_run_in_use_is_refused_in_every_process_of_another_group():
-    config = dataclasses.replace(TINY, name="owned", steps=100_000)
+    config = TINY.replace(name="owned", steps=100_000)
     with processes(config, 2) as first:
         log = Path("runs/owned/log.jsonl")
         deadline = time.monotonic() + 150
@@ -224,7 +225,7 @@ def test_a_run_in_use_is_refused_in_every_process_of_another_group():
 
 def test_a_process_that_dies_after_the_last_step_is_named():
     """While the first process writes the report, the others wait for it."""
-    config = dataclasses.replace(TINY, name="late", steps=2, evaluate=True, omega=1.0, kappa=0.0)
+    config = TINY.replace(name="late", steps=2, evaluate=True, omega=1.0, kappa=0.0)
     with processes(config, 2) as (first, second):
         done = Path("runs/late/samples.png")
         deadline = time.monotonic() + 150
@@ -271,7 +272,7 @@ def test_processes_that_accelerate_does_not_find_are_an_error(monkeypatch):
     PartialState._reset_state()
     try:
         with pytest.raises(UsageError, match="WORLD_SIZE: 2 processes are announced, and accelerate found 1 on cpu"):
-            run_training(dataclasses.replace(TINY, device="auto"))
+            run_training(TINY.replace(device="auto"))
     finally:
         PartialState._reset_state()
     assert not Path("runs").exists()

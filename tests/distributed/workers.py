@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meanflow.config import Config
 from meanflow.models import DiT, IMFDiT
 from meanflow.objectives import ImprovedMeanFlow, MeanFlow
-from meanflow.training import TrainConfig
 from meanflow.training.parallel import checkpoint_blocks, training_loss, transformer_blocks
 from mfkernels.testing import relative_error
 
@@ -76,14 +76,14 @@ def part(name, micro, micros, rank, world, dtype):
 
 def step(name, net, micro, micros, rank, world, dtype):
     """Forward and backward of one micro-batch of this process; its loss."""
-    out = OBJECTIVES[name].loss_of(net, *part(name, micro, micros, rank, world, dtype))
+    out = OBJECTIVES[name].evaluate(net, *part(name, micro, micros, rank, world, dtype))
     (out.loss / micros).backward()
     return out.loss.detach()
 
 
 def reference(name, dtype):
     net = network(name, dtype)
-    out = OBJECTIVES[name].loss_of(net, *batch(name, dtype))
+    out = OBJECTIVES[name].evaluate(net, *batch(name, dtype))
     out.loss.backward()
     return out.loss.detach(), {n: p.grad for n, p in net.named_parameters() if p.requires_grad}
 
@@ -157,7 +157,7 @@ def trained(name, rank, world, *, strategy, precision="no", compiled=False, chec
     Gradients are exchanged once a step: in one bucket of this size, or by each group of FSDP2.
     """
     dtype = torch.float64 if precision == "no" else torch.float32
-    config = TrainConfig(strategy=strategy, precision=precision, compile=compiled)
+    config = Config.of(strategy=strategy, precision=precision, compile=compiled)
     AcceleratorState._reset_state()  # one precision a process, by its rules
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     net = network(name, dtype)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from peers import PlainDiT, math_attention
 
-from meanflow.models import NAMED, DiT, DiT_B_2, DiT_XL_2, create_model
+from meanflow.models import DiT, DiT_B_2, DiT_XL_2, create_model
 from meanflow.models.dit import sincos_2d
+from meanflow.registry import find
 from mfkernels import Dual, jvp, use_backend
 from mfkernels.testing import relative_error
 
@@ -173,12 +174,12 @@ def test_sizes_by_name():
     }  # millions (paper, table 4)
     with torch.device("meta"):
         for name, millions in parameters.items():
-            count = sum(p.numel() for p in NAMED[name]().parameters() if p.requires_grad)
+            count = sum(p.numel() for p in find("models", name)().parameters() if p.requires_grad)
             assert round(count / 1e6) == millions, name
         assert DiT_B_2().config["patch_size"] == 2
         assert DiT_XL_2().blocks[0].attn.num_heads == 16
         assert create_model("DiT-S/8", input_size=16).config["depth"] == 12
-    with pytest.raises(ValueError, match="name: expected one of DiT, Affine, iMF-DiT, DiT-S/2"):
+    with pytest.raises(ValueError, match="model: expected one of DiT, DiT-S/2, DiT-S/4"):
         create_model("DiT-Q/2")
 
 

@@ -8,7 +8,8 @@ from peers import math_attention
 from torch.utils.checkpoint import checkpoint
 
 from meanflow import sample
-from meanflow.models import NAMED, IMFDiT, IMFDiT_B_2, IMFDiT_XL_2, create_model
+from meanflow.models import IMFDiT, IMFDiT_B_2, IMFDiT_XL_2, create_model
+from meanflow.registry import find
 from mfkernels import Dual, jvp
 from mfkernels.testing import relative_error
 
@@ -278,7 +279,7 @@ def test_sizes_by_name():
     blocks = {"B": 84.9, "M": 169.9, "L": 402.6, "XL": 603.9}
     with torch.device("meta"):
         for size, millions in blocks.items():
-            net = NAMED[f"iMF-DiT-{size}/2"](v_head=False)
+            net = find("models", f"iMF-DiT-{size}/2")(v_head=False)
             linears = [
                 m for b in (*net.shared_blocks, *net.u_heads) for m in b.modules() if isinstance(m, torch.nn.Linear)
             ]

@@ -56,7 +56,7 @@ def test_data_and_labels(objective, net, x, y, error, match):
     with pytest.raises(error, match=match):
         objective.loss_at(net, x=x, y=y, **given(objective))
     with pytest.raises(error, match=match):
-        objective.loss_of(net, x, y, objective.draw(X.shape))
+        objective.evaluate(net, x, y, objective.draw(X.shape))
 
 
 @each
@@ -82,7 +82,7 @@ def test_draws(objective, net):
         with pytest.raises(error, match=match):
             objective.loss_at(net, x=X, y=Y, **{**draws, **changes})
     with pytest.raises(ValueError, match=r"noise: expected the shape of x, \(4, 3, 4, 4\), got \(2, 3, 4, 4\)"):
-        objective.loss_of(net, X, Y, objective.draw((2, 3, 4, 4)))
+        objective.evaluate(net, X, Y, objective.draw((2, 3, 4, 4)))
 
 
 def network(returns):
@@ -169,7 +169,7 @@ def test_decorators_are_asked_what_they_take_themselves():
         (lambda: ImprovedMeanFlow(time_sampler=None), TypeError, "time_sampler: expected a TimeSampler"),
         (lambda: MeanFlow(guidance_interval=0.5), TypeError, r"guidance_interval: expected a pair \(low, high\), got"),
         (lambda: MeanFlow(guidance_interval=(0.5,)), ValueError, "guidance_interval: expected 0 <= low"),
-        (lambda: MeanFlow(guidance_interval=(0.5, float("nan"))), ValueError, "guidance_interval: expected 0 <= low"),
+        (lambda: MeanFlow(guidance_interval=(0.5, float("nan"))), ValueError, "guidance_interval: expected a finite number"),
     ],
 )
 def test_what_an_objective_is_made_of(make, error, match):
@@ -192,7 +192,7 @@ def test_gradients_of_each_sample_by_vmap():
         def net(z, r, t, y):
             return torch.func.functional_call(DIT, w, (z, r, t, y))
 
-        return objective.loss_of(net, x[None], y[None], draws).loss
+        return objective.evaluate(net, x[None], y[None], draws).loss
 
     with backend.use_backend("reference"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # of operators without a rule
@@ -208,10 +208,10 @@ def test_the_checks_leave_one_graph_and_read_nothing(objective, net):
     torch.compiler.reset()
 
     def loss(x, y, draws):
-        return objective.loss_of(net, x, y, draws).loss
+        return objective.evaluate(net, x, y, draws).loss
 
     draws = objective.draw(X.shape, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(X, Y, draws), loss(X, Y, draws))
     meta = objective.draw(X.shape, device="meta")  # a read of a value would raise
-    assert objective.loss_of(copy.deepcopy(net).to("meta"), X.to("meta"), Y.to("meta"), meta).loss.shape == ()
+    assert objective.evaluate(copy.deepcopy(net).to("meta"), X.to("meta"), Y.to("meta"), meta).loss.shape == ()

@@ -31,10 +31,10 @@ def draw(objective, seed=0):
 def test_every_cut_gives_the_losses_of_the_whole_batch(objective):
     net, draws = network(objective), draw(objective)
     x, y = torch.randn(*SHAPE, dtype=torch.float64), torch.arange(8) % 3
-    whole = objective.loss_of(net, x, y, draws)
+    whole = objective.evaluate(net, x, y, draws)
     for parts in (2, 4) if draws.rows % 4 == 0 else (2,):
         pieces = [
-            objective.loss_of(net, *(a.chunk(parts)[i] for a in (x, y)), draws.part(i, parts)) for i in range(parts)
+            objective.evaluate(net, *(a.chunk(parts)[i] for a in (x, y)), draws.part(i, parts)) for i in range(parts)
         ]
         assert {int((piece.r != piece.t).sum()) for piece in pieces} == {draws.rows // parts}
         for name in ("per_sample", "u", "du_dt", "v", "t", "r"):
@@ -61,13 +61,13 @@ def test_the_objective_compiles_whole_and_once(objective):
     torch.compiler.reset()  # what other tests compiled from the same lines
     counter = CompileCounterWithBackend("aot_eager")
     parameters = [p for p in net.parameters() if p.requires_grad]
-    compiled = torch.compile(lambda x, y, draws: objective.loss_of(net, x, y, draws), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda x, y, draws: objective.evaluate(net, x, y, draws), fullgraph=True, backend=counter)
     for seed in range(4):
         x, y = torch.randn(*SHAPE, dtype=torch.float64), torch.randint(3, (8,))
         draws = draw(objective, seed)
         with torch.no_grad():
             parameters[0].mul_(1.01)  # as an optimiser does
-        out, eager = compiled(x, y, draws), objective.loss_of(net, x, y, draws)
+        out, eager = compiled(x, y, draws), objective.evaluate(net, x, y, draws)
         for name in (f.name for f in dataclasses.fields(eager)):
             torch.testing.assert_close(getattr(out, name), getattr(eager, name), rtol=1e-12, atol=1e-12)
         for g, g_ref in zip(*(torch.autograd.grad(o.loss, parameters) for o in (out, eager)), strict=True):
@@ -79,10 +79,10 @@ def test_the_objective_compiles_whole_and_once(objective):
 def test_the_objective_compiles_whole_with_autocast_around_it(objective):
     net = network(objective).float()
     torch.compiler.reset()
-    compiled = torch.compile(objective.loss_of, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(objective.evaluate, fullgraph=True, backend="aot_eager")
     x, y, draws = torch.randn(*SHAPE), torch.randint(3, (8,)), objective.draw(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
-        out, eager = compiled(net, x, y, draws), objective.loss_of(net, x, y, draws)
+        out, eager = compiled(net, x, y, draws), objective.evaluate(net, x, y, draws)
     parameters = [p for p in net.parameters() if p.requires_grad]
     torch.testing.assert_close(out.loss, eager.loss, rtol=0, atol=0)
     for g, g_ref in zip(*(torch.autograd.grad(o.loss, parameters) for o in (out, eager)), strict=True):

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from meanflow.training import TrainConfig, Trainer
+from meanflow.config import Config
+from meanflow.training import Trainer
 from meanflow.training.log import read_log
 
-TINY = TrainConfig(
+TINY = Config.of(
     data="digits",
     name="tiny",
     model="DiT",

@@ -14,8 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from meanflow.config import Config
 from meanflow.errors import UsageError
-from meanflow.training import TrainConfig, load_checkpoint, load_network, run_training
+from meanflow.training import load_checkpoint, load_network, run_training
 
 
 @pytest.mark.parametrize("run", [PLAIN, SHARES])
@@ -97,7 +98,7 @@ def net(**sizes):
     return Net(**sizes)
 """
     )
-    config = TrainConfig(
+    config = Config.of(
         data="digits", name="mine", model="mine:net", hidden_size=8, depth=1, num_heads=2, patch_size=4, steps=1,
         batch_size=4, device="cpu", evaluate=False,
     )  # fmt: skip

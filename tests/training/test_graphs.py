@@ -20,8 +20,6 @@ from meanflow.objectives import FlowMatching, MeanFlow
 from meanflow.training import (
     EMA,
     Trainer,
-    build_model,
-    build_objective,
     graphs,
     list_checkpoints,
     loop,
@@ -73,7 +71,7 @@ def recordings(monkeypatch):
 
 def trained(name, *, resume=False, **values):
     values = {"steps": 8, "log_every": 2, "flip": True, **values}
-    run_training(dataclasses.replace(TINY, name=name, **values), resume=resume)
+    run_training(TINY.replace(name=name, **values), resume=resume)
 
 
 def figures(name):
@@ -164,7 +162,7 @@ def test_dropout_in_a_recorded_step_draws_anew_at_every_replay(recordings, monke
 
 def stepped(values):
     """A trainer after its first step, and the arguments of the next update."""
-    config = dataclasses.replace(TINY, **values)
+    config = TINY.replace(**values)
     folder = Path("runs/direct")
     trainer = Trainer(config, load_digits_data(), folder, make_accelerator(config, folder))
     taken = []
@@ -218,7 +216,7 @@ VIOLATIONS = {
 def test_what_a_graph_cannot_hold_is_found(recordings, violation, words):
     trainer, (x, y, draws) = stepped({"objective": "flow_matching", "kappa": 0.0})
     planted = Planted(trainer.model, violation)
-    trainer.loss_of = lambda x, y, draws: FlowMatching().loss_of(planted, x, y, draws)
+    trainer.loss_of = lambda x, y, draws: FlowMatching().evaluate(planted, x, y, draws)
     with Recordable(), pytest.raises(NotRecordable, match=words):
         trainer._update(x, y, draws)
 
@@ -251,19 +249,19 @@ def test_a_number_of_pythons_would_stay_that_of_the_recorded_step(recordings, mo
 @every_objective
 def test_no_tensor_of_an_update_is_on_the_host(values):
     """On the meta device, of whose values there are none: what is on the CPU there would be on the CPU beside a GPU."""
-    config = dataclasses.replace(TINY, **values)
-    net, objective = build_model(config, load_digits_data()).to("meta"), build_objective(config)
+    config = TINY.replace(**values)
+    net, objective = config.network(load_digits_data()).to("meta"), config.objective
     ema = EMA(net, config.ema_decay, recordable=True)
     x, y = torch.zeros(8, 1, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     draws = objective.draw(x.shape, spread=True).map(lambda a: a.to("meta"))
     ema.set_step(0)
     with Recordable("meta"):
-        objective.loss_of(net, x, y, draws).loss.backward()
+        objective.evaluate(net, x, y, draws).loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         ema.take(net)
     planted = Planted(net, lambda z: linear_map(lambda a: a * torch.zeros(()), z))
     with Recordable("meta"), pytest.raises(NotRecordable, match="on cpu"):
-        objective.loss_of(planted, x, y, draws)
+        objective.evaluate(planted, x, y, draws)
 
 
 def draws_of(batch=4, ratio=0.5, label_dropout=0.1):
@@ -323,7 +321,7 @@ def test_a_step_that_cannot_be_recorded_says_how_to_go_on(recordings, monkeypatc
     ):
         trained("fails")
     assert [path.name for path in list_checkpoints(Path("runs/fails/checkpoints"))] == ["step_00000003"]
-    run_training(dataclasses.replace(TINY, name="fails", cuda_graphs=False), resume=True)
+    run_training(TINY.replace(name="fails", cuda_graphs=False), resume=True)
 
 
 def machine(kind="cuda", processes=1):
@@ -342,16 +340,16 @@ def machine(kind="cuda", processes=1):
     ],
 )
 def test_what_keeps_a_step_from_being_recorded_is_named_where_graphs_are_asked_for(accelerator, values, words):
-    config = dataclasses.replace(TINY, **values)
+    config = TINY.replace(**values)
     assert not is_recorded(config, accelerator)
-    assert not is_recorded(dataclasses.replace(config, cuda_graphs=False), accelerator)
+    assert not is_recorded(config.replace(cuda_graphs=False), accelerator)
     with pytest.raises(UsageError, match=f"cuda_graphs: .*{words}"):
-        is_recorded(dataclasses.replace(config, cuda_graphs=True), accelerator)
+        is_recorded(config.replace(cuda_graphs=True), accelerator)
 
 
 def test_graphs_are_the_default_on_one_gpu_for_a_network_of_ours():
-    own = dataclasses.replace(TINY, model="my_networks:small")
-    for config, expected in ((TINY, True), (dataclasses.replace(TINY, compile=True), True), (own, False)):
+    own = TINY.replace(model="my_networks:small")
+    for config, expected in ((TINY, True), (TINY.replace(compile=True), True), (own, False)):
         assert conflict(config, machine()) is None
         assert is_recorded(config, machine()) == expected
     assert is_recorded(dataclasses.replace(own, cuda_graphs=True), machine())
@@ -367,12 +365,12 @@ def test_graphs_are_the_default_on_one_gpu_for_a_network_of_ours():
     ],
 )
 def test_a_run_says_whether_it_records_its_step(values, words):
-    assert described(dataclasses.replace(TINY, **values), machine()) == words
+    assert described(TINY.replace(**values), machine()) == words
 
 
 def test_asking_for_graphs_on_a_cpu_is_an_error_before_anything_is_written():
     with pytest.raises(UsageError, match="cuda_graphs: a step of this run cannot be recorded: device: expected a CUDA"):
-        run_training(dataclasses.replace(TINY, cuda_graphs=True))
+        run_training(TINY.replace(cuda_graphs=True))
     assert not Path("runs").exists()
 
 

@@ -1,6 +1,5 @@
 """Steps as replays of a CUDA graph next to ordinary ones, on a GPU. Needs neither digits nor the command line."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ def _alone(tmp_path, monkeypatch):
 
 def errors(name, *, resume=False, **values):
     """The squared error of every step of a run, which is all that its loss has to say."""
-    config = dataclasses.replace(TINY, name=name, steps=10, device=DEVICE, norm_p=0.0, **values)
+    config = TINY.replace(name=name, steps=10, device=DEVICE, norm_p=0.0, **values)
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     data = ImageData("noise", TensorImages(images, torch.arange(64) % 10), None, tuple("abcdefghij"), 1, 8)
     folder = Path("runs") / name

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from damage import seal
 from forged import PLAIN, fails, forge, forge_model, meanflow, newest
+from meanflow.training.config_file import read_values
 from safetensors.torch import save_file
 
 from meanflow.errors import UsageError
 from meanflow.models import IMFDiT
 from meanflow.training import load_checkpoint, load_network
 from meanflow.training.checkpoint import load_tensors
-from meanflow.training.config_file import read_values
 from meanflow.training.log import read_log
 from meanflow.training.run import read_report
 from meanflow.training.state import load_state

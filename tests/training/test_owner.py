@@ -1,6 +1,5 @@
 """A run has one owner: who comes second is told, and who is killed leaves nothing in the way."""
 
-import dataclasses
 import errno
 import fcntl
 import json
@@ -55,7 +54,7 @@ def test_the_second_is_told_who_the_first_is(owner):
         with pytest.raises(UsageError, match=rf"tiny is in use: process {owner.pid} on \S+ trains it since \d{{4}}"):
             run_training(TINY, **how)
     assert os.listdir("runs") == [".tiny.lock"]
-    run_training(dataclasses.replace(TINY, name="other", steps=1))
+    run_training(TINY.replace(name="other", steps=1))
     assert sorted(os.listdir("runs")) == [".tiny.lock", "other"]
     owner.communicate("\n")  # it ends
     run_training(TINY)
@@ -137,21 +136,21 @@ def test_an_overwrite_that_is_killed_leaves_the_run_or_nothing(monkeypatch):
     with monkeypatch.context() as kill:
         kill.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_training(dataclasses.replace(TINY, steps=2), overwrite=True)
+            run_training(TINY.replace(steps=2), overwrite=True)
         assert os.listdir("runs") == [".tiny.removed.partial"]
         kill.setattr(shutil, "rmtree", remove)
-        run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=2, steps=2))
+        run_training(TINY.replace(checkpoint_every=1, keep_checkpoints=2, steps=2))
         assert os.listdir("runs") == ["tiny"]
         kill.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_training(dataclasses.replace(TINY, checkpoint_every=1), resume=True)
+            run_training(TINY.replace(checkpoint_every=1), resume=True)
     assert sorted(os.listdir("runs/tiny/checkpoints")) == [".step_00000001.removed.partial", "step_00000002"]
     run_training(TINY, resume=True)
     assert not list(Path("runs").rglob(".*"))
 
 
 def test_a_resume_that_leads_nowhere_keeps_the_values_of_the_run(monkeypatch):
-    run_training(dataclasses.replace(TINY, steps=3))
+    run_training(TINY.replace(steps=3))
     before = Path("runs/tiny/config.yaml").read_bytes()
 
     def fails(self, batches):
@@ -160,7 +159,7 @@ def test_a_resume_that_leads_nowhere_keeps_the_values_of_the_run(monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(Trainer, "_train_step", fails)
         with pytest.raises(RuntimeError, match="allocate"):
-            run_training(dataclasses.replace(TINY, batch_size=512), resume=True)
+            run_training(TINY.replace(batch_size=512), resume=True)
     assert Path("runs/tiny/config.yaml").read_bytes() == before
     run_training(TINY, resume=True)
     assert b"steps: 6" in Path("runs/tiny/config.yaml").read_bytes()
@@ -180,7 +179,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert os.listdir("runs/tiny/checkpoints") == ["step_00000003"]
     run_training(TINY, resume=True)
-    run_training(dataclasses.replace(TINY, name="straight"))
+    run_training(TINY.replace(name="straight"))
     assert losses("tiny") == losses("straight")
 
 
@@ -211,7 +210,7 @@ def test_the_disk_needs_room_for_as_many_checkpoints_as_are_kept(monkeypatch, ke
         return save_file(*args, **kwargs)
 
     monkeypatch.setattr(write, counted)
-    run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=keep))
+    run_training(TINY.replace(checkpoint_every=1, keep_checkpoints=keep))
     assert max(there for there, _ in found) == max(2, keep)
     assert all(whole >= 1 for _, whole in found[3:])
     assert len(list_checkpoints(Path("runs/tiny/checkpoints"))) == keep

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from meanflow.config import Config
 from meanflow.errors import UsageError
 from meanflow.files import replaced, write_text
 from meanflow.training import (
     EMA,
     Checkpoint,
-    TrainConfig,
     learning_rate,
     list_checkpoints,
     load_checkpoint,
@@ -30,12 +30,12 @@ from meanflow.training.pictures import image_grid
 
 
 def test_the_warm_up_is_linear_and_ends_at_the_peak():
-    config = TrainConfig(lr=1.0, warmup_steps=4, steps=12)
+    config = Config.of(lr=1.0, warmup_steps=4, steps=12)
     assert [learning_rate(step, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_cosine_falls_from_the_peak_towards_zero():
-    config = TrainConfig(lr=2.0, warmup_steps=2, steps=10, schedule="cosine")
+    config = Config.of(lr=2.0, warmup_steps=2, steps=10, schedule="cosine")
     rates = [learning_rate(step, config) for step in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[6] == pytest.approx(1.0)
@@ -203,7 +203,7 @@ def test_a_grid_enlarges_pixels_without_smoothing():
 
 
 def test_a_configuration_is_plain_values():
-    config = TrainConfig(guidance_interval=(0.1, 0.9))
+    config = Config.of(guidance_interval=(0.1, 0.9))
     values = json.loads(json.dumps(config.to_dict()))
     assert values["guidance_interval"] == [0.1, 0.9]
-    assert set(values) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(values) == {f.name for f in dataclasses.fields(Config)}

@@ -20,16 +20,14 @@ from tiny_runs import TINY, losses, stop_after
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from meanflow.config import Config
 from meanflow.data import ImageData, TensorImages, load_digits_data
 from meanflow.errors import UsageError
 from meanflow.models import DiT
 from meanflow.training import (
     EMA,
-    TrainConfig,
     Trainer,
     TrainingError,
-    build_model,
-    build_objective,
     list_checkpoints,
     load_network,
     loop,
@@ -46,23 +44,23 @@ HALF_LOSS = 4e-4  # relative, against float32; measured 1.9e-4
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def trainer(config: TrainConfig, data: ImageData | None = None) -> Trainer:
-    folder = Path("runs") / config.name
+def trainer(config: Config, data: ImageData | None = None) -> Trainer:
+    folder = Path("runs") / config.run.name
     return Trainer(config, data or load_digits_data(), folder, make_accelerator(config, folder))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_a_resumed_run_continues_the_same_curve(monkeypatch, accumulate, objective):
-    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
-    config = dataclasses.replace(TINY, accumulate=accumulate, objective=objective, flip=True, **model)
-    run_training(dataclasses.replace(config, name="whole"))
+    model = of_objective(objective)
+    config = TINY.replace(accumulate=accumulate, objective=objective, flip=True, **model)
+    run_training(config.replace(name="whole"))
     with monkeypatch.context() as interrupted:
         stop_after(interrupted, 4)  # not a multiple of checkpoint_every
-        run_training(dataclasses.replace(config, name="parts"))
+        run_training(config.replace(name="parts"))
     assert len(losses("parts")) == 4
     torch.manual_seed(99)  # a new process has another global generator
-    run_training(dataclasses.replace(config, name="parts"), resume=True)
+    run_training(config.replace(name="parts"), resume=True)
     assert losses("parts") == losses("whole")
     whole, parts = (list_checkpoints(Path("runs") / name / "checkpoints")[-1] for name in ("whole", "parts"))
     for file in ("model", "ema", "optimizer"):
@@ -86,7 +84,7 @@ def test_rows_that_a_crash_left_behind_are_not_logged_twice(monkeypatch):
 
 def test_off_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr("meanflow.training.log.SECONDS", 0.0)
-    run_training(dataclasses.replace(TINY, steps=30))
+    run_training(TINY.replace(steps=30))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == [f"tiny: step {step}/30" for step in range(1, 31)]
 
@@ -94,28 +92,28 @@ def test_off_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_accumulation_changes_nothing(objective):
     """The same samples, the same draws, and as many of them with r ≠ t in each part."""
-    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
-    config = dataclasses.replace(TINY, objective=objective, flip=True, norm_p=0.5, kappa=0.0, omega=2.0, **model)
+    model = of_objective(objective)
+    config = TINY.replace(objective=objective, flip=True, norm_p=0.5, kappa=0.0, omega=2.0, **model)
     for accumulate in (1, 4):
-        run_training(dataclasses.replace(config, accumulate=accumulate, name=f"in{accumulate}"))
+        run_training(config.replace(accumulate=accumulate, name=f"in{accumulate}"))
     assert losses("in4") == pytest.approx(losses("in1"), rel=1e-5)
 
 
 def test_parts_must_share_the_rows_that_carry_tangents():
     with pytest.raises(UsageError, match=r"2 of the batch's 8 samples have r != t; expected a multiple of 4"):
-        run_training(dataclasses.replace(TINY, accumulate=4, ratio=0.25))
+        run_training(TINY.replace(accumulate=4, ratio=0.25))
 
 
 @pytest.mark.parametrize("count", [1, "all"])
 def test_checkpointed_blocks_change_nothing(count):
-    config = dataclasses.replace(TINY, depth=2)
-    run_training(dataclasses.replace(config, name="plain"))
-    run_training(dataclasses.replace(config, name="recomputed", checkpoint_blocks=count))
+    config = TINY.replace(depth=2)
+    run_training(config.replace(name="plain"))
+    run_training(config.replace(name="recomputed", checkpoint_blocks=count))
     assert losses("recomputed") == losses("plain")
     with pytest.raises(UsageError, match="checkpoint_blocks: expected 'all' or a number up to 2"):
-        run_training(dataclasses.replace(config, name="more", checkpoint_blocks=3))
+        run_training(config.replace(name="more", checkpoint_blocks=3))
     with pytest.raises(UsageError, match="checkpoint_blocks: expected 'all' or at least 0, got -1"):
-        dataclasses.replace(config, checkpoint_blocks=-1)
+        config.replace(checkpoint_blocks=-1)
 
 
 @needs_compile
@@ -125,54 +123,54 @@ def test_a_compiled_run_gives_the_same_losses_and_compiles_once(monkeypatch, cou
     counter = CompileCounterWithBackend("aot_eager")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **options: compile(fn, backend=counter, **options))
-    run_training(dataclasses.replace(TINY, name="eager"))
-    run_training(dataclasses.replace(TINY, name="compiled", compile=True, checkpoint_blocks=count))
+    run_training(TINY.replace(name="eager"))
+    run_training(TINY.replace(name="compiled", compile=True, checkpoint_blocks=count))
     assert losses("compiled") == pytest.approx(losses("eager"), rel=1e-5)
     assert counter.frame_count == 1
 
 
 def test_fsdp_names_a_parameter_that_it_cannot_cut(monkeypatch, tmp_path):
-    config = dataclasses.replace(TINY, strategy="fsdp")
+    config = TINY.replace(strategy="fsdp")
     net = torch.nn.Linear(2, 2)
     net.scale = torch.nn.Parameter(torch.ones(()))
     monkeypatch.setattr(parallel, "is_sharded", lambda config, accelerator: True)
     with pytest.raises(UsageError, match=r"strategy: fsdp .* scale is a single number; make it of shape \(1,\)"):
-        parallel.training_loss(net, build_objective(config), config, make_accelerator(config, tmp_path))
+        parallel.training_loss(net, config.objective, config, make_accelerator(config, tmp_path))
 
 
 def test_compiling_needs_a_newer_torch(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     with pytest.raises(UsageError, match=r"compile: expected torch 2\.11 or newer, found 2\.9\.1"):
-        run_training(dataclasses.replace(TINY, compile=True))
+        run_training(TINY.replace(compile=True))
 
 
 def test_sharding_a_cpu_needs_a_newer_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
     monkeypatch.setattr(loop, "is_sharded", lambda config, accelerator: True)
     with pytest.raises(UsageError, match=r"strategy: fsdp on a CPU: expected torch 2\.7 or newer, found 2\.6\.0"):
-        make_accelerator(dataclasses.replace(TINY, strategy="fsdp"), tmp_path)
+        make_accelerator(TINY.replace(strategy="fsdp"), tmp_path)
 
 
 @needs_compile
 def test_cuda_graphs_need_a_gpu():
     with pytest.raises(UsageError, match="compile_mode: reduce-overhead records CUDA graphs"):
-        run_training(dataclasses.replace(TINY, compile=True, compile_mode="reduce-overhead"))
+        run_training(TINY.replace(compile=True, compile_mode="reduce-overhead"))
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_a_step_reads_nothing_on_the_host_and_has_no_shape_that_depends_on_data(objective):
     """On tensors without values, where either is an error: such a step can be recorded as a CUDA graph."""
-    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
-    config = dataclasses.replace(TINY, objective=objective, **model)
+    model = of_objective(objective)
+    config = TINY.replace(objective=objective, **model)
     data = load_digits_data()
     with FakeTensorMode():
-        net, of = build_model(config, data), build_objective(config)
+        net, of = config.network(data), config.objective
         ema = EMA(net, 0.9)
         x = torch.zeros(8, 1, 8, 8)  # [B, C, H, W]
         y = torch.zeros(8, dtype=torch.long)  # [B]
         draws = of.draw((16, 1, 8, 8), generator=torch.Generator(), spread=True)
-        of.loss_of(net, x, y, draws.part(1, 2)).loss.backward()
+        of.evaluate(net, x, y, draws.part(1, 2)).loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         ema.update(net, 0)
         with pytest.raises(DataDependentOutputException):  # what a read on the host would do
@@ -191,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(Trainer, "_train_step", bad)
     with pytest.raises(TrainingError, match=r"at step 5.*step_00000003.*--resume --name tiny"):
-        run_training(dataclasses.replace(TINY, log_every=6))
+        run_training(TINY.replace(log_every=6))
     assert [path.name for path in list_checkpoints(Path("runs/tiny/checkpoints"))] == ["step_00000003"]
 
 
@@ -293,11 +291,11 @@ def test_a_run_folder_is_never_overwritten_silently():
     with pytest.raises(UsageError, match=r"--name NAME.*--resume.*--overwrite"):
         run_training(TINY)
     with pytest.raises(UsageError, match="hidden_size"):  # a mistake with --overwrite costs nothing
-        run_training(dataclasses.replace(TINY, hidden_size=17), overwrite=True)
+        run_training(TINY.replace(hidden_size=17), overwrite=True)
     with pytest.raises(UsageError, match="another model"):
-        run_training(dataclasses.replace(TINY, depth=2), resume=True)
+        run_training(TINY.replace(depth=2), resume=True)
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
-    run_training(dataclasses.replace(TINY, steps=2), overwrite=True)
+    run_training(TINY.replace(steps=2), overwrite=True)
     assert len(losses("tiny")) == 2
 
 
@@ -310,7 +308,7 @@ def test_overwrite_leaves_a_folder_alone_that_is_no_run():
 
 
 def test_only_the_newest_checkpoints_are_kept():
-    run_training(dataclasses.replace(TINY, checkpoint_every=1, keep_checkpoints=2, steps=4))
+    run_training(TINY.replace(checkpoint_every=1, keep_checkpoints=2, steps=4))
     names = [path.name for path in Path("runs/tiny/checkpoints").iterdir()]
     assert sorted(names) == ["step_00000003", "step_00000004"]
 
@@ -326,33 +324,33 @@ def any_precision():
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("bf16-weights", torch.bfloat16)])
 @pytest.mark.parametrize("objective", ["meanflow", "imf"])
 def test_half_precision_trains_and_keeps_its_weights_as_it_says(any_precision, precision, dtype, objective):
-    model = {"model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1)} if objective == "imf" else {}
-    config = dataclasses.replace(TINY, precision=precision, objective=objective, norm_p=0.5, sample_every=4, **model)
-    run_training(dataclasses.replace(config, steps=3))
+    model = of_objective(objective)
+    config = TINY.replace(precision=precision, objective=objective, norm_p=0.5, sample_every=4, **model)
+    run_training(config.replace(steps=3))
     run_training(config, resume=True)
     newest = list_checkpoints(Path("runs/tiny/checkpoints"))[-1]
     assert {value.dtype for value in load_file(newest / "model.safetensors").values()} == {dtype}
     assert {value.dtype for value in load_file(newest / "ema.safetensors").values()} == {torch.float32}
     AcceleratorState._reset_state(True)
-    run_training(dataclasses.replace(config, precision="no", name="wide"))
+    run_training(config.replace(precision="no", name="wide"))
     assert losses("tiny") == pytest.approx(losses("wide"), rel=HALF_LOSS)
 
 
 def test_the_precision_is_bf16_on_a_gpu_that_has_it_and_float32_elsewhere(monkeypatch):
-    auto = dataclasses.replace(TINY, precision="auto")
+    auto = TINY.replace(precision="auto")
     for has, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
         assert parallel.settled(auto, torch.device("cuda")).precision == expected
         assert parallel.settled(auto, torch.device("cpu")).precision == "no"
         for given in ("no", "tf32", "fp16"):
-            chosen = dataclasses.replace(TINY, precision=given)
+            chosen = TINY.replace(precision=given)
             assert parallel.settled(chosen, torch.device("cuda")) == chosen
 
 
 def test_a_run_names_its_precision_and_a_resumed_one_keeps_it(any_precision, monkeypatch, capsys):
-    auto = dataclasses.replace(TINY, precision="auto", evaluate=True)
+    auto = TINY.replace(precision="auto", evaluate=True)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(loop, "settled", lambda config, device: dataclasses.replace(config, precision="bf16"))
+        elsewhere.setattr(loop, "settled", lambda config, device: config.replace(precision="bf16"))
         run_training(dataclasses.replace(auto, steps=3))
     assert "; cpu, precision bf16 (auto); runs/tiny" in capsys.readouterr().err
     run_training(auto, resume=True)  # where auto would be float32
@@ -370,23 +368,23 @@ def test_a_run_names_its_precision_and_a_resumed_one_keeps_it(any_precision, mon
 def test_training_starts_from_given_weights():
     run_training(TINY)
     weights = list_checkpoints(Path("runs/tiny/checkpoints"))[-1] / "model.safetensors"
-    started = trainer(dataclasses.replace(TINY, init=str(weights), name="second"))
+    started = trainer(TINY.replace(init=str(weights), name="second"))
     saved = load_file(weights)
     assert all(torch.equal(value, saved[name]) for name, value in started.model.state_dict().items())
     with pytest.raises(UsageError, match="another model"):
-        trainer(dataclasses.replace(TINY, init=str(weights), hidden_size=24, name="third"))
+        trainer(TINY.replace(init=str(weights), hidden_size=24, name="third"))
 
 
 def test_tensorboard_logs_beside_the_run():
     pytest.importorskip("tensorboard")
-    run_training(dataclasses.replace(TINY, tensorboard=True, steps=2))
+    run_training(TINY.replace(tensorboard=True, steps=2))
     assert list(Path("runs/tiny").rglob("events.out.tfevents*"))
 
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("meanflow.training.loop.is_tensorboard_available", lambda: False)
     with pytest.raises(UsageError, match=r"meanflow\[tensorboard\]"):
-        run_training(dataclasses.replace(TINY, tensorboard=True))
+        run_training(TINY.replace(tensorboard=True))
     assert not Path("runs").exists()
 
 
@@ -419,8 +417,8 @@ def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypa
 
     monkeypatch.setattr("meanflow.training.build.create_model", make)
     monkeypatch.setattr("meanflow.training.network.create_model", make)
-    run_training(dataclasses.replace(TINY, sample_every=2, steps=4))
-    run_training(dataclasses.replace(TINY, sample_every=2, name="tiny"), resume=True)
+    run_training(TINY.replace(sample_every=2, steps=4))
+    run_training(TINY.replace(sample_every=2, name="tiny"), resume=True)
     state = load_network(Path("runs/tiny")).net.state_dict()
     assert state["shift"].item() == 0.5
     saved = load_file(list_checkpoints(Path("runs/tiny/checkpoints"))[-1] / "ema.safetensors")
@@ -430,7 +428,7 @@ def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypa
 
 
 def test_the_affine_baseline_trains():
-    run_training(dataclasses.replace(TINY, model="Affine", depth=None, num_heads=None, patch_size=None, steps=2))
+    run_training(TINY.replace(model="Affine", depth=None, num_heads=None, patch_size=None, steps=2))
     assert load_network(Path("runs/tiny")).image_shape == (1, 8, 8)
 
 
@@ -457,7 +455,7 @@ def test_the_affine_baseline_trains():
 )
 def test_values_out_of_range_are_named(change, words):
     with pytest.raises(UsageError, match=words):
-        dataclasses.replace(TINY, **change)
+        TINY.replace(**change)
 
 
 @pytest.mark.parametrize(
@@ -480,7 +478,7 @@ def test_mistakes_are_named_before_anything_is_written(change, words):
     if "cuda" in change.values() and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match=words):
-        run_training(dataclasses.replace(TINY, **change))
+        run_training(TINY.replace(**change))
     assert not Path("runs").exists()
 
 

@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM: answered at once, saved after the step, and a second one says what it costs."""
 
-import dataclasses
 import os
 import signal
 
@@ -84,4 +83,4 @@ def test_interrupting_the_report_loses_no_step(monkeypatch):
         with pytest.raises(KeyboardInterrupt, match=r"all 6 steps are saved.*--resume --name tiny writes them"):
             run_training(TINY)
     assert len(losses("tiny")) == 6
-    assert run_training(dataclasses.replace(TINY, evaluate=False), resume=True).new_steps == 0
+    assert run_training(TINY.replace(evaluate=False), resume=True).new_steps == 0

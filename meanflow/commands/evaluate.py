@@ -1,0 +1,90 @@
+"""`meanflow evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ..checks import check_backend
+from ..config_file import read_config
+from ..errors import UsageError
+from ..training.folder import RunFolder
+from ..training.network import load_network
+from ..training.report import SAMPLES, evaluate_network
+from .common import (
+    Device,
+    Flag,
+    check_at_least,
+    check_sampling,
+    device_of,
+    parse,
+    say,
+    say_report,
+    source_of,
+    with_sampling,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Compare generated images with the real ones: class accuracy and pixel-space Frechet distance, in report.json.
+
+    Args:
+        run: a run folder or its name
+        samples: generated images
+        seed: of the noise
+        weights: averaged weights, or those of the last step
+        data: another folder of images to compare with; None: what the run was trained on
+        trust_code: run the function "package.module:function" that the run names as its model
+        device: auto: a GPU if there is one
+    """
+
+    run: Positional[str]
+    samples: int = SAMPLES
+    seed: int = 0
+    weights: Literal["ema", "raw"] = "ema"
+    data: str | None = None
+    trust_code: Flag = False
+    device: Device = "auto"
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Class accuracy and Frechet distance of a run"""
+    options = parse(with_sampling(Evaluate), args, prog="evaluate")
+    check_at_least(2, options, "samples")
+    check_backend()
+    folder = RunFolder(source_of(options.run))
+    if folder.path.is_file() or (folder.path / "state.json").is_file():
+        raise UsageError(f"expected a run folder such as runs/digits, got {folder.path}", field="run")
+    device = device_of(options.device)
+    loaded = load_network(folder.path, options.weights, device, trust_code=options.trust_code)
+    sampling = check_sampling(options.sampling, loaded.objective, loaded.source)
+    standard = loaded.sampling(**sampling) == loaded.objective.sampling
+    config, _ = read_config(folder.config, options.trust_code)
+    evaluator = config.run.evaluator
+    if options.data is not None:
+        channels, side, _ = loaded.image_shape
+        kept = {name: config.values()[name] for name in ("held_out", "workers")}
+        config = config.replace(data=options.data, **kept)
+        of_network = {"image_size": side, "grey": channels == 1}
+        config = config.replace(**{name: value for name, value in of_network.items() if name in config.values()})
+    data = config.data.load()
+    report = evaluate_network(
+        loaded, data, evaluator, samples=options.samples, seed=options.seed, device=device, **sampling
+    )
+    if data.left_out is not None and data.left_out.reasons:
+        report |= data.left_out.figures()
+        say(data.left_out.summary())
+    say_report(report, evaluator)
+    others = dataclasses.replace(options, run="", device="auto", trust_code=False, sampling={}) == type(options)(
+        run="", sampling={}
+    )
+    if standard and others:
+        folder.read_report(evaluator.titles)
+        folder.update_report(report, loaded.step)
+    else:
+        say(f"{folder.report} keeps the figures of the standard evaluation: {SAMPLES} samples, default options.")
+    return 0
