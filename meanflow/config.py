@@ -166,9 +166,7 @@ class Config:
         channels, side, other = self.codec.latent_shape(data.image_shape)
         if side != other:
             raise UsageError(f"expected square images, got {side}×{other}", field="data")
-        return self.model.build(
-            input_size=side, in_channels=channels, num_classes=data.num_classes, source=data.name
-        )
+        return self.model.build(input_size=side, in_channels=channels, num_classes=data.num_classes, source=data.name)
 
     def check_fit(self) -> None:
         """Raise a UsageError where the network is known not to return what the objective needs."""
@@ -278,7 +276,7 @@ def _refuse(config: Config, name: str, value: Any, *, asked: bool) -> None:
     defaults = [option.default for _, _, option in others]
     if not asked and (value is None or value in defaults or (isinstance(value, list) and tuple(value) in defaults)):
         return  # a file may be a whole configuration, which asks for what differs
-    where = others[0][0]
+    where = others[-1][0]  # the innermost
     words = " or ".join(dict.fromkeys(word for place, word, _ in others if place == where))
     raise UsageError(f"expected only with {where} {words}, got {where} {config.values().get(where)}", field=name)
 

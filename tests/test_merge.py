@@ -1,17 +1,17 @@
 """What a run is, from a preset or a saved run, a YAML file and flags; and what YAML files may say."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
-from meanflow.merge import OBJECTIVES, SIZES, merged
-from meanflow.training.config_file import read_config, read_values
 
 from meanflow import cli
-from meanflow.config import Config
+from meanflow.config import Config, merged
+from meanflow.config_file import read_config
 from meanflow.errors import UsageError
+from meanflow.objectives import FlowMatching
 from meanflow.recipes import recipe
+from meanflow.registry import names
 from meanflow.training import TrainingError
 
 
@@ -29,7 +29,7 @@ def configured(monkeypatch):
         asked.append(config)
         raise TrainingError("not in this test")
 
-    monkeypatch.setattr("meanflow.training.run.run_training", refuse)
+    monkeypatch.setattr("meanflow.commands.train.run_training", refuse)
 
     def configure(line: str, text: str = "") -> Config:
         if text:
@@ -54,16 +54,16 @@ def saved(**values) -> None:
 @pytest.mark.parametrize(("line", "text"), [("--model DiT-B/2", ""), ("", "model: DiT-B/2"), ("--model m:f", "")])
 def test_another_model_does_not_take_a_presets_sizes(configured, line, text):
     config = configured(f"digits {line}", text)
-    assert [getattr(config, name) for name in SIZES] == [None] * len(SIZES)
-    assert configured(f"digits {line} --depth 3", text).depth == 3
-    assert configured(f"digits {line}", f"{text}\ndepth: 3").depth == 3
-    assert configured("digits --model DiT").hidden_size == recipe("digits").hidden_size
+    assert config.model == Config.of(model=config.model.name).model  # its own
+    assert configured(f"digits {line} --depth 3", text).model.depth == 3
+    assert configured(f"digits {line}", f"{text}\ndepth: 3").model.depth == 3
+    assert configured("digits --model DiT").model == recipe("digits").model
 
 
 def test_values_need_to_fit_in_the_end_only(configured):
-    assert configured("digits-imf --accumulate 3").accumulate == 3  # 48 samples; the default is 256
-    assert configured("--data x --accumulate 5", "batch_size: 60").batch_size == 60
-    assert configured("--data x --batch-size 60", "accumulate: 3").accumulate == 3
+    assert configured("digits-imf --accumulate 3").optim.accumulate == 3  # 48 samples; the default is 256
+    assert configured("--data x --accumulate 5", "batch_size: 60").optim.batch_size == 60
+    assert configured("--data x --batch-size 60", "accumulate: 3").optim.accumulate == 3
     saved(batch_size=60)
     config = configured("--resume --name digits --accumulate 5")
     assert (config.optim.batch_size, config.optim.accumulate) == (60, 5)
@@ -72,7 +72,7 @@ def test_values_need_to_fit_in_the_end_only(configured):
 
 
 def test_an_objective_that_is_given_counts_though_it_is_the_default(configured):
-    assert configured("digits", "objective: imf").name == "digits-imf"
+    assert configured("digits", "objective: imf").run.name == "digits-imf"
     config = configured("digits --objective meanflow", "objective: imf")
     assert config == recipe("digits")
 
@@ -87,7 +87,7 @@ def test_a_file_may_name_its_preset(configured, capsys):
 
 def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
     saved(name="mine")
-    assert configured("digits --resume --name mine").name == "mine"
+    assert configured("digits --resume --name mine").run.name == "mine"
     assert cli.main(["train", "DiT-B/4", "--resume", "--name", "mine"]) == 2
     assert "preset: runs/mine was started from digits" in capsys.readouterr().err
 
@@ -97,10 +97,10 @@ def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
     [
         ("digits-imf", {"kappa": 0.5}, "kappa: expected only with objective meanflow, got objective imf"),
         ("digits", {"omega_max": 4.0}, "omega_max: expected only with objective imf"),
-        ("digits", {"objective": "flow_matching", "ratio": 0.3}, "ratio: expected only with objective meanflow or imf"),
+        ("digits", {"objective": "flow_matching", "ratio": 0.3}, "ratio: expected only with objective imf or meanflow"),
         ("digits", {"time_sampler": "uniform", "time_std": 2.0}, "time_std: expected only with time_sampler logit"),
-        ("digits", {"model": "DiT-S/8", "aux_head_depth": 2}, "aux_head_depth: expected only with an iMF-DiT"),
-        ("digits", {"image_size": 16}, "image_size: expected only with a folder of images, got data digits"),
+        ("digits", {"model": "DiT-S/8", "aux_head_depth": 2}, "aux_head_depth: expected only with model iMF-DiT"),
+        ("digits", {"image_size": 16}, "image_size: expected only with data folder, got data digits"),
         ("digits", {"compile_mode": "reduce-overhead"}, "compile_mode: expected only with compile"),
         ("digits", {"warmup_steps": 9, "steps": 9}, "warmup_steps: expected less than steps = 9, got 9"),
     ],
@@ -114,20 +114,19 @@ def test_what_would_have_no_effect_is_refused_where_it_is_asked_for(base, flags,
 
 def test_what_a_preset_says_besides_does_no_harm():
     config = merged(recipe("digits"), {}, {"objective": "flow_matching", "steps": 4})
-    assert (config.kappa, config.ratio, config.optim.steps) == (0.0, None, 4)  # warm-up: the preset's 50
-    for preset in PRESETS.values():
-        assert merged(Config.of(), vars(preset), {}) == preset
-    assert set(OBJECTIVES) < {field.name for field in dataclasses.fields(Config)}
+    assert config.objective == FlowMatching()
+    assert config.optim.steps == 4  # warm-up: the preset's 50
+    for preset in names("recipes"):
+        assert merged(Config(), recipe(preset).values(), {}) == recipe(preset)
 
 
 def test_yaml_as_people_write_it():
     Path("a.yaml").write_text("precision: no\nlr: 1e-3\nsteps: 1e3\nname: 7\nbatch-size: 8\ncheckpoint_blocks: all\n")
     values = {"precision": "no", "lr": 1e-3, "steps": 1000, "name": "7", "batch_size": 8, "checkpoint_blocks": "all"}
-    assert read_values(Path("a.yaml")) == values
-    assert read_config(Path("a.yaml")) == Config.of(**values)
-    for preset in PRESETS.values():
-        Path("b.yaml").write_text(yaml.safe_dump(preset.to_dict()))
-        assert read_config(Path("b.yaml")) == preset
+    assert read_config(Path("a.yaml")) == (Config.of(**values), None)
+    for preset in map(recipe, names("recipes")):
+        Path("b.yaml").write_text(yaml.safe_dump({"preset": "x", **preset.to_dict()}))
+        assert read_config(Path("b.yaml")) == (preset, "x")
 
 
 @pytest.mark.parametrize(
@@ -145,18 +144,17 @@ def test_yaml_as_people_write_it():
 def test_yaml_that_is_not_meant_is_refused(text, words, capsys):
     Path("a.yaml").write_text(text)
     with pytest.raises(UsageError, match=f"^config: .*a.yaml: {words}"):
-        read_values(Path("a.yaml"))
+        read_config(Path("a.yaml"))
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", names("recipes"))
 @pytest.mark.parametrize("extra", ["", "--time-sampler uniform", "--objective flow_matching"])
 def test_a_runs_own_values_as_a_file_start_a_run_like_it(configured, preset, extra):
-    if "flow_matching" in extra and "iMF" in recipe(preset).model:
+    if "flow_matching" in extra and "iMF" in recipe(preset).model.name:
         extra += " --model DiT-B/4"
     first = configured(f"{preset} --data there {extra}")
     text = yaml.safe_dump({"preset": preset, **first.to_dict()})
     assert configured("", text) == first
-    assert configured(preset, yaml.safe_dump(first.to_dict())) == first
-    other = configured("--model m:f", text) if "iMF" not in first.model else first
-    assert other is first or [getattr(other, name) for name in SIZES] == [None] * len(SIZES)
+    assert configured(preset, yaml.safe_dump(first.values())) == first
+    assert configured("--model m:f", text).model == Config.of(model="m:f").model

@@ -150,7 +150,7 @@ def _run_owned(
     report, changes = {}, {}
     if checkpoint is not None:  # damage is told before anything is written
         saved, preset = read_config(folder.config, set(names_in(config.to_dict())))
-        report = folder.read_report()
+        report = folder.read_report(config.run.evaluator.titles)
         read_log(folder.log)
         changes = changed_values(config, saved)
         check_resumed(checkpoint, config.model.sizes())

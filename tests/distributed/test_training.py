@@ -1,7 +1,6 @@
 """Runs of the trainer over several processes: the same losses, resumed by others, and one that dies."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from meanflow.training import list_checkpoints, load_checkpoint, load_network, r
 from meanflow.training.checkpoint import cure_for_damage
 from meanflow.training.log import read_log
 
-TINY = dataclasses.replace(tiny_runs.TINY, norm_p=0.5, warmup_steps=0, schedule="constant", threads=1)
+TINY = tiny_runs.TINY.replace(norm_p=0.5, warmup_steps=0, schedule="constant", threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -98,11 +97,11 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     said, _ = launch("torchrun", 2, config.replace(steps=1))
     assert said.count("Trained 1 steps") == 1  # only the first process speaks
     sharded = config.replace(strategy="fsdp")
-    _, logged = launch("torchrun", 4, dataclasses.replace(sharded, steps=4), "--resume")  # DDP's checkpoint, FSDP2
+    _, logged = launch("torchrun", 4, sharded.replace(steps=4), "--resume")  # DDP's checkpoint, FSDP2
     assert logged.count("many: step 4/4") == 1
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
     assert len(list((checkpoint / "shares").glob("*.distcp"))) == 4
-    launch("accelerate", 2, dataclasses.replace(sharded, steps=5, accumulate=2), "--resume")  # four's pieces for two
+    launch("accelerate", 2, sharded.replace(steps=5, accumulate=2), "--resume")  # four's pieces for two
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
     whole = load_checkpoint(checkpoint)  # the pieces, put together by one process without a group
     for part, of in (("model", whole.model), ("ema", whole.ema)):

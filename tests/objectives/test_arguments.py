@@ -169,7 +169,11 @@ def test_decorators_are_asked_what_they_take_themselves():
         (lambda: ImprovedMeanFlow(time_sampler=None), TypeError, "time_sampler: expected a TimeSampler"),
         (lambda: MeanFlow(guidance_interval=0.5), TypeError, r"guidance_interval: expected a pair \(low, high\), got"),
         (lambda: MeanFlow(guidance_interval=(0.5,)), ValueError, "guidance_interval: expected 0 <= low"),
-        (lambda: MeanFlow(guidance_interval=(0.5, float("nan"))), ValueError, "guidance_interval: expected a finite number"),
+        (
+            lambda: MeanFlow(guidance_interval=(0.5, float("nan"))),
+            ValueError,
+            "guidance_interval: expected a finite",
+        ),
     ],
 )
 def test_what_an_objective_is_made_of(make, error, match):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -30,6 +29,7 @@ from typing import Any
 
 import tiny_runs
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from meanflow import cli
@@ -39,9 +39,7 @@ from meanflow.training import list_checkpoints, load_checkpoint, load_network, r
 from meanflow.training.shares import save_shares
 from meanflow.training.state import checksum, save_state
 
-TINY = dataclasses.replace(
-    tiny_runs.TINY, name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1
-)
+TINY = tiny_runs.TINY.replace(name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1)
 CANARY = Path("CANARY")  # what only code that must not run writes
 HOSTILE = f"open({str(CANARY)!r}, 'w').close()\ndef fire(**sizes):\n    raise ValueError('fired')\n"
 ODD: list[Any] = [
@@ -232,8 +230,14 @@ def odd_tensors(rng: random.Random, path: Path) -> None:
 
 
 def hostile_state(rng: random.Random, path: Path) -> None:
-    """A state.json whose model is a function."""
+    """A state.json whose model or objective is a function."""
     state = json.loads(path.read_text())
+    if rng.random() < 0.3:
+        state["objective"] = rng.choice(
+            ["canary:fire", {"name": "canary:fire"}, {**state["objective"], "name": "os:system"}]
+        )
+        path.write_text(json.dumps(state))
+        return
     state["model"] = rng.choice(
         [
             {"name": "os:system", "config": {**state["model"]["config"], "command": f"touch {CANARY}"}},
@@ -257,8 +261,11 @@ def hostile_weights(rng: random.Random, path: Path) -> None:
 
 
 def hostile_config(rng: random.Random, path: Path) -> None:
-    """A config.yaml whose model is a function."""
-    path.write_text(path.read_text().replace("model: DiT", f"model: {rng.choice(['canary:fire', 'os:system'])}"))
+    """A config.yaml whose model or another component is a function."""
+    values = yaml.safe_load(path.read_text())
+    group = rng.choice([group for group in values if isinstance(values[group], dict) and "name" in values[group]])
+    values[group] = rng.choice([{**values[group], "name": "canary:fire"}, "canary:fire", {"name": "os:system"}])
+    path.write_text(yaml.safe_dump(values))
 
 
 def hostile_metadata(rng: random.Random, path: Path) -> None:
@@ -367,7 +374,7 @@ def damage(rng: random.Random, folder: Path) -> tuple[list[Path], str, bool]:
 def contents(loaded: Any) -> Any:
     """What was loaded, to be compared."""
     if hasattr(loaded, "net"):
-        others = (loaded.class_names, loaded.objective, loaded.step, dict(loaded.guidance), config_of(loaded.net))
+        others = (loaded.class_names, loaded.objective, loaded.step, config_of(loaded.net))
         return loaded.net.state_dict(), others
     state = {key: value for key, value in loaded.state.items() if key != "checksums"}
     return {f"{part}|{k}": v for part in ("model", "ema", "optimizer") for k, v in getattr(loaded, part).items()}, state

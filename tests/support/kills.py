@@ -6,7 +6,6 @@ takes one alone, and the other must end by itself. Processes are forked from thi
 """
 
 import argparse
-import dataclasses
 import os
 import random
 import signal
@@ -95,7 +94,7 @@ def whole_run(way):
     """A run that nobody kills; how long its session lasts."""
     world, strategy = WAYS[way]
     started = time.monotonic()
-    session = Session(dataclasses.replace(CONFIG, name=way, strategy=strategy), world)
+    session = Session(CONFIG.replace(name=way, strategy=strategy), world)
     assert session.wait(PATIENCE), "it hangs"
     assert set(session.codes.values()) == {0}, Path(f"{way}.txt").read_text()
     return time.monotonic() - started
@@ -109,7 +108,7 @@ def killed_run(way, number, draw, seconds, kills):
     """
     world, strategy = WAYS[way]
     name = f"{way}{number}"
-    config, done = dataclasses.replace(CONFIG, name=name, strategy=strategy), 0
+    config, done = CONFIG.replace(name=name, strategy=strategy), 0
     while True:
         found = bool(list_checkpoints(Path("runs") / name / "checkpoints"))
         there = (Path("runs") / name / "config.yaml").exists()

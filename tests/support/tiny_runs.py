@@ -30,6 +30,26 @@ TINY = Config.of(
 )
 
 
+IMF = {
+    "objective": "imf",
+    "model": "iMF-DiT",
+    "hidden_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 4,
+    "aux_head_depth": 1,
+    "prefix_tokens": (1, 1, 1, 1),
+    "ratio": 0.5,
+}
+
+
+def of_objective(name: str, **values) -> dict:
+    """What makes `TINY` a run of another objective; `values` where it has them."""
+    changes = {"meanflow": {}, "imf": IMF, "flow_matching": {"objective": name}}[name]
+    config = TINY.replace(**changes)
+    return {**changes, **{key: value for key, value in values.items() if key in config.values()}}
+
+
 def losses(name: str) -> list[float]:
     return [row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")]
 

@@ -1,6 +1,5 @@
 """A step as a CUDA graph, recorded and replayed on a CPU; test_graphs_gpu.py has a real one."""
 
-import dataclasses
 import re
 import types
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from recorded import NotRecordable, Recordable, Recording
 from safetensors.torch import load_file
-from tiny_runs import TINY, stop_after
+from tiny_runs import IMF, TINY, stop_after
 from torch import nn
 
 from meanflow.cli import main
@@ -30,7 +29,6 @@ from meanflow.training.graphs import WARM_UP, StepGraph, conflict, described, is
 from meanflow.training.log import read_log
 from mfkernels import linear_map
 
-IMF = {"objective": "imf", "model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1), "kappa": 0.0}
 OBJECTIVES = {
     "meanflow": {"kappa": 0.0},
     "meanflow, guided": {},
@@ -352,7 +350,7 @@ def test_graphs_are_the_default_on_one_gpu_for_a_network_of_ours():
     for config, expected in ((TINY, True), (TINY.replace(compile=True), True), (own, False)):
         assert conflict(config, machine()) is None
         assert is_recorded(config, machine()) == expected
-    assert is_recorded(dataclasses.replace(own, cuda_graphs=True), machine())
+    assert is_recorded(own.replace(cuda_graphs=True), machine())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_runs import TINY, stop_after
+from tiny_runs import IMF, TINY, stop_after
 
 from meanflow.data import ImageData, TensorImages
 from meanflow.training import Trainer, make_accelerator
@@ -13,7 +13,6 @@ from meanflow.training.log import read_log
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-IMF = {"objective": "imf", "model": "iMF-DiT", "aux_head_depth": 1, "prefix_tokens": (1, 1, 1, 1), "kappa": 0.0}
 # relative; the same kernels on the same numbers should give the same bits. Not measured: no GPU has run this
 REPLAYED = 1e-5
 

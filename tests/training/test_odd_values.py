@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 from damage import seal
 from forged import PLAIN, fails, forge, forge_model, meanflow, newest
-from meanflow.training.config_file import read_values
 from safetensors.torch import save_file
 
+from meanflow.config_file import read_values
 from meanflow.errors import UsageError
 from meanflow.models import IMFDiT
-from meanflow.training import load_checkpoint, load_network
+from meanflow.training import RunFolder, load_checkpoint, load_network
 from meanflow.training.checkpoint import load_tensors
 from meanflow.training.log import read_log
-from meanflow.training.run import read_report
 from meanflow.training.state import load_state
 
 STATES = [
@@ -30,7 +29,7 @@ STATES = [
     *(("scaler", value) for value in ("x", [1], {"scale": "x"})),
     *(("model", value) for value in (None, "DiT", [], {}, {"name": "DiT"}, {"name": 3, "config": {}})),
     *(("model", {"name": "DiT", "config": value}) for value in ("x", [], None, {}, {"input_size": 8})),
-    *(("format", value) for value in (True, 1.0, "1", None, 2)),
+    *(("format", value) for value in (True, 1.0, "1", None, 3)),
     *(("checksums", value) for value in ([], None, {"state.json": 3}, "x", {})),
 ]
 
@@ -104,7 +103,7 @@ def test_json_that_is_no_run_s_is_refused(here, capsys, name, text):
     path.write_bytes(data + b"\n" + data + b"\n" if name == "log.jsonl" else data)
     read = {
         "state.json": lambda: load_network(PLAIN),
-        "report.json": lambda: read_report(PLAIN),
+        "report.json": lambda: RunFolder(PLAIN).read_report(["class_accuracy", "frechet_distance"]),
         "log.jsonl": lambda: read_log(path),
     }
     with pytest.raises(UsageError, match=str(path.parent)):

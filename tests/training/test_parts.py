@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from meanflow.config import Config
+from meanflow.config import Config, Optim
 from meanflow.errors import UsageError
 from meanflow.files import replaced, write_text
 from meanflow.training import (
@@ -30,12 +30,12 @@ from meanflow.training.pictures import image_grid
 
 
 def test_the_warm_up_is_linear_and_ends_at_the_peak():
-    config = Config.of(lr=1.0, warmup_steps=4, steps=12)
+    config = Optim(lr=1.0, warmup_steps=4, steps=12)
     assert [learning_rate(step, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_cosine_falls_from_the_peak_towards_zero():
-    config = Config.of(lr=2.0, warmup_steps=2, steps=10, schedule="cosine")
+    config = Optim(lr=2.0, warmup_steps=2, steps=10, schedule="cosine")
     rates = [learning_rate(step, config) for step in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[6] == pytest.approx(1.0)
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, saved(1), keep=1)
     (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
-    with pytest.raises(UsageError, match="format 1, got 99"):
+    with pytest.raises(UsageError, match="format 2, got 99"):
         load_checkpoint(path)
 
 
@@ -205,5 +205,5 @@ def test_a_grid_enlarges_pixels_without_smoothing():
 def test_a_configuration_is_plain_values():
     config = Config.of(guidance_interval=(0.1, 0.9))
     values = json.loads(json.dumps(config.to_dict()))
-    assert values["guidance_interval"] == [0.1, 0.9]
+    assert values["objective"]["guidance_interval"] == [0.1, 0.9]
     assert set(values) == {f.name for f in dataclasses.fields(Config)}

@@ -16,7 +16,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from minimum import needs_compile
 from safetensors.torch import load_file
-from tiny_runs import TINY, losses, stop_after
+from tiny_runs import TINY, losses, of_objective, stop_after
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -26,11 +26,12 @@ from meanflow.errors import UsageError
 from meanflow.models import DiT
 from meanflow.training import (
     EMA,
+    RunFolder,
     Trainer,
     TrainingError,
+    accelerator,
     list_checkpoints,
     load_network,
-    loop,
     make_accelerator,
     parallel,
     run_training,
@@ -45,15 +46,14 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def trainer(config: Config, data: ImageData | None = None) -> Trainer:
-    folder = Path("runs") / config.run.name
+    folder = RunFolder.named(config.run.name)
     return Trainer(config, data or load_digits_data(), folder, make_accelerator(config, folder))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_a_resumed_run_continues_the_same_curve(monkeypatch, accumulate, objective):
-    model = of_objective(objective)
-    config = TINY.replace(accumulate=accumulate, objective=objective, flip=True, **model)
+    config = TINY.replace(accumulate=accumulate, flip=True, **of_objective(objective))
     run_training(config.replace(name="whole"))
     with monkeypatch.context() as interrupted:
         stop_after(interrupted, 4)  # not a multiple of checkpoint_every
@@ -92,8 +92,7 @@ def test_off_a_terminal_there_is_a_line_a_minute(monkeypatch, capsys):
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_accumulation_changes_nothing(objective):
     """The same samples, the same draws, and as many of them with r ≠ t in each part."""
-    model = of_objective(objective)
-    config = TINY.replace(objective=objective, flip=True, norm_p=0.5, kappa=0.0, omega=2.0, **model)
+    config = TINY.replace(flip=True, **of_objective(objective, norm_p=0.5, kappa=0.0, omega=2.0))
     for accumulate in (1, 4):
         run_training(config.replace(accumulate=accumulate, name=f"in{accumulate}"))
     assert losses("in4") == pytest.approx(losses("in1"), rel=1e-5)
@@ -135,7 +134,7 @@ def test_fsdp_names_a_parameter_that_it_cannot_cut(monkeypatch, tmp_path):
     net.scale = torch.nn.Parameter(torch.ones(()))
     monkeypatch.setattr(parallel, "is_sharded", lambda config, accelerator: True)
     with pytest.raises(UsageError, match=r"strategy: fsdp .* scale is a single number; make it of shape \(1,\)"):
-        parallel.training_loss(net, config.objective, config, make_accelerator(config, tmp_path))
+        parallel.training_loss(net, config.objective, config, make_accelerator(config, RunFolder(tmp_path)))
 
 
 def test_compiling_needs_a_newer_torch(monkeypatch):
@@ -146,9 +145,9 @@ def test_compiling_needs_a_newer_torch(monkeypatch):
 
 def test_sharding_a_cpu_needs_a_newer_torch(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
-    monkeypatch.setattr(loop, "is_sharded", lambda config, accelerator: True)
+    monkeypatch.setattr(accelerator, "is_sharded", lambda config, accelerator: True)
     with pytest.raises(UsageError, match=r"strategy: fsdp on a CPU: expected torch 2\.7 or newer, found 2\.6\.0"):
-        make_accelerator(TINY.replace(strategy="fsdp"), tmp_path)
+        make_accelerator(TINY.replace(strategy="fsdp"), RunFolder(tmp_path))
 
 
 @needs_compile
@@ -161,8 +160,7 @@ def test_cuda_graphs_need_a_gpu():
 @pytest.mark.parametrize("objective", ["meanflow", "imf", "flow_matching"])
 def test_a_step_reads_nothing_on_the_host_and_has_no_shape_that_depends_on_data(objective):
     """On tensors without values, where either is an error: such a step can be recorded as a CUDA graph."""
-    model = of_objective(objective)
-    config = TINY.replace(objective=objective, **model)
+    config = TINY.replace(**of_objective(objective))
     data = load_digits_data()
     with FakeTensorMode():
         net, of = config.network(data), config.objective
@@ -170,7 +168,7 @@ def test_a_step_reads_nothing_on_the_host_and_has_no_shape_that_depends_on_data(
         x = torch.zeros(8, 1, 8, 8)  # [B, C, H, W]
         y = torch.zeros(8, dtype=torch.long)  # [B]
         draws = of.draw((16, 1, 8, 8), generator=torch.Generator(), spread=True)
-        of.evaluate(net, x, y, draws.part(1, 2)).loss.backward()
+        of.loss(net, x, y, draws.part(1, 2)).loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         ema.update(net, 0)
         with pytest.raises(DataDependentOutputException):  # what a read on the host would do
@@ -256,16 +254,16 @@ def test_an_image_that_cannot_be_read_keeps_what_was_trained():
     data = load_digits_data()
     source = Breaks(data.train.images()[:20], data.train.labels[:20])
     t = trainer(TINY, dataclasses.replace(data, train=source))
-    t.folder.mkdir(parents=True)
+    t.folder.path.mkdir(parents=True)
     with pytest.raises(UsageError, match=r"last\.png"):
         t.run()
     assert t.step > 0
-    assert t.last_checkpoint().name == f"step_{t.step:08d}"
+    assert t.folder.newest().name == f"step_{t.step:08d}"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_continue(number, code):
-    Path("tiny.yaml").write_text(yaml.safe_dump({**TINY.to_dict(), "steps": 100_000, "name": "stopped"}))
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY.replace(steps=100_000, name="stopped").to_dict()))
     command = [sys.executable, "-m", "meanflow", "train", "--config", "tiny.yaml"]
     # A shell that runs tests in the background may have SIGINT ignored; the handler is set in any case.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -324,8 +322,7 @@ def any_precision():
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("bf16-weights", torch.bfloat16)])
 @pytest.mark.parametrize("objective", ["meanflow", "imf"])
 def test_half_precision_trains_and_keeps_its_weights_as_it_says(any_precision, precision, dtype, objective):
-    model = of_objective(objective)
-    config = TINY.replace(precision=precision, objective=objective, norm_p=0.5, sample_every=4, **model)
+    config = TINY.replace(precision=precision, sample_every=4, **of_objective(objective, norm_p=0.5))
     run_training(config.replace(steps=3))
     run_training(config, resume=True)
     newest = list_checkpoints(Path("runs/tiny/checkpoints"))[-1]
@@ -340,8 +337,8 @@ def test_the_precision_is_bf16_on_a_gpu_that_has_it_and_float32_elsewhere(monkey
     auto = TINY.replace(precision="auto")
     for has, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert parallel.settled(auto, torch.device("cuda")).precision == expected
-        assert parallel.settled(auto, torch.device("cpu")).precision == "no"
+        assert parallel.settled(auto, torch.device("cuda")).run.precision == expected
+        assert parallel.settled(auto, torch.device("cpu")).run.precision == "no"
         for given in ("no", "tf32", "fp16"):
             chosen = TINY.replace(precision=given)
             assert parallel.settled(chosen, torch.device("cuda")) == chosen
@@ -350,18 +347,18 @@ def test_the_precision_is_bf16_on_a_gpu_that_has_it_and_float32_elsewhere(monkey
 def test_a_run_names_its_precision_and_a_resumed_one_keeps_it(any_precision, monkeypatch, capsys):
     auto = TINY.replace(precision="auto", evaluate=True)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(loop, "settled", lambda config, device: config.replace(precision="bf16"))
-        run_training(dataclasses.replace(auto, steps=3))
+        elsewhere.setattr("meanflow.training.loop.settled", lambda config, device: config.replace(precision="bf16"))
+        run_training(auto.replace(steps=3))
     assert "; cpu, precision bf16 (auto); runs/tiny" in capsys.readouterr().err
     run_training(auto, resume=True)  # where auto would be float32
     said = capsys.readouterr().err
     assert "; cpu, precision bf16; runs/tiny" in said
     assert said.count("precision") == 1  # it is no change
-    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["precision"] == "bf16"
+    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["run"]["precision"] == "bf16"
     report = json.loads(Path("runs/tiny/report.json").read_text())
     assert (report["precision"], report["cuda_graphs"]) == ("bf16", False)
     AcceleratorState._reset_state(True)
-    run_training(dataclasses.replace(auto, name="other", evaluate=False))
+    run_training(auto.replace(name="other", evaluate=False))
     assert "; cpu, precision no (auto); runs/other" in capsys.readouterr().err
 
 
@@ -382,7 +379,7 @@ def test_tensorboard_logs_beside_the_run():
 
 
 def test_tensorboard_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("meanflow.training.loop.is_tensorboard_available", lambda: False)
+    monkeypatch.setattr("meanflow.training.accelerator.is_tensorboard_available", lambda: False)
     with pytest.raises(UsageError, match=r"meanflow\[tensorboard\]"):
         run_training(TINY.replace(tensorboard=True))
     assert not Path("runs").exists()
@@ -415,7 +412,7 @@ def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypa
     def make(name, **sizes):
         return Tied(**sizes)
 
-    monkeypatch.setattr("meanflow.training.build.create_model", make)
+    monkeypatch.setattr("meanflow.models.options.create_model", make)
     monkeypatch.setattr("meanflow.training.network.create_model", make)
     run_training(TINY.replace(sample_every=2, steps=4))
     run_training(TINY.replace(sample_every=2, name="tiny"), resume=True)
@@ -428,7 +425,7 @@ def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypa
 
 
 def test_the_affine_baseline_trains():
-    run_training(TINY.replace(model="Affine", depth=None, num_heads=None, patch_size=None, steps=2))
+    run_training(TINY.replace(model="Affine", steps=2))
     assert load_network(Path("runs/tiny")).image_shape == (1, 8, 8)
 
 
@@ -439,6 +436,9 @@ def test_the_affine_baseline_trains():
         ({"lr": math.nan}, "lr: expected"),
         ({"batch_size": 9, "accumulate": 2}, "batch_size: expected a multiple of accumulate = 2"),
         ({"held_out": 1.0}, "held_out"),
+        ({"ratio": 1.5}, "ratio: expected"),
+        ({"model": "DiT-Q/3"}, "DiT-Q/3"),
+        ({"aux_head_depth": 1}, "aux_head_depth: expected only with model iMF-DiT"),
         ({"weight_decay": math.nan}, "weight_decay: expected a finite number, got nan"),
         ({"lr": math.inf}, "lr: expected a finite number"),
         ({"guidance_interval": (0.0, math.nan)}, "guidance_interval: expected a finite number"),
@@ -446,11 +446,11 @@ def test_the_affine_baseline_trains():
         ({"seed": 2**32}, r"seed: expected less than 2\*\*32"),
         ({"depth": 10**10}, "depth: expected at most 10000"),
         ({"batch_size": 2**40}, "batch_size: expected at most 16777216"),
-        ({"prefix_tokens": (1, 1, 1, 10**9)}, "prefix_tokens: expected at most"),
+        ({"model": "iMF-DiT", "prefix_tokens": (1, 1, 1, 10**9)}, "num_interval_tokens: expected at most"),
         ({"threads": 10**10}, "threads: expected at most 1024"),
         ({"steps": 10**30}, "steps: expected a number of less than 64 bits"),
-        ({"sample_omega": 0.5}, "sample_omega: expected a number >= 1"),
-        ({"sample_interval": (0.5, 0.2)}, "sample_interval: expected"),
+        ({"objective": "imf", "sample_omega": 0.5}, "sample_omega: expected a number >= 1"),
+        ({"objective": "imf", "sample_interval": (0.5, 0.2)}, "sample_t_min: expected at most t_max = 0.2, got 0.5"),
     ],
 )
 def test_values_out_of_range_are_named(change, words):
@@ -461,11 +461,11 @@ def test_values_out_of_range_are_named(change, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"ratio": 1.5}, "ratio: expected"),
-        ({"model": "DiT-Q/3"}, "DiT-Q/3"),
-        ({"objective": "imf"}, "objective: imf trains an iMF-DiT .* got objective imf with model DiT"),
-        ({"model": "iMF-DiT"}, "got objective meanflow with model iMF-DiT"),
-        ({"aux_head_depth": 1}, "aux_head_depth"),
+        (
+            {"objective": "imf"},
+            r"imf trains .* \(u, v\), such as iMF-DiT; got model DiT, which .* \(u\)",
+        ),
+        ({"model": "iMF-DiT"}, "objective: meanflow trains .* got model iMF-DiT"),
         ({"name": "../elsewhere"}, "name: expected"),
         ({"precision": "fp16"}, "precision: fp16 is a format of NVIDIA GPUs, and this run's device is cpu"),
         ({"precision": "tf32"}, "precision: tf32 is a format of NVIDIA GPUs"),
