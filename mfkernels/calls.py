@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import backend
 from ._torch import nothing_intercepts, nothing_transforms
-from .dual import Dual, TensorOrDual, carries_tangent
+from .dual import Dual, TensorOrDual
+from .forward_mode import carries_tangent
 
 MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
 _PLAIN = (Tensor, torch.nn.Parameter)

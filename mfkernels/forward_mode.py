@@ -14,7 +14,23 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ._torch import nothing_intercepts
-from .dual import CarriesTangent, Dual, carries_tangent
+from .dual import Dual
+
+
+class CarriesTangent(Tensor):
+    """A tensor that carries its tangent along through a module that knows nothing of it: see `dualize`."""
+
+    def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        """`run(*operands)` with Duals in place of these tensors, and these tensors in place of the Duals it returns."""
+        raise NotImplementedError
+
+
+def carries_tangent(x: Any) -> bool:
+    """Whether `x` is a tensor that has a tangent without being a Dual: one of forward mode or of a dualized module."""
+    if isinstance(x, CarriesTangent):
+        return True
+    return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None
+
 
 # ------------------------------------------------------------------------------------------------------------ the ops'
 

@@ -9,7 +9,6 @@ is its primal: backward formulas and a checkpoint's recomputation never see a ta
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,18 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .. import _torch
-from ..dual import CarriesTangent, Dual, padded_tangent, primal_of, unshared
-from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
-from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
+from ..dual import Dual, padded_tangent, primal_of, unshared
+from ..forward_mode import CarriesTangent
+from .autograd import Functions, OwnRule, saving_primals
+from .call import UNKNOWN, Call, Out, Rows, Slot, differentiable, has_tangent, leaves, mapped
 from .memory import Memory
-from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
-from .report import Report
-from .rows import MixesRows, Rows, Untracked
-from .rules import ASSEMBLES
-from .where import refused
+from .report import Report, refused
+from .rules import APART, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
 
 
 class DualTensor(CarriesTangent):
@@ -54,7 +50,7 @@ class DualTensor(CarriesTangent):
         )
         x._primal, x._slot, x._run = primal, slot, run
         if not _torch.forward_mode_enabled():
-            x._rule = own_rule(run)
+            x._rule = run.functions.own_rule(run.slot)
         run.living.append(weakref.ref(x))
         return x
 
@@ -152,8 +148,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self._begin()
 
     def _begin(self) -> None:
-        self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
-        self.functions_listed = False
+        self.functions = Functions()
         self.leaving = False
         self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
@@ -162,7 +157,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     # ------------------------------------------------------------------------------------------------- begin and end
 
     def __enter__(self) -> DualPass:
-        self._tape = self._unwrap_what_is_saved()
+        self._tape = saving_primals(self._to_be_saved, lambda: self.active)
         self._tape.__enter__()
         self.active = True
         super().__enter__()
@@ -182,22 +177,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """Whether tensors of this pass are still in use."""
         return any(ref() is not None for ref in self.living)
 
-    def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
-        if not torch.is_grad_enabled():
-            return nullcontext()
-        outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
-
-        def pack(x: Tensor) -> Any:
-            # what is saved must not hold the node that saves it
-            return _Saved(self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x, outer)
-
-        def unpack(saved: _Saved) -> Tensor:
-            if self.active:
-                raise refused("backward", "a network that differentiates inside its own forward needs torch.func.jvp")
-            return saved.tensor()
-
-        hooks = saved_tensors_hooks(pack, unpack)
-        return hooks
+    def _to_be_saved(self, x: Tensor) -> Tensor:
+        # what is saved must not hold the node that saves it
+        return self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x
 
     def primal(self, x: Tensor) -> Tensor:
         """The primal of `x`, off the tape, with PyTorch's count of the writes to `x` and its views."""
@@ -226,7 +208,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 return None
             if isinstance(x._rule, Out):
                 raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
-            if x._rule is not None and not is_inside(x._rule):
+            if x._rule is not None and not x._rule.is_running():
                 self._outside(x, x._rule)
             if x._memory is not None and x._memory.buffer is not None:
                 return x._memory.read(x._primal, x._rows)
@@ -236,15 +218,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _settle(self) -> None:
         """What Functions with rules of their own have written to, and have returned, has the tangents they say."""
-        over = [(x, rule) for x, rule in self.written_by_rule if not is_inside(rule)]
-        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if is_inside(rule)]
+        over = [(x, rule) for x, rule in self.written_by_rule if not rule.is_running()]
+        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if rule.is_running()]
         for x, rule in over:
-            if rule.has(x):
+            if rule.has(x._primal):
                 self._outside(x, rule)
 
     def _outside(self, x: DualTensor, rule: OwnRule) -> None:
         """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
-        t, rows = rule.tangent_of(x), None
+        t, rows = rule.tangent_of(x._primal), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
         x._rule = None
@@ -306,8 +288,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             raise refused(op.name, op.refusal)
         rule = None
         if found.dual and not _torch.forward_mode_enabled():
-            rule = own_rule(self)
-            if op.name == "detach" and not op.in_place and keeps_what_it_detaches(self):
+            rule = self.functions.own_rule(self.slot)
+            if op.name == "detach" and not op.in_place and self.functions.detaches():
                 op = operator(torch.ops.aten.alias.default)
             if rule is not None and op.in_place:
                 if not isinstance(args[0], DualTensor):
@@ -331,7 +313,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if found.tangent and not op.constant:
             if apart:
                 out = out.resolve_conj().resolve_neg()
-            outs = self._tangents(op, call, out, found.shared if source is None else [])
+            outs = self._tangents(op, call, out, [] if source is not None else found.shared)
             result = self._wrap(out, outs, source, keep=source is not None)
             if apart:
                 self._memory_of(result).apart = True
@@ -365,43 +347,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return slots, primals
 
     def _tangents(self, op: Operator, call: Call, out: Any, shared: list[Tensor]) -> list[Out]:
-        """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
-        primals = differentiable(out)
-        if not primals:
-            return []
-        start = time.perf_counter() if self.report else 0.0
-        try:
-            try:
-                outs = _fitting(op.rule(call, out), primals, shared)
-            except Untracked:
-                if self.report:
-                    self.report.filled(call)
-                outs = _fitting(op.rule(call.dense(), out), primals, shared)
-            if self.report:
-                self.report.add(call, time.perf_counter() - start)
-            return self._of_one_sample(op, call, outs)
-        except Untracked as error:
-            raise refused(call.name, "its tangent cannot be followed") from error
-        except MixesRows as error:
-            raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
-        except (NotImplementedError, RuntimeError) as error:
-            text = str(error)
-            if text.startswith("dualize:") or ("forward AD" not in text and "jvp" not in text):
-                raise
-            raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
-
-    def _of_one_sample(self, op: Operator, call: Call, outs: list[Out]) -> list[Out]:
-        """`outs`, of the one sample that all operands are of; none is, where a part of the batch was taken apart."""
-        if op.rule in ASSEMBLES or op.name == "where":
-            return outs  # of samples, of which those without a tangent are plain tensors
-        slots = call.slots()
-        if any(out.sample is not None for out in outs):
-            of_all = all(slot.rows is None or slot.rows.batch == self.batch for slot in slots)
-            return outs if of_all else [out._replace(sample=None) for out in outs]
-        sample = slots[0].sample
-        if sample is None or any(slot.sample != sample for slot in slots):
-            return outs
-        return [out._replace(sample=sample) for out in outs]
+        return tangents(op, call, out, shared, self.batch, self.report)
 
     def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
         """`out` with tangents, as a view of `source` if that is given; those of zero are followed if `keep`."""
@@ -502,26 +448,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         memory.write(p, None, t, rows)
 
 
-def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
-    """`outs` in the primals' dtypes and in memory that no write will reach.
-
-    shared: the operands' tangents that one may.
-
-    Raises:
-        Untracked: one is not of the shape that its primal and its rows ask for.
-    """
-    fitting, missing = [], len(primals) - len(outs)
-    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
-        if t is not None:
-            if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
-                raise Untracked("shape")
-            t = t if t.dtype == p.dtype else t.to(p.dtype)
-            if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared):
-                t = t.clone()
-        fitting.append(Out(t, rows, sample))
-    return fitting
-
-
 class _Found:
     """What there is among the operands of a call."""
 
@@ -530,25 +456,6 @@ class _Found:
     def __init__(self) -> None:
         self.dual = self.tangent = False  # tensors of a pass, and those of them that carry a tangent
         self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
-
-
-class _Saved:
-    """A tensor that the tape holds."""
-
-    __slots__ = ("hooks", "kept", "version")
-
-    def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
-        self.hooks = hooks  # those around the pass, which keep it their way
-        self.kept: Any = x if hooks is None else hooks[0](x)
-        self.version = _torch.writes_to(x) if hooks is None else 0
-
-    def tensor(self) -> Tensor:
-        if self.hooks is None and _torch.writes_to(self.kept) != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation; "
-                "clone() it before writing"
-            )
-        return self.kept if self.hooks is None else self.hooks[1](self.kept)
 
 
 def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:

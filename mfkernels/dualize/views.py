@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Out, Slot
-from .rows import Rows, Untracked
+from .call import Call, Out, Rows, Slot, Untracked
 
 
 def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out:
