@@ -1,4 +1,4 @@
-"""What a call of a public function comes to is worked out once for its kind of arguments: checks, backend, dtype.
+"""Checks and decisions (backend, dtype) of a public function's calls, made once for each kind of arguments and cached.
 
 A layer of a network is called with the same shapes at every step, and Python's checks of them would cost as much as
 launching its kernels.

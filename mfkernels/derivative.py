@@ -1,4 +1,4 @@
-"""`jvp`, a function's value and directional derivative, and what it says where there is none."""
+"""`jvp`: a function's value and directional derivative, and explanations of the errors where there is none."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ _OPERATORS = (type(torch.ops.aten.neg), type(torch.ops.aten.neg.default))  # wit
 
 
 class _RefuseSilentZeros(TorchFunctionMode):
-    """Custom operators have no forward-mode rule and return a zero tangent without a word: name them instead."""
+    """Custom operators have no forward-mode rule and return a zero tangent silently: raise an error that names them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -219,7 +219,7 @@ _MIXES = (
 
 
 class _RefuseBatchStatistics(TorchFunctionMode):
-    """Those of the first rows alone are others than the batch's: the tangent would be that of another function."""
+    """Batch statistics of the first rows alone differ from the batch's: the tangent would be of another function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -229,12 +229,12 @@ class _RefuseBatchStatistics(TorchFunctionMode):
 
 
 def _explained(error: Exception) -> Exception | None:
-    """PyTorch's message about what forward mode cannot do as one that says what to do; None for other errors."""
+    """An error of PyTorch's forward mode as one that names the remedy; None for other errors."""
     text = str(error)
     if "mutate a captured Tensor" in text:
         return NotImplementedError(
-            f"fn: it writes into a tensor that is none of its arguments. BatchNorm does, and it {_MIXES}. What PyTorch "
-            f"says: {text}"
+            f"fn: it writes into a tensor that is none of its arguments. BatchNorm does, and it {_MIXES}. PyTorch's "
+            f"message: {text}"
         )
     found = re.search(r"forward AD with (\S+) that does not support", text)
     if found is None and not ("autograd.Function" in text and "jvp" in text):

@@ -1,7 +1,8 @@
 """What the row-wise Triton kernels share: a row of D columns is one power-of-two block, masked, in float32.
 
-Rows are those of contiguous tensors, so that D as a constant tells the compiler how wide it may load (2730 columns of
-bfloat16 start on 4 bytes, 1152 on 16). Row numbers are int64: B·N·D passes 2^31 in ordinary training.
+Rows are those of contiguous tensors, so that D, a compile-time constant, gives the alignment of loads (rows of 2730
+columns of bfloat16 are aligned to 4 bytes, of 1152 to 16). Row numbers are int64: B·N·D exceeds 2^31 in ordinary
+training.
 """
 
 # mypy: allow-untyped-defs

@@ -2,7 +2,8 @@
 
 Below autograd a Function's forward is a number of operators like any others, and no `jvp` is needed. One that has a
 `jvp` staticmethod is differentiated as it says, which need not be the derivative of its forward: straight-through
-estimators are written so. What its forward makes is marked, and gets its tangent when it is used outside.
+estimators are written this way. Tensors created in its forward are marked, and get their tangent at their first use
+outside it.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Functions:
 def saving_primals(
     primal_of: Callable[[Tensor], Tensor], is_running: Callable[[], bool]
 ) -> AbstractContextManager[Any]:
-    """Within it the tape saves the primals of a pass, in its own way those of hooks around the pass."""
+    """A context in which the tape saves primals; hooks set around the pass are called with them."""
     if not torch.is_grad_enabled():
         return nullcontext()
     outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
@@ -154,7 +155,7 @@ class _Saved:
     __slots__ = ("hooks", "kept", "version")
 
     def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
-        self.hooks = hooks  # those around the pass, which keep it their way
+        self.hooks = hooks  # set around the pass: they decide how it is saved
         self.kept: Any = x if hooks is None else hooks[0](x)
         self.version = _torch.writes_to(x) if hooks is None else 0
 

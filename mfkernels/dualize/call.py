@@ -150,7 +150,7 @@ class Out(NamedTuple):
     sample: int | None = None
 
 
-UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output that its rule says nothing of, such as attention's statistics
+UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output whose rule computes no tangent, such as attention's log-sum-exp
 
 
 def has_tangent(x: Any) -> bool:

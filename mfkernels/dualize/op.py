@@ -104,7 +104,7 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
-    # the module may write into what it is given
+    # the module may write into its inputs
     leaves = [Dual._make(a if a is None else unshared(a) for a in x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
@@ -154,7 +154,7 @@ def _interpreted() -> Iterator[None]:
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:
-    """What the module wrote into its buffers stays there without a tangent, which belongs to this pass."""
+    """Values that the module assigned to its buffers stay there without their tangents, which belong to this pass."""
     if not run.outlived():
         return
     for part in module.modules():
@@ -208,7 +208,7 @@ def _leave(o: Any, run: DualPass) -> Any:
 # Dynamo does not follow a pass: it puts one call into its graph, and AOTAutograd traces the operations that the pass
 # executes, primal and tangent, so that the compiler sees a flat graph of both.
 
-# what crosses the call is made of lists, dicts and tensors alone: no named tuples, no None
+# the call takes and returns lists, dicts and tensors alone: no named tuples, no None
 _DUAL, _NONE = "mfkernels.Dual", "mfkernels.None"
 
 
@@ -245,8 +245,8 @@ def _places(module: nn.Module) -> tuple[_Place, ...]:
     """Where a forward may find what Dynamo does not hand over with the module, as it does parameters and buffers.
 
     Tensors, alone or in a list or dict, as tables of positions often are: the graph would have them as constants, which
-    no backward can be traced through. Numbers, flags and words, `training` among them: read before the call, they make
-    Dynamo compile anew when they change, or are inputs of the graph.
+    no backward can be traced through. Numbers, flags and strings, such as `training`: read before the call, they make
+    Dynamo recompile when they change, or are inputs of the graph.
     """
     found: list[_Place] = []
     for path, part in module.named_modules():

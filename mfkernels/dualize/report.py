@@ -1,4 +1,4 @@
-"""What a user is told: which operations ran and what they cost, and the line of the module that was refused."""
+"""Messages to the user: a report of the operations that ran, and errors with the line of the user's module."""
 
 from __future__ import annotations
 

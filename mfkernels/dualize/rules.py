@@ -372,7 +372,7 @@ _REFUSED = {
     "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
-# What is a view to PyTorch and a copy here: below autograd nobody resolves what is marked as conjugate or negative.
+# Views in PyTorch, copies here: below autograd the conjugate and negative bits of a tensor are not resolved.
 APART = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
 
@@ -410,7 +410,7 @@ def operator(func: Any) -> Operator:
     if in_place and refusal is None:
         functional = _out_of_place(name, func)
         if functional is None and RULES.get(name) is not constant:
-            refusal = "it writes in place, and dualize knows no operator that does the same out of place"
+            refusal = "it writes in place, and there is no out-of-place operator with the same arguments"
     view = aliased and not written and name not in APART
     kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else unknown
     rule = RULES.get(name, kind)
@@ -423,7 +423,7 @@ def operator(func: Any) -> Operator:
 
 
 def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: int, report: Report | None) -> list[Out]:
-    """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
+    """Tangents by the operator's rule; where the batch cannot be tracked, of all rows, with zeros filled in."""
     primals = differentiable(out)
     if not primals:
         return []
@@ -439,7 +439,7 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
             report.add(call.name, by_jvp=bool(call.jvps), seconds=time.perf_counter() - start)
         return _of_one_sample(op, call, outs, batch)
     except Untracked as error:
-        raise refused(call.name, "its tangent cannot be followed") from error
+        raise refused(call.name, "its tangent cannot be tracked") from error
     except MixesRows as error:
         raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
     except (NotImplementedError, RuntimeError) as error:
@@ -450,7 +450,7 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
 
 
 def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> list[Out]:
-    """`outs`, of the one sample that all operands are of; none is, where a part of the batch was taken apart."""
+    """`outs`, marked with the one sample that all operands depend on; unmarked where one holds part of the batch."""
     if op.rule in ASSEMBLES or op.name == "where":
         return outs  # of samples, of which those without a tangent are plain tensors
     slots = call.slots()
@@ -466,7 +466,7 @@ def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> lis
 def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
     """`outs` in the primals' dtypes and in memory that no write will reach.
 
-    shared: the operands' tangents that one may.
+    shared: the operands' tangents whose memory a write may reach.
 
     Raises:
         Untracked: one is not of the shape that its primal and its rows ask for.

@@ -1,4 +1,4 @@
-"""The tensor that carries its tangent through a module that knows nothing of it, and the pass in which it does.
+"""The tensor that carries its tangent through an ordinary module, and the pass that it belongs to.
 
 A `DualTensor` lies below autograd: the tape is made of it as of any tensor, and what reaches `__torch_dispatch__` are
 the ATen operators that the module's functions consist of. There the primal's operator runs, and beside it the rule for
@@ -34,7 +34,7 @@ class DualTensor(CarriesTangent):
     _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
-    # of a Function, in whose forward it was made: gives the tangents of its outputs; UNKNOWN: nothing does
+    # the Function in whose forward it was made, which gives the tangents of its outputs; UNKNOWN: it has none
     _rule: OwnRule | Out | None = None
 
     @staticmethod
@@ -76,7 +76,9 @@ class DualTensor(CarriesTangent):
         if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
         if op.reshapes:
-            return args[0].turn(func, op, args[1:], kwargs, has_views=args[0].requires_grad)  # nobody knows now
+            return args[0].turn(
+                func, op, args[1:], kwargs, has_views=args[0].requires_grad
+            )  # views are tracked in a pass alone
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
     def turn(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
@@ -217,7 +219,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return None if memory is None else memory.read(x, None)
 
     def _settle(self) -> None:
-        """What Functions with rules of their own have written to, and have returned, has the tangents they say."""
+        """Give outputs that a Function with a `jvp` of its own wrote in place their tangents, once it has returned."""
         over = [(x, rule) for x, rule in self.written_by_rule if not rule.is_running()]
         self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if rule.is_running()]
         for x, rule in over:
@@ -225,7 +227,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 self._outside(x, rule)
 
     def _outside(self, x: DualTensor, rule: OwnRule) -> None:
-        """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
+        """Give an output of a Function with a `jvp` of its own, used outside it, the tangent of that rule."""
         t, rows = rule.tangent_of(x._primal), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
@@ -257,7 +259,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # dual_call has told it
+        return False  # op.py arranges how Dynamo treats the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.leaving and func is torch.ops.aten.detach.default:
@@ -309,7 +311,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if not op.view or op.constant:
             source = None
         elif source is None:
-            return out  # its tangent is found by its memory
+            return out  # its tangent is looked up by its memory
         if found.tangent and not op.constant:
             if apart:
                 out = out.resolve_conj().resolve_neg()
@@ -318,7 +320,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if apart:
                 self._memory_of(result).apart = True
             return result
-        # zero, and kept track of where a write or the Function's rule may give it a tangent
+        # zero; still wrapped where a later write or the Function's rule may give it a tangent
         cut_off = op.view and op.constant and self.written and _torch.memory_of(out) in self.written
         if source is not None or rule is not None or cut_off:
             return self._wrap(out, [Out(None)] * len(differentiable(out)), source, keep=True)
@@ -395,7 +397,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if base is not p_args[0] or self._has_views(target):
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
                 target._memory = None
-                # an argument, say: written to as if it had been given whole
+                # such as an expanded argument: make it contiguous before the write
                 target._primal = p_args[0] = p_args[0].contiguous()
         elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
@@ -414,7 +416,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """transpose_, unsqueeze_ …: the same memory in another shape."""
         x, turned = args[0], operator(op.functional)
         if not isinstance(x, DualTensor):
-            return func(*args, **kwargs)  # its tangent is found by its memory
+            return func(*args, **kwargs)  # its tangent is looked up by its memory
         self._adopt(x)
         x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
@@ -434,7 +436,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
         t, rows, _ = out
         if isinstance(target, DualTensor):
-            if target._memory is None:  # nobody else sees it
+            if target._memory is None:  # no view shares it
                 target._slot = None if t is None else Slot(p, t, rows, out.sample)
             else:
                 target._memory.write(p, target._rows, t, rows)
@@ -449,12 +451,12 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
 
 class _Found:
-    """What there is among the operands of a call."""
+    """Properties of the operands of a call."""
 
     __slots__ = ("dual", "shared", "tangent")
 
     def __init__(self) -> None:
-        self.dual = self.tangent = False  # tensors of a pass, and those of them that carry a tangent
+        self.dual = self.tangent = False  # whether one is a tensor of a pass, and whether one carries a tangent
         self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
 
 
@@ -463,7 +465,7 @@ def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
         return _Enter.apply(x, t, rows, run)
     if 0 in x.stride():
         x = unshared(x.detach())  # the caller's until now, where it has a gradient
-    # below autograd nobody conjugates what has been marked so
+    # below autograd the conjugate bit is not resolved
     x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
     return DualTensor.make(x, Slot(x, t, rows), run)
 

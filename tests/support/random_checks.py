@@ -43,7 +43,7 @@ def general(text: str) -> str:
     """What was found, without numbers and places."""
     if text.startswith("process"):
         return text
-    text = re.sub(r" \((in \w+, )?program.*|. What PyTorch says.*|\[torch\..*", " …", text)
+    text = re.sub(r" \((in \w+, )?program.*|. PyTorch's message.*|\[torch\..*", " …", text)
     return re.sub(r", # of # rows", "", re.sub(r"(?<![\w.])-?\d[\d.]*(e[+-]\d+)?", "#", text))[:150]
 
 
