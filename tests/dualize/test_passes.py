@@ -8,6 +8,7 @@ import re
 import threading
 import warnings
 import weakref
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mfkernels
-from mfkernels import Dual, dualize, jvp
+from mfkernels import Dual, dual_aware, dualize, jvp, linear_map
 from mfkernels.testing import relative_error
 
 
@@ -492,6 +493,24 @@ def test_more_rows_than_samples(dualized):
     net = Wrapped(lambda x: x.sin().repeat_interleave(2, 0))
     _, out_dot = jvp(dualize(net) if dualized else net, (x,), (v,), rows=3)
     torch.testing.assert_close(out_dot, (x.cos() * v)[:3].repeat_interleave(2, 0))
+
+
+class Results(list):
+    """No pytree node: PyTorch's functions take it for a leaf."""
+
+
+@pytest.mark.parametrize("dualized", [False, True])
+@pytest.mark.parametrize("kind", [Results, tuple, lambda parts: OrderedDict(enumerate(parts))])
+def test_collections_of_any_type_keep_their_tangents_and_their_type(kind, dualized):
+    x, v = torch.randn(2, 4, 3).double()
+
+    def forward(x):
+        return kind([x.sin(), 2 * x])
+
+    net = dualize(Wrapped(forward)) if dualized else dual_aware(lambda x: kind([linear_map(torch.neg, x), 2 * x]))
+    out, out_dot = jvp(net, (x,), (v,), rows=3)
+    assert type(out) is type(out_dot) is type(forward(x))
+    assert torch.equal(out_dot[1], 2 * v[:3])
 
 
 def test_dataclasses_are_taken_apart():
