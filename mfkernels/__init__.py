@@ -7,7 +7,8 @@ from .ada_layer_norm import ada_layer_norm
 from .attention import Attention, attention
 from .backend import requested_backend, use_backend
 from .checkpoint import checkpoint, checkpoint_module
-from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, jvp, linear_map, split_map
+from .derivative import jvp
+from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, linear_map, split_map
 from .dualize import dualize
 from .gated_residual import ResidualStream, gated_residual, gated_residual_ada_layer_norm
 from .layer_scale_residual import layer_scale_residual

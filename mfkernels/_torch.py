@@ -79,16 +79,16 @@ _can_tell = bool(_func_level) and bool(_modes) and hasattr(_forward_ad, "_curren
 
 
 def nothing_transforms() -> bool:
-    """Whether torch.func and forward mode are at rest; False if that is not known."""
+    """Whether no torch.func transform and no forward-mode level is active; False if that cannot be determined."""
     return _can_tell and _forward_ad._current_level < 0 and _func_level() is None
 
 
 def nothing_intercepts() -> bool:
-    """Whether operators run as they are called, and nothing has a forward-mode tangent; False if that is not known."""
+    """Whether operators run as they are called, without forward-mode tangents; False if that cannot be determined."""
     return nothing_transforms() and _modes() == 0
 
 
-# Whether a tensor is several in the eyes of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
+# Whether a tensor is a batch of `torch.autograd.grad(is_grads_batched=True)`, which has a vmap of its own.
 is_batched = lookup("torch:_C._functorch.is_legacy_batchedtensor", _INTERCEPTS) or (lambda x: False)
 
 _any_global_hook = lookup("torch.nn.modules.module:_has_any_global_hook", "layers read by their weights")
@@ -121,7 +121,7 @@ _mode = lookup("torch.utils._python_dispatch:TorchDispatchMode", _DUALIZE)
 
 class _NoMode:
     def __init__(self) -> None:
-        _mode()  # says what is missing
+        _mode()  # raises the error that names what is missing
 
 
 TorchDispatchMode = _mode or _NoMode
@@ -132,10 +132,10 @@ make_wrapper_subclass = lookup("torch:Tensor._make_wrapper_subclass", _DUALIZE)
 # `__torch_function__` of a tensor subclass that leaves PyTorch's functions alone.
 disabled_torch_function = lookup("torch:_C._disabled_torch_function_impl", _DUALIZE)
 
-# transpose_, unsqueeze_ … change the shape of the tensor itself, which is done with nobody asked below it.
+# transpose_, unsqueeze_ … change the shape of the tensor itself, which must not reach `__torch_dispatch__`.
 no_dispatch = lookup("torch:_C._DisableTorchDispatch", _DUALIZE)
 
-# Forward mode is off inside the forward of an autograd.Function, and so tells that a thread is in one.
+# Forward mode is off inside the forward of an autograd.Function, which shows that a thread is in one.
 forward_mode_enabled = lookup("torch:_C._is_fwd_grad_enabled", _DUALIZE)
 forward_mode = lookup("torch.autograd.forward_ad:_set_fwd_grad_enabled", _DUALIZE)
 
@@ -164,7 +164,7 @@ Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 def saved_tensors_hooks_in_force(inner: Callable[[], saved_tensors_hooks]) -> Hooks | None:
     """The (pack, unpack) of the innermost `saved_tensors_hooks`, which hooks pushed after them replace.
 
-    `inner` gives those that will be pushed: a PyTorch that does not say whether there are others is made to call them,
+    `inner` returns the hooks that will be pushed. A PyTorch without a query for the outer hooks is made to call them,
     by saving a tensor with `inner` set aside.
     """
     if _top_hooks:
@@ -198,8 +198,8 @@ _at_rest = [keys() for keys in _at_rest] if all(_at_rest) else []
 def autograd_again() -> AbstractContextManager[Any]:
     """Inside `__torch_dispatch__`, where autograd's keys are off: operators run from the top again.
 
-    The public `enable_reentrant_dispatch` gives the key of the mode back too, whose turn it is not; without a mode to
-    go to, an operator with that key stops with an internal error.
+    The public `enable_reentrant_dispatch` also restores the dispatch key of the Python mode. Where no mode is
+    active, an operator with that key stops with an internal error.
     """
     return enable_reentrant_dispatch() if _modes() else _force_keys(*_at_rest)
 

@@ -113,6 +113,9 @@ def unsupported_dtype(name: str, dtype: torch.dtype) -> str | None:
     return f"{name}: expected float16, bfloat16 or float32, got {dtype}"
 
 
+MAX_WIDTH = 16384  # of a row that one block of a row-wise kernel holds in registers
+
+
 def rows_unsupported(**tensors: torch.Tensor) -> str | None:
     """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments, by name; None where they can."""
     reason = triton_unavailable(next(iter(tensors.values())).device)
@@ -127,9 +130,10 @@ def rows_unsupported(**tensors: torch.Tensor) -> str | None:
 
 @_remembered
 def _row_unsupported(name: str, dtype: torch.dtype, width: int) -> str | None:
-    from .rowwise import unsupported_row
-
-    return unsupported_row(name, dtype, width)
+    reason = unsupported_dtype(name, dtype)
+    if reason is not None:
+        return reason
+    return None if 1 <= width <= MAX_WIDTH else f"{name}: expected a width from 1 to {MAX_WIDTH}, got {width}"
 
 
 @_remembered

@@ -1,4 +1,4 @@
-"""What a call of a public function comes to is worked out once for its kind of arguments: checks, backend, dtype.
+"""Checks and decisions (backend, dtype) of a public function's calls, made once for each kind of arguments and cached.
 
 A layer of a network is called with the same shapes at every step, and Python's checks of them would cost as much as
 launching its kernels.
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import backend
 from ._torch import nothing_intercepts, nothing_transforms
-from .dual import Dual, TensorOrDual, carries_tangent
+from .dual import Dual, TensorOrDual
+from .forward_mode import carries_tangent
 
 MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
 _PLAIN = (Tensor, torch.nn.Parameter)

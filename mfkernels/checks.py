@@ -36,7 +36,7 @@ def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) 
 
 
 def knows_autocast(device_type: str) -> bool:
-    """Not "meta"; `torch.amp.is_autocast_available` would say so too, and breaks a compiled graph before torch 2.12."""
+    """Every device type but "meta". (`torch.amp.is_autocast_available` breaks a compiled graph before torch 2.12.)"""
     return device_type != "meta"
 
 
@@ -76,7 +76,7 @@ def check_parameter(name: str, x: Any, ndim: int, like: Any) -> None:
 
 def check_number(name: str, value: Any, low: float = -math.inf, *, above: bool = False) -> float:
     """`value` as a float, if it is a number, finite and at least `low`; with `above`, greater than it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # a compiler knows the first two
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):  # torch.compile traces the first two
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
         number = float(value)
@@ -89,7 +89,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, *, above: bool =
 
 
 def check_flag(name: str, value: Any) -> None:
-    """`value` is True or False: of other types what is true is not what is meant ("no", a tensor)."""
+    """`value` is a bool: the truth value of other types ("no", a tensor) may not be what the caller meant."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 

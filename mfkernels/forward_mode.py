@@ -1,4 +1,4 @@
-"""Tangents of `torch.func.jvp` and `forward_ad` on plain tensors: what they mean is the same for every op.
+"""Tangents of `torch.func.jvp` and `forward_ad` on plain tensors: one bridge to Duals for every op.
 
 Value and tangent are the op's, as on Duals. The tangent is a constant for reverse mode: a gradient that is asked for
 through it is an error, and so is its own derivative in forward mode. Both would otherwise be zero without a word.
@@ -14,7 +14,23 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from ._torch import nothing_intercepts
-from .dual import CarriesTangent, Dual, carries_tangent
+from .dual import Dual
+
+
+class CarriesTangent(Tensor):
+    """A tensor that carries its tangent through an ordinary module: see `dualize`."""
+
+    def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
+        """`run(*operands)` with Duals in place of these tensors, and these tensors in place of the Duals it returns."""
+        raise NotImplementedError
+
+
+def carries_tangent(x: Any) -> bool:
+    """Whether `x` is a tensor that has a tangent without being a Dual: one of forward mode or of a dualized module."""
+    if isinstance(x, CarriesTangent):
+        return True
+    return isinstance(x, Tensor) and x.is_floating_point() and fwAD.unpack_dual(x).tangent is not None
+
 
 # ------------------------------------------------------------------------------------------------------------ the ops'
 
@@ -33,7 +49,7 @@ def bridge_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any
     if carrier is not None:
         return carrier.through(run, operands)
 
-    if _nothing_looks():
+    if _no_forward_mode():
         return run(*operands)
     pairs = [fwAD.unpack_dual(x) for x in operands]
     if all(t is None for _, t in pairs):
@@ -75,7 +91,7 @@ def plain_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
         _refuse_mixed(op, operands)
         return run(*operands)
     out = run(*operands)
-    if isinstance(out, CarriesTangent) or not torch.is_grad_enabled() or _nothing_looks():
+    if isinstance(out, CarriesTangent) or not torch.is_grad_enabled() or _no_forward_mode():
         return out
     p, t = fwAD.unpack_dual(out)
     if t is None:
@@ -84,7 +100,7 @@ def plain_forward_mode(op: str, run: Callable[..., Any], *operands: Any) -> Any:
     return fwAD.make_dual(p, _constant(t.detach(), p, op))
 
 
-def _nothing_looks() -> bool:
+def _no_forward_mode() -> bool:
     """Whether no tensor can have a tangent of forward mode: asking each takes microseconds."""
     return not torch.compiler.is_compiling() and nothing_intercepts()
 
@@ -107,7 +123,7 @@ def _refuse_mixed(op: str, operands: tuple[Any, ...]) -> None:
 
 
 def _refuse_second_derivative(op: str, p: Tensor, t: Tensor) -> None:
-    """Raise if `p` or `t` carries a tangent of another level of forward mode, which nobody would see here."""
+    """Raise if `p` or `t` carries a tangent of another level of forward mode, which would be dropped."""
     try:
         with torch.no_grad():
             # any operator without a forward-mode rule
@@ -121,7 +137,7 @@ def _refuse_second_derivative(op: str, p: Tensor, t: Tensor) -> None:
 
 def _constant(tangent: Tensor, primal: Tensor, op: str) -> Tensor:
     """`tangent` so that a backward pass that reaches it raises: a gradient of zero would be silent."""
-    # inside torch.func.jvp `requires_grad` does not say whether the caller's tensor does, so it is not asked
+    # inside torch.func.jvp `requires_grad` is not that of the caller's tensor, so it is not used
     if not torch.is_grad_enabled():
         return tangent
     compiled = torch.compiler.is_compiling()

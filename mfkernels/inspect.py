@@ -1,4 +1,4 @@
-"""What ptxas makes of a launch, found without a GPU: registers, spills, shared memory, and whether wgmmas overlap."""
+"""Machine code of a launch, inspected without a GPU: registers, spills, shared memory, and whether wgmmas overlap."""
 
 import re
 import subprocess
@@ -44,7 +44,7 @@ class KernelReport:
 
     @property
     def serialised(self) -> bool:
-        """ptxas waits for every wgmma on its own when it gives up on overlapping them; it says so in no other way."""
+        """Whether ptxas gave up on overlapping wgmmas: it then waits for each one, and prints no warning."""
         return self.wgmmas > 0 and self.wgmma_waits >= self.wgmmas
 
 

@@ -121,7 +121,7 @@ def _arch(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 0 of the interpreter, for which every chunk is as good."""
+    """Number of multiprocessors of a GPU; 0 for the interpreter, where the size of a chunk does not matter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
@@ -154,7 +154,7 @@ def any_forced() -> bool:
 
 @contextlib.contextmanager
 def forced_config(op: str, config: Config) -> Iterator[None]:
-    """Every launch of `op` within takes `config`, whatever the tables say: how the tuner compares candidates."""
+    """Every launch of `op` within takes `config` instead of the tables': how the tuner compares candidates."""
     _forced[op] = config
     try:
         yield

@@ -122,7 +122,7 @@ def planned(run: F) -> F:
 
 
 def _describe(args: tuple[Any, ...], inputs: list[Tensor], addresses: list[int], key: list[Any]) -> bool:
-    """Append the tensors of `args`, their addresses, and all that a plan depends on; False if there is no telling."""
+    """Append the tensors of `args`, their addresses and all that a plan depends on; False where that is unknown."""
     for x in args:
         kind = type(x)
         if kind in _PLAIN:

@@ -1,7 +1,8 @@
 """What the row-wise Triton kernels share: a row of D columns is one power-of-two block, masked, in float32.
 
-Rows are those of contiguous tensors, so that D as a constant tells the compiler how wide it may load (2730 columns of
-bfloat16 start on 4 bytes, 1152 on 16). Row numbers are int64: B·N·D passes 2^31 in ordinary training.
+Rows are those of contiguous tensors, so that D, a compile-time constant, gives the alignment of loads (rows of 2730
+columns of bfloat16 are aligned to 4 bytes, of 1152 to 16). Row numbers are int64: B·N·D exceeds 2^31 in ordinary
+training.
 """
 
 # mypy: allow-untyped-defs
@@ -11,23 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import unsupported_dtype
 from .launch import Launch, cdiv, launch_config, next_power_of_2
-
-MAX_WIDTH = 16384  # of a row that one block holds in registers
 
 
 def block_of(width: int) -> int:
     """Columns of the block that holds a row: the next power of two, and not less than one warp's worth."""
     return max(32, next_power_of_2(width))
-
-
-def unsupported_row(name: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why rows of this dtype and width cannot be served by a row-wise kernel; None where they can."""
-    reason = unsupported_dtype(name, dtype)
-    if reason is not None:
-        return reason
-    return None if 1 <= width <= MAX_WIDTH else f"{name}: expected a width from 1 to {MAX_WIDTH}, got {width}"
 
 
 def per_sample(x: Tensor | None) -> tuple[Tensor | None, int]:

@@ -59,7 +59,7 @@ def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: i
             taken = [_milliseconds(graph.replay, 1) for _ in range(rounds)]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # what CUDA says of a call that cannot be recorded
+        except RuntimeError:  # CUDA's error for a call that cannot be captured
             recording_failed = True
             torch.cuda.synchronize()  # an error that stays is raised here
             how = "events"

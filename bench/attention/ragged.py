@@ -11,7 +11,6 @@ trap of the watchdog) does: the cases after it are "not run". Exit code: 0 if al
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import math
 import random
@@ -28,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest
 from conftest import write
 
 from mfkernels import extension
-
-cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
+from mfkernels.attention import cuda
 
 TABLE = "Attention forward on ragged shapes"
 

@@ -10,7 +10,6 @@ row is one way at one shape: it is compared with float64 first, and one that dis
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,11 +22,10 @@ from measure import INTERPRETED, REHEARSAL, gemm_flops, measured, torch_compile
 from torch import Tensor
 
 from mfkernels import Dual, attention, use_backend
+from mfkernels.attention import cuda
 from mfkernels.attention.backward import unsupported
 from mfkernels.backend import PARTS
 from mfkernels.testing import relative_error
-
-cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
 
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32

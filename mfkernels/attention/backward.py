@@ -45,7 +45,7 @@ def by_length(q: Tensor, k: Tensor, *, causal: bool) -> str:
 
 
 def choose_backward(asked: str, q: Tensor, k: Tensor, *, causal: bool) -> str:
-    """The backward of this name, or that "by-length" comes to, which is recorded as chosen.
+    """The backward of this name, or the one that "by-length" selects, which is recorded as chosen.
 
     Compiled, "by-length" is answered by the call's backward, by what is installed and set then.
 
@@ -131,7 +131,7 @@ def attention_backward_by(
     scale: float,
     causal: bool = False,
 ) -> Gradients:
-    """dq, dk, dv, contiguous, in the shapes of q, k, v, by another's kernel; `unsupported` says whether it can.
+    """dq, dk, dv, contiguous, in the shapes of q, k, v, by another package's kernel (see `unsupported`).
 
     Raises:
         RuntimeError: it is not deterministic, and `torch.use_deterministic_algorithms` was called since the forward.

@@ -183,7 +183,7 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
-            # modes see its products: a counter of FLOPs knows nothing of custom ops
+            # dispatch modes see its products: a FLOP counter has no formula for custom ops
             run = _forward if torch.compiler.is_compiling() else _forward.eager
             o, o_dot, *_ = run(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
             if not isinstance(x, Dual):

@@ -140,7 +140,7 @@ def unwritten_is_nan() -> Iterator[None]:
 
 
 def answer(job: Job) -> Iterator[Outcome | Timed]:
-    """What there is to say of a job, one at a time.
+    """The results of a job, one at a time.
 
     Raises:
         DeviceLostError: the rest of the job cannot be run.

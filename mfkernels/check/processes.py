@@ -15,7 +15,7 @@ import torch
 
 START = 120.0  # seconds in which a process must have started
 
-# What there is to say of a job, one at a time. Pickled by name, as the jobs and what is said are.
+# A function that yields the results of a job one at a time. Pickled by name, as the jobs and the results are.
 Answer = Callable[[Any], Iterable[object]]
 
 
@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 
 def work(connection: Connection, answer: Answer) -> None:
-    """The main program of a process. It says True at its start, and after each job whether it can take another."""
+    """The main program of a process. It sends True at its start, and after each job whether it can take another."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What `python -m mfkernels.check` tells: the rows of its table, as text and as JSON."""
+"""The output of `python -m mfkernels.check`: the rows of its table, as text and as JSON."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: f
         right = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
         named = {(job.op, job.backend.name, job.dtype): job for job in jobs}
         timed = [replace(named[row.op, row.backend, row.dtype], part="", timed=True) for row in right]
-        # the interpreter's time says nothing
+        # times in the interpreter are meaningless
         run([job for job in timed if device.type == "cuda" or job.backend.name == "reference"], 1)
     except KeyboardInterrupt:
         stopped = True

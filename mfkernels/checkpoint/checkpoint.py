@@ -19,7 +19,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any, preserve_rng_state: bool = Tr
 
     On Duals the forward computes tangents as usual. They are constants of the loss, so the recompute runs `fn` on plain
     tensors: no tangent is stored and no tangent rule runs again. Built on `torch.utils.checkpoint` (non-reentrant), and
-    as such at home in DDP and FSDP2. In a compiled region it is that function itself: the compiler drops the tangents
+    so works in DDP and FSDP2. In a compiled region it is that function itself: the compiler drops the tangents
     from the recompute, as nothing in the backward reads them.
 
     Args:

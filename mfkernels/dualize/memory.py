@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Slot
-from .rows import Rows
+from .call import Rows, Slot
 
 
 class Memory:

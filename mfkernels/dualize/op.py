@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-import dataclasses
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,12 +12,11 @@ from torch import Tensor, nn
 
 from .. import _torch
 from .._torch import tree_flatten, tree_unflatten
-from ..dual import Dual, _unwrapped, carries_tangent, check_tangent, is_dual_aware, unshared
+from ..dual import Dual, check_tangent, is_dual_aware, map_output, unshared, unwrapped
+from ..forward_mode import carries_tangent
 from .call import has_tangent
-from .compiled import Place, call_compiled, holds_dual, places, prepare
-from .report import Report
+from .report import Report, refused
 from .tensor import DualPass, DualTensor, leave
-from .where import refused
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,7 +46,7 @@ def dualize(model: M, *, report: bool = False) -> M:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if _unwrapped(model) is not model:
+    if unwrapped(model) is not model:
         raise ValueError(
             f"model: expected the network itself, got it wrapped in {type(model).__name__}; dualize it first, then wrap"
         )
@@ -57,7 +54,7 @@ def dualize(model: M, *, report: bool = False) -> M:
         return model
     dual = _rebuild(type(model))
     # the same tables of parameters, buffers, submodules and hooks, not copies of them
-    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, _dualized_places=places(model))
+    dual.__dict__.update(model.__dict__, dual_report=Report() if report else None, _dualized_places=_places(model))
     return dual
 
 
@@ -68,7 +65,7 @@ def _dualized_class(base: type) -> type:
 
 
 def _rebuild(base: type) -> Any:
-    prepare()
+    _prepare_to_compile()
     return object.__new__(_dualized_class(base))
 
 
@@ -76,16 +73,14 @@ class _Dualized(nn.Module):
     __dual_aware__ = True
     __dualized__ = True
     dual_report: Report | None
-    _dualized_places: tuple[Place, ...]
+    _dualized_places: tuple[_Place, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return (
-                call_compiled(self, args, kwargs)
-                if holds_dual((args, kwargs))
-                else self._dualized_call(*args, **kwargs)
-            )
-        return dual_call(self, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return _dual_call(self, args, kwargs)
+        if _holds_dual((args, kwargs)):
+            return _compiled_call(self, args, kwargs)
+        return self._dualized_call(*args, **kwargs)
 
     def _dualized_call(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, hooks included."""
@@ -97,21 +92,24 @@ class _Dualized(nn.Module):
         return _rebuild, (base,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
 
+# --------------------------------------------------------------------------------------------------------------- a pass
+
+
 def _is_dual(x: Any) -> bool:
     return isinstance(x, Dual)
 
 
-def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """`module(*args, **kwargs)`, its own call, with `Dual`s carried through it."""
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
-    # the module may write into what it is given
+    # the module may write into its inputs
     leaves = [Dual._make(a if a is None else unshared(a) for a in x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module._dualized_call(*args, **kwargs)
-        return _map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
+        return map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
     run = DualPass(batch, active, report)
@@ -119,7 +117,7 @@ def dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     with _interpreted(), torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
-            out = _map_output(lambda o: _leave(o, run), module._dualized_call(*args, **kwargs))
+            out = map_output(lambda o: _leave(o, run), module._dualized_call(*args, **kwargs))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
                 raise
@@ -156,7 +154,7 @@ def _interpreted() -> Iterator[None]:
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:
-    """What the module wrote into its buffers stays there without a tangent, which belongs to this pass."""
+    """Values that the module assigned to its buffers stay there without their tangents, which belong to this pass."""
     if not run.outlived():
         return
     for part in module.modules():
@@ -206,18 +204,112 @@ def _leave(o: Any, run: DualPass) -> Any:
     return Dual(leave(o), t.detach())
 
 
-def _map_output(fn: Any, out: Any) -> Any:
-    """`fn` on the tensors of what a module returned: a pytree, or a dataclass as transformers and diffusers return."""
-    if isinstance(out, Tensor):
-        return fn(out)
-    if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        changed = copy.copy(out)
-        for field in dataclasses.fields(out):
-            value = _map_output(fn, getattr(out, field.name))
-            if isinstance(changed, dict) and field.name in changed:
-                changed[field.name] = value
-            else:
-                object.__setattr__(changed, field.name, value)
-        return changed
-    leaves, spec = tree_flatten(out)
-    return tree_unflatten([_map_output(fn, x) if x is not out else fn(x) for x in leaves], spec)
+# -------------------------------------------------------------------------------------------------------- torch.compile
+# Dynamo does not follow a pass: it puts one call into its graph, and AOTAutograd traces the operations that the pass
+# executes, primal and tangent, so that the compiler sees a flat graph of both.
+
+# the call takes and returns lists, dicts and tensors alone: no named tuples, no None
+_DUAL, _NONE = "mfkernels.Dual", "mfkernels.None"
+
+
+def _encoded(x: Any) -> Any:
+    if isinstance(x, Dual):
+        return {_DUAL: [x.primal] if x.tangent is None else [x.primal, x.tangent]}
+    if x is None:
+        return {_NONE: []}
+    if isinstance(x, dict):
+        return {k: _encoded(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        parts = [_encoded(v) for v in x]
+        return tuple(parts) if type(x) is tuple else parts
+    return x
+
+
+def _decoded(x: Any) -> Any:
+    if isinstance(x, dict):
+        if _NONE in x:
+            return None
+        return Dual(*x[_DUAL]) if _DUAL in x else {k: _decoded(v) for k, v in x.items()}
+    return type(x)([_decoded(v) for v in x]) if type(x) in (list, tuple) else x
+
+
+def _holds_dual(x: Any) -> bool:
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    return isinstance(x, Dual) or any(map(_holds_dual, parts))
+
+
+_Place = tuple[str, str, Any]  # submodule, attribute, key in it or None
+
+
+def _places(module: nn.Module) -> tuple[_Place, ...]:
+    """Where a forward may find what Dynamo does not hand over with the module, as it does parameters and buffers.
+
+    Tensors, alone or in a list or dict, as tables of positions often are: the graph would have them as constants, which
+    no backward can be traced through. Numbers, flags and strings, such as `training`: read before the call, they make
+    Dynamo recompile when they change, or are inputs of the graph.
+    """
+    found: list[_Place] = []
+    for path, part in module.named_modules():
+        for name, value in part.__dict__.items():
+            if not name.startswith("_"):
+                items = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+                found += [(path, name, None)] if isinstance(value, (Tensor, bool, int, float, str)) else []
+                found += [(path, name, key) for key, x in items if isinstance(x, Tensor)]
+    return tuple(found)
+
+
+def _holds(module: nn.Module, place: _Place) -> bool:
+    """Whether it is still there."""
+    path, name, key = place
+    value = getattr(module.get_submodule(path), name, None)
+    if key is None:
+        return value is not None
+    return key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)
+
+
+def _get(module: nn.Module, place: _Place) -> Any:
+    path, name, key = place
+    value = getattr(module.get_submodule(path), name)
+    return value if key is None else value[key]
+
+
+def _set(module: nn.Module, places: list[_Place], values: list[Any]) -> None:
+    for (path, name, key), x in zip(places, values, strict=True):
+        table = module.get_submodule(path).__dict__
+        if key is None:
+            table[name] = x
+        else:
+            table[name][key] = x
+
+
+def _run_with(module: Any, held: list[int], values: Any, args: Any, kwargs: Any) -> Any:
+    places = [module._dualized_places[i] for i in held]
+    before, buffers = [_get(module, place) for place in places], dict(module.named_buffers())
+    _set(module, places, values)
+    try:
+        out = _encoded(_dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
+    finally:
+        _set(module, places, before)
+    assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
+    if assigned:
+        raise NotImplementedError(
+            f"dualize: the forward assigns the buffer {assigned[0]}, which a compiled graph would not do again; write "
+            "into it in place (copy_)"
+        )
+    return out
+
+
+_traced: Any = None
+
+
+def _prepare_to_compile() -> None:
+    """Before the first compilation, which cannot do it itself; not at import, for Dynamo takes a second to load."""
+    global _traced
+    if _traced is None:
+        _traced = _torch.nonstrict_trace(_run_with)
+
+
+def _compiled_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held = [i for i, place in enumerate(module._dualized_places) if _holds(module, place)]
+    values = [_get(module, module._dualized_places[i]) for i in held]
+    return _decoded(_traced(module, held, values, _encoded(args), _encoded(kwargs)))

@@ -1,12 +1,19 @@
-"""Which operations of a dualized module have no tangent rule of their own, and what they cost."""
+"""Messages to the user: a report of the operations that ran, and errors with the line of the user's module."""
 
 from __future__ import annotations
 
+import contextlib
+import linecache
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 
-if TYPE_CHECKING:
-    from .call import Call
+import torch
+from torch import nn
 
 
 @dataclass
@@ -37,13 +44,13 @@ class Report:
     zero_filled: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, call: Call, seconds: float) -> None:
-        line = (self.jvp if call.jvps else self.rules).setdefault(call.name, Line())
+    def add(self, name: str, *, by_jvp: bool, seconds: float) -> None:
+        line = (self.jvp if by_jvp else self.rules).setdefault(name, Line())
         line.calls += 1
         line.seconds += seconds
 
-    def filled(self, call: Call) -> None:
-        self.zero_filled[call.name] = self.zero_filled.get(call.name, 0) + 1
+    def filled(self, name: str) -> None:
+        self.zero_filled[name] = self.zero_filled.get(name, 0) + 1
 
     def clear(self) -> None:
         """Start anew."""
@@ -66,3 +73,37 @@ class Report:
         for name, calls in self.zero_filled.items():
             rows.append(f"{name + ', zero rows filled in':<36}{calls:>7}")
         return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+_INSIDE = (*(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, Path(__file__).parent)), contextlib.__file__)
+
+
+def user_line(frames: Iterable[FrameType]) -> str:
+    """ " (in BatchNorm2d, net.py:12: `x = self.norm(x)`)": the first line outside PyTorch and this package."""
+    module = ""
+    for frame in frames:
+        name = frame.f_code.co_filename
+        owner = frame.f_locals.get("self")
+        if not module and isinstance(owner, nn.Module) and frame.f_code.co_name not in ("__call__", "_call_impl"):
+            module = type(owner).__name__
+        if not name.startswith(_INSIDE) and not name.startswith("<"):
+            line = linecache.getline(name, frame.f_lineno).strip()
+            inside = f"in {module}, " if module else ""
+            return f" ({inside}{name}:{frame.f_lineno}: `{line}`)"
+    return ""
+
+
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame, its caller, that one's …."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def refused(name: str, why: str, error: BaseException | None = None) -> NotImplementedError:
+    """What dualize cannot do, with the line of the user's module that asked for it, or in which `error` was raised."""
+    raised = error and error.__traceback__
+    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else outwards(sys._getframe(1))
+    return NotImplementedError(f"dualize: {name}: {why}{user_line(frames)}")

@@ -1,4 +1,4 @@
-"""For each kind of operator: where the batch of its result is, and its tangent.
+"""What is known of each ATen operator: its rule, and whether it makes views, writes in place or is refused.
 
 A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before it) and gives an
 `Out` for each output that can have a tangent. It raises `Untracked` where the rows that carry tangents are no prefix
@@ -7,8 +7,10 @@ in the result, and `MixesRows` where samples would depend on each other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +21,13 @@ from ..attention.reference import attention_tangent
 from ..backend import requested_backend
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
-from . import formulas, views
-from .call import Call, Out, Slot, differentiable, primal, tangent
-from .rows import MixesRows, Untracked
+from . import views
+from .call import UNKNOWN, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
+from .elementwise import dropout, elementwise, rrelu, times, total
+from .report import Report, refused
 from .views import broadcast, same, unknown
 
 Rule = Callable[[Call, Any], list[Out]]
-
-
-def rule_for(name: str, func: Any, view: bool) -> Rule:
-    """The rule of an ATen operator that writes nothing."""
-    by_kind = views.part if view else elementwise if torch.Tag.pointwise in func.tags else unknown
-    return RULES.get(name, by_kind)
 
 
 def foreign(call: Call, out: Any) -> list[Out]:
@@ -40,44 +37,6 @@ def foreign(call: Call, out: Any) -> list[Out]:
 def constant(call: Call, out: Any) -> list[Out]:
     """Zero derivative wherever there is one: the result is a plain tensor."""
     return [Out(None)] * len(differentiable(out))
-
-
-# ---------------------------------------------------------------------------------------------------------- elementwise
-
-
-def elementwise(call: Call, out: Any) -> list[Out]:
-    """Row i of the result depends on row i of each operand."""
-    call.refuse_mixing()
-    axes = {x.from_right for x in call.slots() if x.rows is not None}
-    if len(axes) > 1:
-        raise MixesRows(f"it broadcasts the batch along {len(axes)} dimensions, as differences of all pairs do")
-    inner, from_right, rows = call.on_rows()
-    formula, t = formulas.ELEMENTWISE.get(call.name), None
-    if formula is not None and (call.name in formulas.HOLOMORPHIC or not out.is_complex()):
-        try:
-            t = formula(*inner.args, **inner.kwargs)
-        except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
-            t = None
-    if t is not None:
-        return [broadcast(t, out, from_right, rows)]
-    return [broadcast(t, o, from_right, rows) for t, o in zip(inner.jvp(), differentiable(out), strict=True)]
-
-
-def dropout(call: Call, out: Any) -> list[Out]:
-    """native_dropout, with the mask that it drew."""
-    x, p, mask = call.args[0], call.args[1], out[1]
-    if call.arg(2, "train") is False:
-        return [Out(x.tangent, x.rows)]
-    return [Out(x.tangent * x.small(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
-
-
-def rrelu(call: Call, out: Any) -> list[Out]:
-    """rrelu_with_noise, with the slopes that it drew."""
-    if not call.alone():
-        return unknown(call, out)
-    (x, noise), given = call.args[:2], call.named()
-    limits = given["lower"], given["upper"], given["training"], False
-    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.small(), x.small(noise), *limits), x.rows)]
 
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
@@ -106,6 +65,11 @@ def _keep_apart(x: Slot, dims: Collection[int]) -> None:
         raise MixesRows(f"it works along dimension {x.rows.axis} of {tuple(x.shape)}, which is the batch's")
 
 
+def _softmax_tangent(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
+    # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
+    return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
+
+
 def along(call: Call, out: Any) -> list[Out]:
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
@@ -119,7 +83,7 @@ def along(call: Call, out: Any) -> list[Out]:
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
     _keep_apart(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
-        tangents = [formulas.softmax(x.tangent, dims[0], x.small(outs[0]))]
+        tangents = [_softmax_tangent(x.tangent, dims[0], x.small(outs[0]))]
     elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
@@ -161,7 +125,7 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     if any(x.rows != rows for x in slots):
         raise Untracked(call.name)
     first = func(a.tangent, q) if isinstance(a, Slot) else None
-    return Out(formulas.total(first, func(p, b.tangent) if isinstance(b, Slot) else None), rows)
+    return Out(total(first, func(p, b.tangent) if isinstance(b, Slot) else None), rows)
 
 
 def addmm(call: Call, out: Tensor) -> list[Out]:
@@ -171,13 +135,13 @@ def addmm(call: Call, out: Tensor) -> list[Out]:
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
         t, rows, _ = _product(call, _PRODUCTS[call.name], a, b)
-        parts.append(Out(formulas.times(t, call.kwargs.get("alpha", 1)), rows))
+        parts.append(Out(times(t, call.kwargs.get("alpha", 1)), rows))
     if isinstance(c, Slot):
-        t = formulas.times(c.tangent, call.kwargs.get("beta", 1))
+        t = times(c.tangent, call.kwargs.get("beta", 1))
         parts.append(broadcast(t, out, c.from_right, c.rows))
     if any(p.rows != parts[0].rows for p in parts):
         raise Untracked(call.name)
-    return [Out(formulas.total(*(p.tangent for p in parts)), parts[0].rows)]
+    return [Out(total(*(p.tangent for p in parts)), parts[0].rows)]
 
 
 _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
@@ -186,13 +150,24 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
+def _layer_norm_tangent(
+    x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> Tensor:
+    # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
+    mask = [True, False, False]
+    x_hat_dot = torch.ops.aten.native_layer_norm_backward(
+        x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous(), None, None, mask
+    )[0]
+    return x_hat_dot if weight is None else x_hat_dot * weight
+
+
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
     if not call.alone():
         return unknown(call, out)
     (x, shape, weight), (y, mean, rstd) = call.args[:3], out
     _keep_apart(x, range(x.ndim - len(shape), x.ndim))
-    t = formulas.layer_norm(x.small(), x.tangent, shape, x.small(mean), x.small(rstd), weight)
+    t = _layer_norm_tangent(x.small(), x.tangent, shape, x.small(mean), x.small(rstd), weight)
     return [Out(t.to(y.dtype), x.rows)]
 
 
@@ -224,7 +199,7 @@ def batch_norm(call: Call, out: Any) -> list[Out]:
     # channels that are samples, as in an instance norm: a channel is one row of a layer norm
     p, dot = (a.reshape(*a.shape[:2], -1) for a in (x.small(), x.tangent))
     _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
-    t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
+    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
     return [Out(t if weight is None else t * _channels(x.small(weight, 0), x), x.rows)]
 
 
@@ -235,7 +210,7 @@ def group_norm(call: Call, out: Any) -> list[Out]:
     x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
     p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
     mean, rstd = (x.small(a, 0).reshape(len(p), groups, 1) for a in out[1:])
-    t = formulas.layer_norm(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
+    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
     return [Out((t if weight is None else t * _channels(weight, x)).to(out[0].dtype), x.rows)]
 
 
@@ -355,3 +330,154 @@ _TABLE: dict[Rule, str] = {
         _scaled_dot_product_fused_attention_overrideable""",
 }
 RULES = {name: rule for rule, text in _TABLE.items() for name in text.split()}
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+class Operator(NamedTuple):
+    """name: without overload and trailing underscore.
+
+    reshapes: changes its first argument's shape in place.
+    functional: of an operator that writes into its first argument, the one that does not.
+    refusal: why it cannot take an operand that carries a tangent.
+    """
+
+    name: str
+    rule: Rule
+    constant: bool
+    view: bool
+    in_place: bool
+    reshapes: bool
+    functional: Any
+    refusal: str | None
+
+
+NUMBER = (
+    "a number taken out of a tensor has no derivative, so what is computed from it would lack one; keep it a tensor, "
+    "or detach() it if it is a constant by design"
+)
+MEMORY = "it sees a tensor's memory, where its tangent is not; reshape, index or slice it instead"
+RESHAPES = (
+    "it changes in place the shape of a tensor that is a view or has views, through which autograd cannot go back then;"
+    " take the function without the underscore"
+)
+_FAST_PATH = (
+    "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
+    "the layer's own operations"
+)
+_REFUSED = {
+    "_local_scalar_dense": NUMBER,
+    **dict.fromkeys(("as_strided", "as_strided_", "set_", "resize_", "resize_as_", "as_strided_scatter"), MEMORY),
+    "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
+    **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
+}
+# Views in PyTorch, copies here: below autograd the conjugate and negative bits of a tensor are not resolved.
+APART = frozenset(["_conj", "_neg_view"])
+_SHOWN = {"_local_scalar_dense": "item"}
+
+
+def _out_of_place(name: str, func: Any) -> Any:
+    """The operator `name` that takes what `func` takes: of the same overload name, but for transpose.int."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or hasattr(packet, _torch.overload_of(func)):
+        return packet and getattr(packet, _torch.overload_of(func))
+    overloads, types = (getattr(packet, o) for o in packet.overloads()), _types(func)
+    return next((o for o in overloads if _types(o) == types), None)
+
+
+def _types(func: Any) -> list[str]:
+    return [str(a.type) for a in _torch.schema_of(func).arguments]
+
+
+@cache
+def operator(func: Any) -> Operator:
+    """What is known of an OpOverload."""
+    arguments = _torch.schema_of(func).arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
+    packet = func.overloadpacket.__name__
+    in_place = written == [0] and not arguments[0].kwarg_only
+    name = packet.removesuffix("_") if in_place else packet
+    refusal = _REFUSED.get(packet)
+    functional = None
+    if func.namespace != "aten":
+        if written:
+            refusal = f"{func} writes into a tensor and has no forward-mode (JVP) rule"
+        return Operator(str(func), foreign, False, False, in_place, False, None, refusal)
+    if refusal is None and any(arguments[i].kwarg_only for i in written):
+        refusal = "out= is not supported; use the result it returns"
+    if in_place and refusal is None:
+        functional = _out_of_place(name, func)
+        if functional is None and RULES.get(name) is not constant:
+            refusal = "it writes in place, and there is no out-of-place operator with the same arguments"
+    view = aliased and not written and name not in APART
+    kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else unknown
+    rule = RULES.get(name, kind)
+    name = _SHOWN.get(name, name)
+    reshapes = functional is not None and rule is not constant and torch.Tag.inplace_view in func.tags
+    return Operator(name, rule, rule is constant and not in_place, view, in_place, reshapes, functional, refusal)
+
+
+# --------------------------------------------------------------------------------------------------- tangents of a call
+
+
+def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: int, report: Report | None) -> list[Out]:
+    """Tangents by the operator's rule; where the batch cannot be tracked, of all rows, with zeros filled in."""
+    primals = differentiable(out)
+    if not primals:
+        return []
+    start = time.perf_counter() if report else 0.0
+    try:
+        try:
+            outs = _fitting(op.rule(call, out), primals, shared)
+        except Untracked:
+            if report:
+                report.filled(call.name)
+            outs = _fitting(op.rule(call.dense(), out), primals, shared)
+        if report:
+            report.add(call.name, by_jvp=bool(call.jvps), seconds=time.perf_counter() - start)
+        return _of_one_sample(op, call, outs, batch)
+    except Untracked as error:
+        raise refused(call.name, "its tangent cannot be tracked") from error
+    except MixesRows as error:
+        raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
+    except (NotImplementedError, RuntimeError) as error:
+        text = str(error)
+        if text.startswith("dualize:") or ("forward AD" not in text and "jvp" not in text):
+            raise
+        raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
+
+
+def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> list[Out]:
+    """`outs`, marked with the one sample that all operands depend on; unmarked where one holds part of the batch."""
+    if op.rule in ASSEMBLES or op.name == "where":
+        return outs  # of samples, of which those without a tangent are plain tensors
+    slots = call.slots()
+    if any(out.sample is not None for out in outs):
+        of_all = all(slot.rows is None or slot.rows.batch == batch for slot in slots)
+        return outs if of_all else [out._replace(sample=None) for out in outs]
+    sample = slots[0].sample
+    if sample is None or any(slot.sample != sample for slot in slots):
+        return outs
+    return [out._replace(sample=sample) for out in outs]
+
+
+def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
+    """`outs` in the primals' dtypes and in memory that no write will reach.
+
+    shared: the operands' tangents whose memory a write may reach.
+
+    Raises:
+        Untracked: one is not of the shape that its primal and its rows ask for.
+    """
+    fitting, missing = [], len(primals) - len(outs)
+    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
+        if t is not None:
+            if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
+                raise Untracked("shape")
+            t = t if t.dtype == p.dtype else t.to(p.dtype)
+            if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared):
+                t = t.clone()
+        fitting.append(Out(t, rows, sample))
+    return fitting

@@ -1,4 +1,4 @@
-"""The tensor that carries its tangent through a module that knows nothing of it, and the pass in which it does.
+"""The tensor that carries its tangent through an ordinary module, and the pass that it belongs to.
 
 A `DualTensor` lies below autograd: the tape is made of it as of any tensor, and what reaches `__torch_dispatch__` are
 the ATen operators that the module's functions consist of. There the primal's operator runs, and beside it the rule for
@@ -9,7 +9,6 @@ is its primal: backward formulas and a checkpoint's recomputation never see a ta
 from __future__ import annotations
 
 import copy
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,18 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from .. import _torch
-from ..dual import CarriesTangent, Dual, padded_tangent, primal_of, unshared
-from .call import UNKNOWN, Call, Out, Slot, differentiable, has_tangent, leaves, mapped
-from .functions import OwnRule, is_inside, keeps_what_it_detaches, own_rule
+from ..dual import Dual, padded_tangent, primal_of, unshared
+from ..forward_mode import CarriesTangent
+from .autograd import Functions, OwnRule, saving_primals
+from .call import UNKNOWN, Call, Out, Rows, Slot, differentiable, has_tangent, leaves, mapped
 from .memory import Memory
-from .operators import APART, MEMORY, NUMBER, RESHAPES, Operator, operator
-from .report import Report
-from .rows import MixesRows, Rows, Untracked
-from .rules import ASSEMBLES
-from .where import refused
+from .report import Report, refused
+from .rules import APART, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
 
 
 class DualTensor(CarriesTangent):
@@ -38,7 +34,7 @@ class DualTensor(CarriesTangent):
     _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
-    # of a Function, in whose forward it was made: gives the tangents of its outputs; UNKNOWN: nothing does
+    # the Function in whose forward it was made, which gives the tangents of its outputs; UNKNOWN: it has none
     _rule: OwnRule | Out | None = None
 
     @staticmethod
@@ -54,7 +50,7 @@ class DualTensor(CarriesTangent):
         )
         x._primal, x._slot, x._run = primal, slot, run
         if not _torch.forward_mode_enabled():
-            x._rule = own_rule(run)
+            x._rule = run.functions.own_rule(run.slot)
         run.living.append(weakref.ref(x))
         return x
 
@@ -80,7 +76,9 @@ class DualTensor(CarriesTangent):
         if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
         if op.reshapes:
-            return args[0].turn(func, op, args[1:], kwargs, has_views=args[0].requires_grad)  # nobody knows now
+            return args[0].turn(
+                func, op, args[1:], kwargs, has_views=args[0].requires_grad
+            )  # views are tracked in a pass alone
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
     def turn(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
@@ -152,8 +150,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self._begin()
 
     def _begin(self) -> None:
-        self.functions: dict[int, OwnRule] = {}  # by the frame of their forward
-        self.functions_listed = False
+        self.functions = Functions()
         self.leaving = False
         self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
         self.living: list[weakref.ref[DualTensor]] = []
@@ -162,7 +159,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     # ------------------------------------------------------------------------------------------------- begin and end
 
     def __enter__(self) -> DualPass:
-        self._tape = self._unwrap_what_is_saved()
+        self._tape = saving_primals(self._to_be_saved, lambda: self.active)
         self._tape.__enter__()
         self.active = True
         super().__enter__()
@@ -182,22 +179,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """Whether tensors of this pass are still in use."""
         return any(ref() is not None for ref in self.living)
 
-    def _unwrap_what_is_saved(self) -> AbstractContextManager[Any]:
-        if not torch.is_grad_enabled():
-            return nullcontext()
-        outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
-
-        def pack(x: Tensor) -> Any:
-            # what is saved must not hold the node that saves it
-            return _Saved(self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x, outer)
-
-        def unpack(saved: _Saved) -> Tensor:
-            if self.active:
-                raise refused("backward", "a network that differentiates inside its own forward needs torch.func.jvp")
-            return saved.tensor()
-
-        hooks = saved_tensors_hooks(pack, unpack)
-        return hooks
+    def _to_be_saved(self, x: Tensor) -> Tensor:
+        # what is saved must not hold the node that saves it
+        return self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x
 
     def primal(self, x: Tensor) -> Tensor:
         """The primal of `x`, off the tape, with PyTorch's count of the writes to `x` and its views."""
@@ -226,7 +210,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 return None
             if isinstance(x._rule, Out):
                 raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
-            if x._rule is not None and not is_inside(x._rule):
+            if x._rule is not None and not x._rule.is_running():
                 self._outside(x, x._rule)
             if x._memory is not None and x._memory.buffer is not None:
                 return x._memory.read(x._primal, x._rows)
@@ -235,16 +219,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return None if memory is None else memory.read(x, None)
 
     def _settle(self) -> None:
-        """What Functions with rules of their own have written to, and have returned, has the tangents they say."""
-        over = [(x, rule) for x, rule in self.written_by_rule if not is_inside(rule)]
-        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if is_inside(rule)]
+        """Give outputs that a Function with a `jvp` of its own wrote in place their tangents, once it has returned."""
+        over = [(x, rule) for x, rule in self.written_by_rule if not rule.is_running()]
+        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if rule.is_running()]
         for x, rule in over:
-            if rule.has(x):
+            if rule.has(x._primal):
                 self._outside(x, rule)
 
     def _outside(self, x: DualTensor, rule: OwnRule) -> None:
-        """An output of a Function that has a rule of its own is used: its tangent is what the rule says."""
-        t, rows = rule.tangent_of(x), None
+        """Give an output of a Function with a `jvp` of its own, used outside it, the tangent of that rule."""
+        t, rows = rule.tangent_of(x._primal), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
         x._rule = None
@@ -275,7 +259,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # dual_call has told it
+        return False  # op.py arranges how Dynamo treats the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.leaving and func is torch.ops.aten.detach.default:
@@ -306,8 +290,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             raise refused(op.name, op.refusal)
         rule = None
         if found.dual and not _torch.forward_mode_enabled():
-            rule = own_rule(self)
-            if op.name == "detach" and not op.in_place and keeps_what_it_detaches(self):
+            rule = self.functions.own_rule(self.slot)
+            if op.name == "detach" and not op.in_place and self.functions.detaches():
                 op = operator(torch.ops.aten.alias.default)
             if rule is not None and op.in_place:
                 if not isinstance(args[0], DualTensor):
@@ -327,16 +311,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if not op.view or op.constant:
             source = None
         elif source is None:
-            return out  # its tangent is found by its memory
+            return out  # its tangent is looked up by its memory
         if found.tangent and not op.constant:
             if apart:
                 out = out.resolve_conj().resolve_neg()
-            outs = self._tangents(op, call, out, found.shared if source is None else [])
+            outs = self._tangents(op, call, out, [] if source is not None else found.shared)
             result = self._wrap(out, outs, source, keep=source is not None)
             if apart:
                 self._memory_of(result).apart = True
             return result
-        # zero, and kept track of where a write or the Function's rule may give it a tangent
+        # zero; still wrapped where a later write or the Function's rule may give it a tangent
         cut_off = op.view and op.constant and self.written and _torch.memory_of(out) in self.written
         if source is not None or rule is not None or cut_off:
             return self._wrap(out, [Out(None)] * len(differentiable(out)), source, keep=True)
@@ -365,43 +349,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return slots, primals
 
     def _tangents(self, op: Operator, call: Call, out: Any, shared: list[Tensor]) -> list[Out]:
-        """The rule's answer; where the batch cannot be followed, its answer for zero tangent rows filled in."""
-        primals = differentiable(out)
-        if not primals:
-            return []
-        start = time.perf_counter() if self.report else 0.0
-        try:
-            try:
-                outs = _fitting(op.rule(call, out), primals, shared)
-            except Untracked:
-                if self.report:
-                    self.report.filled(call)
-                outs = _fitting(op.rule(call.dense(), out), primals, shared)
-            if self.report:
-                self.report.add(call, time.perf_counter() - start)
-            return self._of_one_sample(op, call, outs)
-        except Untracked as error:
-            raise refused(call.name, "its tangent cannot be followed") from error
-        except MixesRows as error:
-            raise refused(call.name, f"mixes batch rows ({error}), so no sample has a derivative of its own") from error
-        except (NotImplementedError, RuntimeError) as error:
-            text = str(error)
-            if text.startswith("dualize:") or ("forward AD" not in text and "jvp" not in text):
-                raise
-            raise refused(call.name, f"has no forward-mode (JVP) rule in PyTorch: {text.splitlines()[0]}") from error
-
-    def _of_one_sample(self, op: Operator, call: Call, outs: list[Out]) -> list[Out]:
-        """`outs`, of the one sample that all operands are of; none is, where a part of the batch was taken apart."""
-        if op.rule in ASSEMBLES or op.name == "where":
-            return outs  # of samples, of which those without a tangent are plain tensors
-        slots = call.slots()
-        if any(out.sample is not None for out in outs):
-            of_all = all(slot.rows is None or slot.rows.batch == self.batch for slot in slots)
-            return outs if of_all else [out._replace(sample=None) for out in outs]
-        sample = slots[0].sample
-        if sample is None or any(slot.sample != sample for slot in slots):
-            return outs
-        return [out._replace(sample=sample) for out in outs]
+        return tangents(op, call, out, shared, self.batch, self.report)
 
     def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
         """`out` with tangents, as a view of `source` if that is given; those of zero are followed if `keep`."""
@@ -449,7 +397,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if base is not p_args[0] or self._has_views(target):
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
                 target._memory = None
-                # an argument, say: written to as if it had been given whole
+                # such as an expanded argument: make it contiguous before the write
                 target._primal = p_args[0] = p_args[0].contiguous()
         elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
@@ -468,7 +416,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """transpose_, unsqueeze_ …: the same memory in another shape."""
         x, turned = args[0], operator(op.functional)
         if not isinstance(x, DualTensor):
-            return func(*args, **kwargs)  # its tangent is found by its memory
+            return func(*args, **kwargs)  # its tangent is looked up by its memory
         self._adopt(x)
         x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
@@ -488,7 +436,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
         t, rows, _ = out
         if isinstance(target, DualTensor):
-            if target._memory is None:  # nobody else sees it
+            if target._memory is None:  # no view shares it
                 target._slot = None if t is None else Slot(p, t, rows, out.sample)
             else:
                 target._memory.write(p, target._rows, t, rows)
@@ -502,53 +450,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         memory.write(p, None, t, rows)
 
 
-def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
-    """`outs` in the primals' dtypes and in memory that no write will reach.
-
-    shared: the operands' tangents that one may.
-
-    Raises:
-        Untracked: one is not of the shape that its primal and its rows ask for.
-    """
-    fitting, missing = [], len(primals) - len(outs)
-    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
-        if t is not None:
-            if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
-                raise Untracked("shape")
-            t = t if t.dtype == p.dtype else t.to(p.dtype)
-            if any(_torch.memory_of(t) == _torch.memory_of(s) for s in shared):
-                t = t.clone()
-        fitting.append(Out(t, rows, sample))
-    return fitting
-
-
 class _Found:
-    """What there is among the operands of a call."""
+    """Properties of the operands of a call."""
 
     __slots__ = ("dual", "shared", "tangent")
 
     def __init__(self) -> None:
-        self.dual = self.tangent = False  # tensors of a pass, and those of them that carry a tangent
+        self.dual = self.tangent = False  # whether one is a tensor of a pass, and whether one carries a tangent
         self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
-
-
-class _Saved:
-    """A tensor that the tape holds."""
-
-    __slots__ = ("hooks", "kept", "version")
-
-    def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
-        self.hooks = hooks  # those around the pass, which keep it their way
-        self.kept: Any = x if hooks is None else hooks[0](x)
-        self.version = _torch.writes_to(x) if hooks is None else 0
-
-    def tensor(self) -> Tensor:
-        if self.hooks is None and _torch.writes_to(self.kept) != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation; "
-                "clone() it before writing"
-            )
-        return self.kept if self.hooks is None else self.hooks[1](self.kept)
 
 
 def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
@@ -556,7 +465,7 @@ def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
         return _Enter.apply(x, t, rows, run)
     if 0 in x.stride():
         x = unshared(x.detach())  # the caller's until now, where it has a gradient
-    # below autograd nobody conjugates what has been marked so
+    # below autograd the conjugate bit is not resolved
     x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
     return DualTensor.make(x, Slot(x, t, rows), run)
 

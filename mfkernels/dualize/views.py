@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Out, Slot
-from .rows import Rows, Untracked
+from .call import Call, Out, Rows, Slot, Untracked
 
 
 def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out:
@@ -34,7 +33,7 @@ def same(call: Call, out: Any) -> list[Out]:
 
 
 def apart(call: Call, out: Tensor) -> list[Out]:
-    """_conj, _neg_view: a copy, for below autograd nobody resolves what is marked so."""
+    """_conj, _neg_view: a copy: below autograd the conjugate and negative bits are not resolved."""
     x = call.args[0]
     return [Out(call.func(x.tangent).resolve_conj().resolve_neg(), x.rows)]
 
@@ -134,7 +133,7 @@ def _cut(call: Call, x: Slot, at: int, start: int, size: int) -> Out:
 def join(call: Call, out: Tensor) -> list[Out]:
     """cat and stack."""
     stacked, dim = call.name == "stack", call.arg(1, "dim", 0) % out.ndim
-    # cat takes an empty tensor of any shape for nothing
+    # cat ignores a one-dimensional empty tensor
     parts = [x for x in call.args[0] if stacked or x.ndim == out.ndim]
     slots = call.slots()
     rows = slots[0].rows
@@ -225,7 +224,7 @@ def aligned(call: Call, out: Tensor) -> list[Out]:
 
 
 def overwrite(call: Call, out: Tensor) -> list[Out]:
-    """copy_(x, value), fill_(x, value), zero_(x): what it had is gone."""
+    """copy_(x, value), fill_(x, value), zero_(x): the old tangent is discarded."""
     value = call.arg(1, "value")
     if not isinstance(value, Slot):
         return [Out(None)]

@@ -106,7 +106,7 @@ class ResidualStream(NamedTuple):
 def _facts_of_an_op(
     x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None, shift: TensorOrDual, scale: TensorOrDual
 ) -> Facts | None:
-    """The same where a compiler or modes look on; None where it would not be one op."""
+    """The same under torch.compile and dispatch modes; None where the update and the norm would not be one op."""
     if not is_untransformed(x, y, gate, bias, shift, scale):
         return None
     primals = [primal_of(a) for a in (x, y, gate, shift, scale)]

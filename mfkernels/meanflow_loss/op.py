@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..backend import choose, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand, check_shape
-from ..dual import Dual, carries_tangent, check_tangent
+from ..dual import Dual, check_tangent
+from ..forward_mode import carries_tangent
 from ..operator import operator
 from . import reference
 

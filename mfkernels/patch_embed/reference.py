@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # not a convolution: cuDNN's are in TF32 unless told otherwise, and give tokens that are not contiguous
+    # not a convolution: cuDNN's are in TF32 by default, and give tokens that are not contiguous
     p, q = weight.shape[2:]
     patches = x.unflatten(3, (-1, q)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/q, C, p, q]
     return F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)  # [B, N, D], N row by row

@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..backend import MAX_WIDTH, choose, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand
 from ..dual import Dual, TensorOrDual, primal_of, tangent_of
 from ..forward_mode import bridge_forward_mode
@@ -62,8 +62,6 @@ def _triton_unsupported(t: Tensor, dim: int) -> str | None:
     reason = triton_unavailable(t.device) or unsupported_dtype("t", t.dtype)
     if reason is not None:
         return reason
-    from ..rowwise import MAX_WIDTH
-
     return f"dim: expected at most {MAX_WIDTH}, got {dim}" if dim > MAX_WIDTH else None
 
 

@@ -10,9 +10,8 @@ import cuda_emulator
 import pytest
 import torch
 
-from mfkernels.extension import description
-
-cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
+from mfkernels.attention import cuda
+from mfkernels.extension import description, load
 
 
 @pytest.fixture(params=["emulator", "compiled"])
@@ -27,7 +26,7 @@ def compiled_extension() -> ModuleType:
     why_not = cuda.unavailable()
     if why_not is not None:
         pytest.skip(why_not)
-    return importlib.import_module("mfkernels._C")
+    return load()
 
 
 def call(extension: ModuleType, **changes: Any) -> None:

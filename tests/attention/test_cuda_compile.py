@@ -1,6 +1,5 @@
 """The machine code of the compiled extension, read without a GPU: nothing spills, and the products overlap."""
 
-import importlib
 import os
 import re
 import subprocess
@@ -9,8 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
+from mfkernels import extension
+from mfkernels.attention import cuda
+
 ROOT = Path(__file__).parents[2]
-cuda = importlib.import_module("mfkernels.attention.cuda")  # mfkernels.attention is the function
 
 
 class Kernel(NamedTuple):
@@ -28,7 +29,7 @@ def kernels() -> list[Kernel]:
     if why_not is not None:
         pytest.skip(why_not)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    library = importlib.import_module("mfkernels._C").__file__
+    library = extension.load().__file__
     dump = subprocess.run([tool, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
     found = []
     for text in dump.split("Function : ")[1:]:

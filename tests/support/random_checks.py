@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 import mfkernels
 from mfkernels import Dual
+from mfkernels.derivative import split_output
 
 BOUND = {False: 1e-12, True: 3e-5}  # of a relative error, in float64 and where anything is computed in float32
 CONDITION = 1e-13  # the relative change of the inputs that tells an ill-conditioned program
@@ -42,7 +43,7 @@ def general(text: str) -> str:
     """What was found, without numbers and places."""
     if text.startswith("process"):
         return text
-    text = re.sub(r" \((in \w+, )?program.*|. What PyTorch says.*|\[torch\..*", " …", text)
+    text = re.sub(r" \((in \w+, )?program.*|. PyTorch's message.*|\[torch\..*", " …", text)
     return re.sub(r", # of # rows", "", re.sub(r"(?<![\w.])-?\d[\d.]*(e[+-]\d+)?", "#", text))[:150]
 
 
@@ -272,7 +273,7 @@ class _Check:
         out = self.dual(
             *(p if t is None else Dual(p, t[:n]) for p, t, n in zip(primals, tangents, lengths, strict=True))
         )
-        return mfkernels.dual._split(out, rows)
+        return split_output(out, rows)
 
     def attempt(self, where: str, expected: Expected, rows: int, run: Callable[..., tuple[Any, Any]]) -> None:
         """One pass and its backward; what differs from the plain step goes to the findings."""

@@ -1,6 +1,6 @@
-"""Tangents written out for the operators that networks spend their time on; every other one goes through jvp.
+"""Rules of operators in which row i of the result depends on row i of each operand.
 
-`x` and `y` are tensors, numbers or slots, already cut to the rows that carry tangents.
+`x` and `y` of the formulas are tensors, numbers or slots, already cut to the rows that carry tangents.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
-from .call import Slot, primal, tangent
+from .call import Call, MixesRows, Out, Slot, differentiable, primal, tangent
+from .views import broadcast, unknown
 
 aten = torch.ops.aten
 
@@ -71,20 +71,6 @@ def _slope(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda x: x.tangent * slope(x.primal)
 
 
-def softmax(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
-    # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-    return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
-
-
-def layer_norm(x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-    # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
-    mask = [True, False, False]
-    x_hat_dot = aten.native_layer_norm_backward(
-        x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous(), None, None, mask
-    )[0]
-    return x_hat_dot if weight is None else x_hat_dot * weight
-
-
 ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "add": add,
     "sub": lambda x, y, alpha=1: add(x, y, -alpha),
@@ -109,3 +95,41 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
 }
 # right for complex numbers as they stand; PyTorch's rules take the conjugates of the others
 HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fill"])
+
+
+# ------------------------------------------------------------------------------------------------------------ the rules
+
+
+def elementwise(call: Call, out: Any) -> list[Out]:
+    """Row i of the result depends on row i of each operand."""
+    call.refuse_mixing()
+    axes = {x.from_right for x in call.slots() if x.rows is not None}
+    if len(axes) > 1:
+        raise MixesRows(f"it broadcasts the batch along {len(axes)} dimensions, as differences of all pairs do")
+    inner, from_right, rows = call.on_rows()
+    formula, t = ELEMENTWISE.get(call.name), None
+    if formula is not None and (call.name in HOLOMORPHIC or not out.is_complex()):
+        try:
+            t = formula(*inner.args, **inner.kwargs)
+        except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
+            t = None
+    if t is not None:
+        return [broadcast(t, out, from_right, rows)]
+    return [broadcast(t, o, from_right, rows) for t, o in zip(inner.jvp(), differentiable(out), strict=True)]
+
+
+def dropout(call: Call, out: Any) -> list[Out]:
+    """native_dropout, with the mask that it drew."""
+    x, p, mask = call.args[0], call.args[1], out[1]
+    if call.arg(2, "train") is False:
+        return [Out(x.tangent, x.rows)]
+    return [Out(x.tangent * x.small(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
+
+
+def rrelu(call: Call, out: Any) -> list[Out]:
+    """rrelu_with_noise, with the slopes that it drew."""
+    if not call.alone():
+        return unknown(call, out)
+    (x, noise), given = call.args[:2], call.named()
+    limits = given["lower"], given["upper"], given["training"], False
+    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.small(), x.small(noise), *limits), x.rows)]
