@@ -32,7 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "gated_residual": ("triton",),
     "gated_residual_ada_layer_norm": ("triton",),
     "layer_scale_residual": ("triton",),
-    "meanflow_loss": ("triton",),
+    "adaptive_squared_error": ("triton",),
     "mlp": ("triton", "cublaslt"),
     "qk_norm_rotary": ("triton",),
     "rms_norm": ("triton",),

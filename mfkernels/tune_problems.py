@@ -212,13 +212,14 @@ def loss_problems(tokens: int, batch: int, dtype: torch.dtype, device: torch.dev
     """The loss on latents of 4 channels, four numbers a token and channel."""
     source = Source(dtype, device)
     side = 2 * round(tokens**0.5)
-    u, du_dt, v = (source.tensor(batch, 4, side, side) for _ in range(3))  # [B, C, H, W]
-    r, t = source.tensor(2, batch).sigmoid().sort(0).values  # [B], [B]
-
+    u, v, correction = (source.tensor(batch, 4, side, side) for _ in range(3))  # [B, C, H, W]
+    interval = source.tensor(batch).sigmoid()  # [B]
     u.requires_grad_()
 
     def step() -> Sequence[Tensor]:
         with mfkernels.use_backend("triton"):
-            return torch.autograd.grad(mfkernels.meanflow_loss(u, du_dt, v, t, r).per_sample.mean(), u)
+            return torch.autograd.grad(
+                mfkernels.adaptive_squared_error(u, v, correction, interval).per_sample.mean(), u
+            )
 
-    yield Problem("meanflow_loss", {}, LOSS, step)
+    yield Problem("adaptive_squared_error", {}, LOSS, step)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfkernels import jvp, meanflow_loss
+from mfkernels import adaptive_squared_error, jvp
 from mfkernels.checks import check_number
 
 from ..checks import check_finite, check_takes, check_velocity
@@ -192,9 +192,10 @@ class ImprovedMeanFlow(Objective[ImprovedMeanFlowOutput]):
             weight = (1 - 1 / omega_eff).masked_fill(drop, 0.0)  # [B]; a row without label is not guided
             v_g = v + column(weight.to(v.dtype), v) * (v_c - v_u)  # [B, C, H, W]
 
-        norm = {"norm_p": self.norm_p, "norm_eps": self.norm_eps}
-        loss_u = meanflow_loss(u, du_dt.to(u.dtype), v_g, t, r, **norm)
-        loss_v = meanflow_loss(v_head, torch.zeros_like(v_head[:0]), v_g, t, r, **norm)  # its target is v_g itself
+        norm: dict[str, Any] = {"p": self.norm_p, "eps": self.norm_eps}
+        wide = torch.promote_types(t.dtype, torch.float32)  # a difference of half-precision times needs more bits
+        loss_u = adaptive_squared_error(u, v_g, du_dt.to(u.dtype), t.to(wide) - r.to(wide), **norm)
+        loss_v = adaptive_squared_error(v_head, v_g, **norm)
         per_sample = loss_u.per_sample + loss_v.per_sample  # [B]
         full_du_dt = torch.cat([du_dt, du_dt.new_zeros(u.shape[0] - rows, *u.shape[1:])])  # [B, C, H, W]
         return ImprovedMeanFlowOutput(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mfkernels import jvp, meanflow_loss
+from mfkernels import adaptive_squared_error, jvp
 from mfkernels.checks import autocast_enabled, check_number
 
 from ..checks import check_finite, check_takes, check_velocity, num_classes_of
@@ -131,7 +131,9 @@ class MeanFlow(Objective[ObjectiveOutput]):
         v_g = torch.cat([v_g[:rows], (v_g + w_cond * u.detach())[rows:]]) if self.kappa != 0 else v_g
         v_g = v_g.to(x.dtype)
 
-        loss = meanflow_loss(u, du_dt.to(u.dtype), v_g, t, r, norm_p=self.norm_p, norm_eps=self.norm_eps)
+        wide = torch.promote_types(t.dtype, torch.float32)  # a difference of half-precision times needs more bits
+        interval = t.to(wide) - r.to(wide)  # [B]
+        loss = adaptive_squared_error(u, v_g, du_dt.to(u.dtype), interval, p=self.norm_p, eps=self.norm_eps)
         full_du_dt = torch.cat([du_dt, du_dt.new_zeros(u.shape[0] - rows, *u.shape[1:])])
         return ObjectiveOutput(
             loss=loss.per_sample.mean(),
