@@ -11,23 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import unsupported_dtype
 from .launch import Launch, cdiv, launch_config, next_power_of_2
-
-MAX_WIDTH = 16384  # of a row that one block holds in registers
 
 
 def block_of(width: int) -> int:
     """Columns of the block that holds a row: the next power of two, and not less than one warp's worth."""
     return max(32, next_power_of_2(width))
-
-
-def unsupported_row(name: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why rows of this dtype and width cannot be served by a row-wise kernel; None where they can."""
-    reason = unsupported_dtype(name, dtype)
-    if reason is not None:
-        return reason
-    return None if 1 <= width <= MAX_WIDTH else f"{name}: expected a width from 1 to {MAX_WIDTH}, got {width}"
 
 
 def per_sample(x: Tensor | None) -> tuple[Tensor | None, int]:

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import choose, triton_unavailable, unsupported_dtype
+from ..backend import triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand, check_shape
 from ..dual import Dual, carries_tangent
 from ..operator import operator
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -58,26 +58,25 @@ def _(dloss, error, weight):  # type: ignore[no-untyped-def]
     return error.new_empty(error.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, squared_error, weight, error = output
-    ctx.mark_non_differentiable(squared_error, weight, error)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(error, weight)
+_forward.register_gradients(
+    lambda ctx, dloss: (_backward(dloss, *ctx.saved_tensors),),
+    keep=lambda ctx, inputs, output: (output[3], output[2]),  # error, weight
+)
 
 
-def _backward_rule(ctx, dloss, *_):  # type: ignore[no-untyped-def]
-    if dloss is None:
-        return (None,) * 7
-    return _backward(dloss, *ctx.saved_tensors), *(None,) * 6
+def _triton(
+    u: Tensor, _: None, v: Tensor, correction: Tensor | None, interval: Tensor | None, p: float, eps: float
+) -> tuple[Tensor, ...]:
+    if correction is not None and correction.shape[0] == 0:
+        correction = interval = None
+    v, interval = v.detach(), None if interval is None else interval.detach()
+    return _forward(u, v, correction, interval, p, eps, torch.is_grad_enabled() and u.requires_grad)
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
-
-
-def _triton_unsupported(tensors: Mapping[str, Tensor]) -> str | None:
-    reason = triton_unavailable(tensors["u"].device)
-    for name, x in tensors.items():
-        reason = reason or unsupported_dtype(name, x.dtype)
+def _triton_unsupported(u: Tensor, **others: Tensor | None) -> str | None:
+    reason = triton_unavailable(u.device)
+    for name, x in {"u": u, **others}.items():
+        reason = reason or (None if x is None else unsupported_dtype(name, x.dtype))
     return reason
 
 
@@ -121,6 +120,13 @@ def adaptive_squared_error(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; an argument has a tangent.
     """
+    if correction is not None and isinstance(correction, Tensor) and correction.requires_grad:
+        raise ValueError("correction: expected a tensor without gradient, which the target has not; pass it detached")
+    p, eps = check_number("p", p, 0), check_number("eps", eps, 0, above=True)
+    return AdaptiveSquaredError(*_adaptive_squared_error(u, v, correction, interval, p, eps))
+
+
+def _check(u: Tensor, v: Tensor, correction: Tensor | None, interval: Tensor | None) -> None:
     if (correction is None) != (interval is None):
         missing = "correction" if correction is None else "interval"
         raise ValueError(f"{missing}: expected a tensor, as the other of correction and interval is one, got None")
@@ -140,16 +146,6 @@ def adaptive_squared_error(
     check_shape("v", v, tuple(u.shape), "that of u")
     if correction is not None and interval is not None:
         _check_correction(u, correction, interval)
-        if correction.shape[0] == 0:
-            correction = interval = None
-    p = check_number("p", p, 0)
-    eps = check_number("eps", eps, 0, above=True)
-    if choose("adaptive_squared_error", u.device, {"triton": lambda: _triton_unsupported(given)}) == "reference":
-        return AdaptiveSquaredError(*reference.adaptive_squared_error(u, v, correction, interval, p, eps))
-    with_error = torch.is_grad_enabled() and u.requires_grad
-    interval = None if interval is None else interval.detach()
-    loss, squared_error, *_ = _forward(u, v.detach(), correction, interval, p, eps, with_error)
-    return AdaptiveSquaredError(loss, squared_error)
 
 
 def _check_correction(u: Tensor, correction: Tensor, interval: Tensor) -> None:
@@ -159,7 +155,17 @@ def _check_correction(u: Tensor, correction: Tensor, interval: Tensor) -> None:
         raise ValueError(f"correction: expected shape {expected}, got {tuple(correction.shape)}")
     if correction.dtype != u.dtype:
         raise TypeError(f"correction: expected the dtype of u, {u.dtype}, got {correction.dtype}")
-    if correction.requires_grad:
-        raise ValueError("correction: expected a tensor without gradient, which the target has not; pass it detached")
     if tuple(interval.shape) not in ((B,), (B_t,)):
         raise ValueError(f"interval: expected shape ({B},) or ({B_t},), got {tuple(interval.shape)}")
+
+
+_adaptive_squared_error = DualOp(
+    "adaptive_squared_error",
+    ["u"],
+    ["v", "correction", "interval"],
+    check=_check,
+    reference=reference.adaptive_squared_error,
+    tangent=None,
+    backends={"triton": Backend(_triton, _triton_unsupported)},
+    outputs=(None, None),
+)

@@ -1,0 +1,193 @@
+"""One way for every op from its public function to the code that serves a call.
+
+A public function checks its numbers and flags and calls its `DualOp`, which checks the tensors, chooses the backend,
+bridges forward mode and makes the output a tensor or a Dual. For a kind of call (see calls.py) the first two are done
+once. Differentiability is the same for every op: the primal is an ordinary differentiable computation, and a tangent is
+a constant. On the reference it is computed under no_grad from the rows that have one, and cast to the primal's dtype;
+of kernels see `Operator.register_gradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import choose, recorded, register
+from .calls import kind_of_call, known, remember
+from .dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
+from .forward_mode import bridge_forward_mode, plain_forward_mode
+from .operator import Operator
+
+Outputs = Sequence[Sequence[int] | None]
+
+
+class Backend(NamedTuple):
+    """Kernels that serve an op.
+
+    run: called with primals, tangents (None: zero), constants, options and what `derived` gave, each in the order of
+        the declaration. It returns a tuple: the outputs, then their tangents (anything where none was given).
+    unsupported: called with primals and constants by name; why `run` cannot serve them, or None.
+    on_request: whether it serves only calls that ask for it.
+    """
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None]
+    on_request: bool = False
+
+
+class Facts(NamedTuple):
+    """What a kind of calls comes to."""
+
+    backend: str
+    derived: tuple[Any, ...]
+
+
+class DualOp:
+    """An op on Tensor | Dual, called with its operands, constants and options, in this order and by position.
+
+    Args:
+        name: in requests for a backend and in messages.
+        operands: names of the arguments (B, …) that may be Duals.
+        constants: names of the tensors, or sizes, that carry no tangent; they may be None.
+        check: called with operands and constants; raises where one does not fit. Options (numbers and flags, whose
+            values are no part of a call's kind) are the public function's to check.
+        reference: plain PyTorch, called with primals, constants, options and what `derived` gave. It returns the
+            output, or a tuple of the outputs and of tensors (B, …) that the tangent reads.
+        tangent: of the outputs, called with primals, tangents (None: zero, not all are) and those tensors, all cut to
+            the rows that have tangents, then as `reference`; None where `check` lets no tangent pass.
+        backends: by name, fastest first; of an op without any, every call is PyTorch's own functions, whose rules of
+            forward mode serve constants too.
+        outputs: for each output the places of the operands that it depends on; None: on all.
+        derived: called with primals and constants; further options that a kind of call comes to.
+        prepare: called with all arguments once they have been checked; those to go on with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        operands: Sequence[str],
+        constants: Sequence[str] = (),
+        *,
+        check: Callable[..., None],
+        reference: Callable[..., Any],
+        tangent: Callable[..., Any] | None,
+        backends: Mapping[str, Backend] | None = None,
+        outputs: Outputs = (None,),
+        derived: Callable[..., tuple[Any, ...]] | None = None,
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name, self.names, self.outputs = name, (*operands, *constants), outputs
+        self.check, self.reference, self.tangent = check, reference, tangent
+        self.backends, self.derived, self.prepare = dict(backends or {}), derived, prepare
+        self._operands, self._tensors = len(operands), len(self.names)
+        self._on_request = [key for key, backend in self.backends.items() if backend.on_request]
+        self._runs = {key: backend.run for key, backend in self.backends.items()}
+        self._eager_runs = {key: run.eager if isinstance(run, Operator) else run for key, run in self._runs.items()}
+        if self.backends:
+            register(name, self.backends)
+
+    def __call__(self, *arguments: Any) -> Any:
+        facts = self.facts(*arguments)
+        if facts is not None:
+            if self.prepare is not None:
+                arguments = self.prepare(*arguments)
+            return self.run(facts, arguments, plainly=True)
+        bridge, bridged = bridge_forward_mode, self._operands
+        if not self.backends:
+            bridge, bridged = plain_forward_mode, self._tensors
+        rest = arguments[bridged:]
+        return bridge(self.name, lambda *operands: self._run_anew(*operands, *rest), *arguments[:bridged])
+
+    def facts(self, *arguments: Any) -> Facts | None:
+        """Check the arguments; what they come to, or None where that depends on more than their kind."""
+        kind = kind_of_call(self.name, *arguments[: self._tensors])
+        found: Facts | None = known(kind)
+        if found is None:
+            self.check(*arguments[: self._tensors])
+            if not kind:
+                return None
+            found = self.work_out(*(arguments if self.prepare is None else self.prepare(*arguments)))
+            remember(kind, found)
+        recorded(self.name, found.backend)
+        return found
+
+    def work_out(self, *arguments: Any) -> Facts:
+        """What arguments that have been checked come to."""
+        by_name = {name: primal_of(x) for name, x in zip(self.names, arguments, strict=False)}
+        return Facts(self.choose(**by_name), () if self.derived is None else self.derived(**by_name))
+
+    def choose(self, **by_name: Any) -> str:
+        """The backend that serves these primals and constants."""
+        if not self.backends:
+            return recorded(self.name, "reference")
+        supports = {key: partial(backend.unsupported, **by_name) for key, backend in self.backends.items()}
+        return choose(self.name, by_name[self.names[0]].device, supports, on_request=self._on_request)
+
+    def _run_anew(self, *arguments: Any) -> Any:
+        if self.prepare is not None:
+            arguments = self.prepare(*arguments)
+        return self.run(self.work_out(*arguments), arguments, plainly=False)
+
+    def run(self, facts: Facts, arguments: tuple[Any, ...], *, plainly: bool) -> Any:
+        """The call; `plainly` if it is plain eager PyTorch on plain tensors."""
+        operands, rest = arguments[: self._operands], arguments[self._operands :] + facts.derived
+        if facts.backend == "reference":
+            return self._run_reference(operands, rest)
+        runs = self._eager_runs if plainly else self._runs
+        return fused(runs[facts.backend], operands, rest, self.outputs)
+
+    def _run_reference(self, operands: tuple[TensorOrDual, ...], rest: tuple[Any, ...]) -> Any:
+        primals = [primal_of(x) for x in operands]
+        found = self.reference(*primals, *rest)
+        count = len(self.outputs)
+        outs, kept = (found[:count], found[count:]) if isinstance(found, tuple) else ((found,), ())
+        rows = tangent_rows(*operands)
+        dots: Sequence[Tensor | None] = (None,) * count
+        if rows is not None and self.tangent is not None:
+            with torch.no_grad():
+                tangents = [padded_tangent(x, rows) for x in operands]
+                found = self.tangent(
+                    *(_first(x, rows) for x in primals), *tangents, *(_first(x, rows) for x in kept), *rest
+                )
+                dots = found if isinstance(found, tuple) else (found,)
+                dots = [None if dot is None else dot.to(y.dtype) for y, dot in zip(outs, dots, strict=True)]
+        return _joined(outs, dots, operands, self.outputs)
+
+
+def fused(
+    run: Callable[..., Any], operands: Sequence[TensorOrDual], rest: Sequence[Any], outputs: Outputs = (None,)
+) -> Any:
+    """The outputs of a backend's `run`, tensors or Duals as the operands that they depend on are."""
+    count = len(outputs)
+    for x in operands:
+        if isinstance(x, Dual):
+            break
+    else:
+        found = run(*operands, *(None,) * len(operands), *rest)
+        return found[0] if count == 1 else found[:count]
+    rows = tangent_rows(*operands)
+    tangents = [None if rows is None else padded_tangent(x, rows) for x in operands]
+    found = run(*(primal_of(x) for x in operands), *tangents, *rest)
+    return _joined(found[:count], found[count : 2 * count], operands, outputs)
+
+
+def _joined(
+    outs: Sequence[Tensor], dots: Sequence[Tensor | None], operands: Sequence[TensorOrDual], outputs: Outputs
+) -> Any:
+    joined: list[TensorOrDual] = []
+    for y, dot, places in zip(outs, dots, outputs, strict=True):
+        of = operands if places is None else [operands[place] for place in places]
+        if any(isinstance(x, Dual) for x in of):
+            rows = tangent_rows(*of)
+            joined.append(Dual(y, None if rows is None or dot is None else _first(dot, rows)))
+        else:
+            joined.append(y)
+    return joined[0] if len(joined) == 1 else tuple(joined)
+
+
+def _first(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[0] == rows else x[:rows]
