@@ -183,7 +183,11 @@ def _joined(
         of = operands if places is None else [operands[place] for place in places]
         if any(isinstance(x, Dual) for x in of):
             rows = tangent_rows(*of)
-            joined.append(Dual(y, None if rows is None or dot is None else _first(dot, rows)))
+            if rows is None:
+                dot = None
+            elif dot is not None and places is not None:  # others may have more
+                dot = _first(dot, rows)
+            joined.append(Dual(y, dot))
         else:
             joined.append(y)
     return joined[0] if len(joined) == 1 else tuple(joined)
