@@ -59,7 +59,14 @@ class Operator:
             keep: called with ctx, the inputs and the outputs; gives the tensors that `gradients` finds as
                 `ctx.saved_tensors`: nothing of a tangent, so that a dual pass keeps what a plain one does.
         """
-        inputs_in_all = len(inspect.signature(self.run).parameters)
+        nothing = (None,) * len(inspect.signature(self.run).parameters)
+
+        run = self.run
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.mark_non_differentiable(*output[outputs:])
@@ -68,16 +75,13 @@ class Operator:
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             grads = grads[:outputs]
-            found = gradients(ctx, *grads) if any(grad is not None for grad in grads) else ()
-            return *found, *(None,) * (inputs_in_all - len(found))
+            for grad in grads:
+                if grad is not None:
+                    found = gradients(ctx, *grads)
+                    return found + nothing[len(found) :]
+            return nothing
 
         self.custom_op.register_autograd(backward, setup_context=setup_context)
-
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = self.run(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(self.run.__name__, (Function,), members)
         self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func

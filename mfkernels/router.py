@@ -28,15 +28,22 @@ Outputs = Sequence[Sequence[int] | None]
 class Backend(NamedTuple):
     """Kernels that serve an op.
 
-    run: called with primals, tangents (None: zero), constants, options and what `derived` gave, each in the order of
-        the declaration. It returns a tuple: the outputs, then their tangents (anything where none was given).
-    unsupported: called with primals and constants by name; why `run` cannot serve them, or None.
+    operator: called with primals, tangents (None: zero), constants, options and what `derived` gave, each in the order
+        of the declaration. It returns a tuple: the outputs, then their tangents (anything where none was given).
+    unsupported: called with primals and constants by name; why `operator` cannot serve them, or None.
     on_request: whether it serves only calls that ask for it.
+    around: called in the operator's place, with the operator (in its way for the call) before those arguments.
     """
 
-    run: Callable[..., Any]
+    operator: Operator
     unsupported: Callable[..., str | None]
     on_request: bool = False
+    around: Callable[..., Any] | None = None
+
+    def run(self, *, plainly: bool) -> Callable[..., Any]:
+        """`plainly` is for plain eager PyTorch on plain tensors."""
+        call = self.operator.eager if plainly else self.operator
+        return call if self.around is None else partial(self.around, call)
 
 
 class Facts(NamedTuple):
@@ -85,8 +92,10 @@ class DualOp:
         self.backends, self.derived, self.prepare = dict(backends or {}), derived, prepare
         self._operands, self._tensors = len(operands), len(self.names)
         self._on_request = [key for key, backend in self.backends.items() if backend.on_request]
-        self._runs = {key: backend.run for key, backend in self.backends.items()}
-        self._eager_runs = {key: run.eager if isinstance(run, Operator) else run for key, run in self._runs.items()}
+        self._runs = {
+            plainly: {key: backend.run(plainly=plainly) for key, backend in self.backends.items()}
+            for plainly in (False, True)
+        }
         if self.backends:
             register(name, self.backends)
 
@@ -137,8 +146,7 @@ class DualOp:
         operands, rest = arguments[: self._operands], arguments[self._operands :] + facts.derived
         if facts.backend == "reference":
             return self._run_reference(operands, rest)
-        runs = self._eager_runs if plainly else self._runs
-        return fused(runs[facts.backend], operands, rest, self.outputs)
+        return fused(self._runs[plainly][facts.backend], operands, rest, self.outputs)
 
     def _run_reference(self, operands: tuple[TensorOrDual, ...], rest: tuple[Any, ...]) -> Any:
         primals = [primal_of(x) for x in operands]
@@ -155,41 +163,60 @@ class DualOp:
                 )
                 dots = found if isinstance(found, tuple) else (found,)
                 dots = [None if dot is None else dot.to(y.dtype) for y, dot in zip(outs, dots, strict=True)]
-        return _joined(outs, dots, operands, self.outputs)
+        return _joined(outs, dots, operands, self.outputs, rows)
 
 
 def fused(
     run: Callable[..., Any], operands: Sequence[TensorOrDual], rest: Sequence[Any], outputs: Outputs = (None,)
 ) -> Any:
     """The outputs of a backend's `run`, tensors or Duals as the operands that they depend on are."""
-    count = len(outputs)
+    count, dual, rows = len(outputs), False, None  # rows: as `tangent_rows`
     for x in operands:
         if isinstance(x, Dual):
-            break
-    else:
-        found = run(*operands, *(None,) * len(operands), *rest)
+            dual, dot = True, x[1]
+            if dot is not None and (rows is None or dot.shape[0] > rows):
+                rows = dot.shape[0]
+    if not dual:
+        found = run(*operands, *_NOTHING[: len(operands)], *rest)
         return found[0] if count == 1 else found[:count]
-    rows = tangent_rows(*operands)
-    tangents = [None if rows is None else padded_tangent(x, rows) for x in operands]
-    found = run(*(primal_of(x) for x in operands), *tangents, *rest)
-    return _joined(found[:count], found[count : 2 * count], operands, outputs)
+    primals, tangents = [], []
+    for x in operands:
+        p, dot = x if isinstance(x, Dual) else (x, None)
+        if dot is not None and rows is not None and dot.shape[0] != rows:
+            dot = padded_tangent(x, rows)
+        primals.append(p)
+        tangents.append(dot)
+    found = run(*primals, *tangents, *rest)
+    if count == 1 and outputs[0] is None:
+        return Dual(found[0], None if rows is None else found[1])
+    return _joined(found[:count], found[count : 2 * count], operands, outputs, rows)
+
+
+_NOTHING = (None,) * 16
 
 
 def _joined(
-    outs: Sequence[Tensor], dots: Sequence[Tensor | None], operands: Sequence[TensorOrDual], outputs: Outputs
+    outs: Sequence[Tensor],
+    dots: Sequence[Tensor | None],
+    operands: Sequence[TensorOrDual],
+    outputs: Outputs,
+    rows: int | None,
 ) -> Any:
+    """`rows`: of the longest tangent of all operands."""
     joined: list[TensorOrDual] = []
     for y, dot, places in zip(outs, dots, outputs, strict=True):
-        of = operands if places is None else [operands[place] for place in places]
-        if any(isinstance(x, Dual) for x in of):
-            rows = tangent_rows(*of)
-            if rows is None:
-                dot = None
-            elif dot is not None and places is not None:  # others may have more
-                dot = _first(dot, rows)
-            joined.append(Dual(y, dot))
+        needed = operands if places is None else [operands[place] for place in places]
+        for x in needed:
+            if isinstance(x, Dual):
+                break
         else:
             joined.append(y)
+            continue
+        own_rows = rows if places is None else tangent_rows(*needed)
+        if own_rows is None or dot is None:
+            joined.append(Dual(y))
+        else:
+            joined.append(Dual(y, dot if own_rows == rows else dot[:own_rows]))
     return joined[0] if len(joined) == 1 else tuple(joined)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,13 +65,20 @@ _forward.register_gradients(
 )
 
 
-def _triton(
-    u: Tensor, _: None, v: Tensor, correction: Tensor | None, interval: Tensor | None, p: float, eps: float
+def _around(
+    forward: Callable[..., tuple[Tensor, ...]],
+    u: Tensor,
+    _: None,
+    v: Tensor,
+    correction: Tensor | None,
+    interval: Tensor | None,
+    p: float,
+    eps: float,
 ) -> tuple[Tensor, ...]:
     if correction is not None and correction.shape[0] == 0:
         correction = interval = None
     v, interval = v.detach(), None if interval is None else interval.detach()
-    return _forward(u, v, correction, interval, p, eps, torch.is_grad_enabled() and u.requires_grad)
+    return forward(u, v, correction, interval, p, eps, torch.is_grad_enabled() and u.requires_grad)
 
 
 def _triton_unsupported(u: Tensor, **others: Tensor | None) -> str | None:
@@ -166,6 +174,6 @@ _adaptive_squared_error = DualOp(
     check=_check,
     reference=reference.adaptive_squared_error,
     tangent=None,
-    backends={"triton": Backend(_triton, _triton_unsupported)},
+    backends={"triton": Backend(_forward, _triton_unsupported, around=_around)},
     outputs=(None, None),
 )

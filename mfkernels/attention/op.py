@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -152,7 +153,9 @@ def backward_of(backend: str, q: Tensor, k: Tensor, *, is_causal: bool) -> str:
     return choose_backward(asked, q, k, causal=is_causal)
 
 
-def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _around(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, *rest: Any, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rest`: the tangents, scale and is_causal."""
     return forward(q, k, v, *rest, backend, backward_of(backend, q, k, is_causal=rest[-1]))
 
@@ -249,10 +252,17 @@ _attention = DualOp(
     tangent=_reference_tangent,
     backends={
         "triton": Backend(
-            partial(_run, "triton"), lambda q, k, v: unsupported(q, k, 1.0) or triton_unavailable(q.device)
+            forward,
+            lambda q, k, v: unsupported(q, k, 1.0) or triton_unavailable(q.device),
+            around=partial(_around, backend="triton"),
         ),
         # it has not run on a GPU yet
-        "cuda": Backend(partial(_run, "cuda"), lambda q, k, v: cuda.unsupported(q, 1.0), on_request=True),
+        "cuda": Backend(
+            forward,
+            lambda q, k, v: cuda.unsupported(q, 1.0),
+            on_request=True,
+            around=partial(_around, backend="cuda"),
+        ),
     },
     prepare=_prepare,
 )

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -181,12 +181,15 @@ def _norm_gradients(ctx, dx_new, dh):  # type: ignore[no-untyped-def]
 _norm_forward.register_gradients(_norm_gradients, keep=_norm_keep, outputs=2)
 
 
-def _triton(x: Tensor, y: Tensor, gate: Tensor, *dots_and_bias: Any) -> tuple[Tensor, Tensor]:
+def _around(
+    forward: Callable[..., tuple[Tensor, Tensor]], x: Tensor, y: Tensor, gate: Tensor, *dots_and_bias: Any
+) -> tuple[Tensor, Tensor]:
     *dots, bias = dots_and_bias
-    return _forward(x, reference.with_bias(y, bias), gate, *dots)
+    return forward(x, reference.with_bias(y, bias), gate, *dots)
 
 
-def _norm_triton(
+def _norm_around(
+    forward: Callable[..., tuple[Tensor, ...]],
     x: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -209,7 +212,7 @@ def _norm_triton(
     seen = None if start is None else x
     x = x if start is None else start
     dots = (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    return _norm_forward(x, y, gate, bias, seen, *base, shift, scale, *dots, eps, dtype, defer)
+    return forward(x, y, gate, bias, seen, *base, shift, scale, *dots, eps, dtype, defer)
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -301,7 +304,7 @@ _gated_residual = DualOp(
     check=_check,
     reference=reference.gated_residual,
     tangent=reference.gated_residual_tangent,
-    backends={"triton": Backend(_triton, _unsupported)},
+    backends={"triton": Backend(_forward, _unsupported, around=_around)},
 )
 
 
@@ -313,13 +316,15 @@ class _Norm(DualOp):
         bias: Tensor | None,
         eps: float,
         *,
+        plainly: bool,
         before: tuple[TensorOrDual, TensorOrDual, TensorOrDual, Tensor | None] | None = None,
         defer: bool = False,
     ) -> tuple[TensorOrDual, TensorOrDual]:
-        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_triton`."""
+        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_around`."""
         # the gradients of what was before go through the sum's
         detached = (None,) * 4 if before is None else [None if a is None else primal_of(a).detach() for a in before]
-        return fused(_norm_triton, operands, (bias, eps, *facts.derived, detached, defer), self.outputs)
+        rest = (bias, eps, *facts.derived, detached, defer)
+        return fused(self._runs[plainly][facts.backend], operands, rest, self.outputs)
 
 
 gated_residual_norm = _Norm(
@@ -329,7 +334,7 @@ gated_residual_norm = _Norm(
     check=_check_norm,
     reference=reference.gated_residual_ada_layer_norm,
     tangent=reference.gated_residual_ada_layer_norm_tangent,
-    backends={"triton": Backend(_norm_triton, _unsupported)},
+    backends={"triton": Backend(_norm_forward, _unsupported, around=_norm_around)},
     outputs=((0, 1, 2), None),
     # the dtype of h, and whether the sum has that of x
     derived=lambda x, y, gate, shift, scale, bias: (

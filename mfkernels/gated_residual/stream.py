@@ -59,11 +59,13 @@ class ResidualStream(NamedTuple):
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
         eps = check_number("eps", eps, 0)
-        facts = _facts(x, y, gate, shift, scale, bias)
+        facts, plainly = _facts(x, y, gate, shift, scale, bias)
         if facts is None:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
-        seen, h = gated_residual_norm.update_and_norm(facts, (x, y, gate, shift, scale), bias, eps, defer=True)
+        seen, h = gated_residual_norm.update_and_norm(
+            facts, (x, y, gate, shift, scale), bias, eps, plainly=plainly, defer=True
+        )
         return h, ResidualStream(x, y, gate, bias, seen)
 
     def update_and_norm(
@@ -82,13 +84,13 @@ class ResidualStream(NamedTuple):
             return h, ResidualStream(x)
         before = (self.x, self.y, self.gate, self.bias)
         eps = check_number("eps", eps, 0)
-        facts = _facts(self.x, y, gate, shift, scale, bias)
+        facts, plainly = _facts(self.x, y, gate, shift, scale, bias)
         if facts is None:
             raise ValueError(
                 "stream: expected the update of a sum that its norm has left unwritten to be such a one too"
             )
         operands = (self.seen, y, gate, shift, scale)
-        x, h = gated_residual_norm.update_and_norm(facts, operands, bias, eps, before=before)
+        x, h = gated_residual_norm.update_and_norm(facts, operands, bias, eps, plainly=plainly, before=before)
         return h, ResidualStream(x)
 
     def updated(self, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None = None) -> ResidualStream:
@@ -106,16 +108,16 @@ class ResidualStream(NamedTuple):
         return gated_residual(self.x, self.y, self.gate, bias=self.bias)
 
 
-def _facts(*arguments: TensorOrDual | None) -> Facts | None:
-    """What a call of `gated_residual_ada_layer_norm` comes to; None where the sum cannot be left unwritten.
+def _facts(*arguments: TensorOrDual | None) -> tuple[Facts | None, bool]:
+    """What a call of `gated_residual_ada_layer_norm` comes to, and whether it is plain eager PyTorch.
 
-    That is on plain PyTorch, where the sum has another dtype than x, and where it would not be one op: a compiler and
-    modes may look on, transforms may not.
+    None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and where it
+    would not be one op (a compiler and modes may look on, transforms may not).
     """
     facts = gated_residual_norm.facts(*arguments)
+    plainly = facts is not None
     if facts is None and is_untransformed(*arguments):
         facts = gated_residual_norm.work_out(*arguments)
-    if facts is None or facts.backend == "reference":
-        return None
-    _, keeps_dtype = facts.derived
-    return facts if keeps_dtype else None
+    if facts is not None and (facts.backend == "reference" or not facts.derived[1]):
+        facts = None
+    return facts, plainly

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -61,10 +63,15 @@ def _gradients(ctx, dout):  # type: ignore[no-untyped-def]
 _forward.register_gradients(_gradients, keep=_keep)
 
 
-def _triton(
-    x: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, scale: Tensor
+def _around(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    y: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    out, out_dot = _forward(x, y, x_dot, y_dot, scale)
+    out, out_dot = forward(x, y, x_dot, y_dot, scale)
     if y_dot is None:  # the update does not move the tangent
         return out, None if x_dot is None else x_dot.to(out.dtype)
     return out, out_dot
@@ -107,5 +114,5 @@ _layer_scale_residual = DualOp(
     check=_check,
     reference=reference.layer_scale_residual,
     tangent=reference.layer_scale_residual_tangent,
-    backends={"triton": Backend(_triton, rows_unsupported)},
+    backends={"triton": Backend(_forward, rows_unsupported, around=_around)},
 )

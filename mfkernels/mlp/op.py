@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -118,8 +119,8 @@ def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
 _forward.register_gradients(_gradients, keep=_keep)
 
 
-def _run(
-    backend: str,
+def _around(
+    forward: Callable[..., tuple[Tensor, ...]],
     x: Tensor,
     x_dot: Tensor | None,
     w1: Tensor,
@@ -127,13 +128,14 @@ def _run(
     w2: Tensor,
     b2: Tensor | None,
     dtype: torch.dtype,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor | None]:
     """y (B, …, D_out) of x (B, …, D_in), and its tangent."""
     value_alone = x_dot is None and x.shape[-1] > 0 and not torch.is_grad_enabled()
     if value_alone and b1 is not None and _fuses_gelu(x.device) and is_untransformed(x, w1, b1, w2, b2):
         return _run_without_gradients(x, w1, b1, w2, b2, dtype), None
     rows_dot = None if x_dot is None else x_dot.flatten(0, -2)  # [M_t, D_in]
-    y, y_dot, *_ = _forward(x.flatten(0, -2), rows_dot, w1, b1, w2, b2, dtype, backend)  # M = B·…
+    y, y_dot, *_ = forward(x.flatten(0, -2), rows_dot, w1, b1, w2, b2, dtype, backend)  # M = B·…
     y = y.view(*x.shape[:-1], w2.shape[0])  # [B, …, D_out]
     return y, None if x_dot is None else y_dot.view(*x_dot.shape[:-1], w2.shape[0])  # [B_t, …, D_out]
 
@@ -217,9 +219,11 @@ _mlp = DualOp(
     reference=reference.mlp,
     tangent=reference.mlp_tangent,
     backends={
-        "triton": Backend(partial(_run, "triton"), _triton_unsupported),
+        "triton": Backend(_forward, _triton_unsupported, around=_around),
         # it has not run on a GPU yet
-        "cublaslt": Backend(partial(_run, "cublaslt"), _cublaslt_unsupported, on_request=True),
+        "cublaslt": Backend(
+            _forward, _cublaslt_unsupported, on_request=True, around=partial(_around, backend="cublaslt")
+        ),
     },
     derived=lambda x, **_: (product_dtype(x),),
 )
