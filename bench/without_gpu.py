@@ -42,7 +42,7 @@ def as_on_h100(*, chunk: int | None = None, run: Callable[[launch.Launch], None]
         "mfkernels.attention.kernels.unsupported": lambda q, k, scale: None,
         "mfkernels.launch.find_config": on_h100,
         "mfkernels.launch.multiprocessors": lambda device: 132,
-        "mfkernels.launch.user_table": lambda: launch.PACKAGE_TABLE.with_name("none.json"),
+        "mfkernels.launch.user_table": lambda: launch.PACKAGE / "none.json",
     }
     if run is not None:
         replaced["mfkernels.launch.Launch.run"] = run

@@ -14,6 +14,7 @@ from .errors import UsageError
 from .files import is_text, read_text, shown
 from .options import flattened
 
+_DEEPEST = 4  # groups within groups
 PRESET = "preset"  # the one key that is no option: the name of the recipe that the values started from
 
 
@@ -72,8 +73,8 @@ def _composed(text: str) -> yaml.Node | None:
             loader.dispose()
 
 
-def _values(node: yaml.Node | None) -> dict[str, Any]:
-    """Keys and values of a YAML file, each a word, a list of words or a group; a ValueError says what it is otherwise."""
+def _values(node: yaml.Node | None, depth: int = 0) -> dict[str, Any]:
+    """Keys and values of a YAML file: words, lists of words and groups; a ValueError says what else it is."""
     if node is None or node.tag == "tag:yaml.org,2002:null":
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -84,14 +85,16 @@ def _values(node: yaml.Node | None) -> dict[str, Any]:
     for key, times in Counter(_plain(written.value) for written, _ in node.value).items():
         if times > 1:  # YAML would keep the last one without a word
             raise ValueError(f"{key}: expected once, got {times} values")
-    return {_plain(written.value): _value(written.value, value) for written, value in node.value}
+    if depth > _DEEPEST:
+        raise ValueError("it is nested too deeply")
+    return {_plain(written.value): _value(written.value, value, depth) for written, value in node.value}
 
 
-def _value(key: str, node: yaml.Node) -> Any:
+def _value(key: str, node: yaml.Node, depth: int) -> Any:
     if isinstance(node, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in node.value):
-        return [_value(key, item) for item in node.value]
+        return [_value(key, item, depth) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        return _values(node)
+        return _values(node, depth + 1)
     where = f"line {node.start_mark.line + 1}: {key}"
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{where}: expected a value, a list of values or a group, got {_words(node)}")

@@ -72,7 +72,7 @@ def describe(device: str | None = None) -> str:
     lines.append(f"{'CUDA of torch':<16}{torch.version.cuda or 'none (CPU build)'}")
     asked = os.environ.get("MFKERNELS_BACKEND")
     lines.append(
-        f"{'backends':<16}{', '.join(mfkernels.backend.BACKENDS)}" + (f" (asked for: {asked})" if asked else "")
+        f"{'backends':<16}{', '.join(mfkernels.backend.backends())}" + (f" (asked for: {asked})" if asked else "")
     )
     lines.append(f"{'CUDA kernels':<16}{cuda_description()}")
     for place, words in _devices():

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass
-from functools import cache, partial
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -149,14 +149,9 @@ def help_of(cls: type[Any]) -> dict[str, str]:
     return found
 
 
-@cache
-def hints_of(cls: type[Any]) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
 def options_of(cls: type[Any], base: Any = None, prefix: str = "") -> Iterator[Option]:
     """Every option of a class and of the groups in it, as they are by default or in the instance `base`."""
-    texts, hints = help_of(cls), hints_of(cls)
+    texts, hints = help_of(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         value = default_of(field) if base is None else getattr(base, field.name)
         name = prefix + field.name
@@ -255,6 +250,7 @@ def build(
         UsageError: a value is of another type, out of its bounds, or missing.
     """
     arguments: dict[str, Any] = {}
+    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
         before = default_of(field) if base is None else getattr(base, field.name)
@@ -271,7 +267,7 @@ def build(
             )
         elif field.init:
             if name in values:
-                kind = hints_of(cls)[field.name]
+                kind = hints[field.name]
                 if given is None and chosen and NoneType not in get_args(kind):
                     before = default_of(field)
                 else:

@@ -176,7 +176,7 @@ class GuidedSteps(FewSteps):
         t_max: guided times, to
     """
 
-    sweep = ("omega", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
+    sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = ("omega", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
 
     omega: float = option(2.0, low=1.0)
     t_min: float = option(0.0, low=0.0, high=1.0)
@@ -189,7 +189,7 @@ class GuidedSteps(FewSteps):
 
     def draw(self, net: Callable[..., Any], noise: Tensor, y: Tensor) -> Tensor:
         """As `sample`, of the u head alone."""
-        guidance = {"omega": self.omega, "t_min": self.t_min, "t_max": self.t_max}
+        guidance: dict[str, Any] = {"omega": self.omega, "t_min": self.t_min, "t_max": self.t_max}
         return sample(net, noise, y, steps=self.steps, heads="u", **guidance)
 
     def __str__(self) -> str:

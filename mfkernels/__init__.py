@@ -4,6 +4,7 @@ Every function takes tensors or `Dual`s and returns the same kind; only the prim
 """
 
 from .ada_layer_norm import ada_layer_norm
+from .adaptive_squared_error import AdaptiveSquaredError, adaptive_squared_error
 from .attention import Attention, attention
 from .backend import requested_backend, use_backend
 from .checkpoint import checkpoint, checkpoint_module
@@ -13,7 +14,6 @@ from .dualize import dualize
 from .gated_residual import ResidualStream, gated_residual, gated_residual_ada_layer_norm
 from .layer_scale_residual import layer_scale_residual
 from .linear import Linear, linear
-from .meanflow_loss import MeanFlowLoss, meanflow_loss
 from .mlp import Mlp, mlp
 from .patch_embed import PatchEmbed, patch_embed
 from .rms_norm import RMSNorm, rms_norm
@@ -26,10 +26,10 @@ from .timestep_embedding import TimestepEmbedder, timestep_embedding
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSquaredError",
     "Attention",
     "Dual",
     "Linear",
-    "MeanFlowLoss",
     "Mlp",
     "PatchEmbed",
     "RMSNorm",
@@ -39,6 +39,7 @@ __all__ = [
     "TensorOrDual",
     "TimestepEmbedder",
     "ada_layer_norm",
+    "adaptive_squared_error",
     "attention",
     "checkpoint",
     "checkpoint_module",
@@ -51,7 +52,6 @@ __all__ = [
     "layer_scale_residual",
     "linear",
     "linear_map",
-    "meanflow_loss",
     "mlp",
     "patch_embed",
     "patch_sdpa",

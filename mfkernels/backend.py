@@ -15,39 +15,20 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
 
-BACKENDS = ("reference", "triton", "cuda", "cublaslt")
+# What each op that has a choice has beside the reference, fastest first, and the parts of ops that are chosen under a
+# name of their own, of which a request for every op says nothing. Both are filled where the ops are declared.
+OPS: dict[str, tuple[str, ...]] = {}
+PARTS: dict[str, tuple[str, ...]] = {}
+_RULES: dict[str, tuple[str, ...]] = {}
 
-# The ops that have a choice, and what they have beside the reference; every other function is made of these and of
-# PyTorch's own products.
-OPS: dict[str, tuple[str, ...]] = {
-    "ada_layer_norm": ("triton",),
-    "attention": ("triton", "cuda"),
-    "gated_residual": ("triton",),
-    "gated_residual_ada_layer_norm": ("triton",),
-    "layer_scale_residual": ("triton",),
-    "meanflow_loss": ("triton",),
-    "mlp": ("triton", "cublaslt"),
-    "qk_norm_rotary": ("triton",),
-    "rms_norm": ("triton",),
-    "rotary": ("triton",),
-    "swiglu": ("triton",),
-    "timestep_embedding": ("triton",),
-}
-
-# Parts of ops that are chosen under a name of their own: a request for every op says nothing of them.
-PARTS: dict[str, tuple[str, ...]] = {
-    "attention_backward": ("triton", "cudnn", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4"),
-}
-
-# What may be asked for in a part's place: it names one of the part's at each call.
-RULES: dict[str, tuple[str, ...]] = {"attention_backward": ("by-length",)}
+MAX_WIDTH = 16384  # of a row that one block of a row-wise kernel holds in registers
 
 # Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
 Support = Callable[[], str | None]
@@ -57,6 +38,21 @@ _said: set[str] = set()  # ops whose slower way has been told
 
 # A plain global, not a context variable: autograd runs backward on threads of its own, and Dynamo guards on globals.
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
+
+
+def register(op: str, backends: Iterable[str]) -> None:
+    """Let requests name this op, which has these backends beside the reference."""
+    OPS[op] = tuple(backends)
+
+
+def register_part(part: str, names: Iterable[str], rules: Iterable[str] = ()) -> None:
+    """Let requests name this part of an op; a rule may be asked for in place of a name, and gives one at each call."""
+    PARTS[part], _RULES[part] = tuple(names), tuple(rules)
+
+
+def backends() -> tuple[str, ...]:
+    """All that an op has."""
+    return ("reference", *dict.fromkeys(name for names in OPS.values() for name in names))
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -113,27 +109,15 @@ def unsupported_dtype(name: str, dtype: torch.dtype) -> str | None:
     return f"{name}: expected float16, bfloat16 or float32, got {dtype}"
 
 
-MAX_WIDTH = 16384  # of a row that one block of a row-wise kernel holds in registers
-
-
-def rows_unsupported(**tensors: torch.Tensor) -> str | None:
+def rows_unsupported(**tensors: torch.Tensor | None) -> str | None:
     """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments, by name; None where they can."""
-    reason = triton_unavailable(next(iter(tensors.values())).device)
-    if reason is not None:
-        return reason
-    for name, x in tensors.items():
-        reason = _row_unsupported(name, x.dtype, x.shape[-1])
-        if reason is not None:
-            return reason
-    return None
-
-
-@_remembered
-def _row_unsupported(name: str, dtype: torch.dtype, width: int) -> str | None:
-    reason = unsupported_dtype(name, dtype)
-    if reason is not None:
-        return reason
-    return None if 1 <= width <= MAX_WIDTH else f"{name}: expected a width from 1 to {MAX_WIDTH}, got {width}"
+    given = {name: x for name, x in tensors.items() if x is not None}
+    reason = triton_unavailable(next(iter(given.values())).device)
+    for name, x in given.items():
+        reason = reason or unsupported_dtype(name, x.dtype)
+        if reason is None and not 1 <= x.shape[-1] <= MAX_WIDTH:
+            reason = f"{name}: expected a width from 1 to {MAX_WIDTH}, got {x.shape[-1]}"
+    return reason
 
 
 @_remembered
@@ -143,13 +127,13 @@ def _parsed(request: str | None, source: str) -> Mapping[str, str]:
     for part in (request or "").split(","):
         op, _, name = part.strip().rpartition("=")
         if op in PARTS:
-            names = (*PARTS[op], *RULES[op])
+            names = (*PARTS[op], *_RULES[op])
             if name not in names:
                 raise ValueError(f"{source}: {op} has the backends {', '.join(names)}, got {name!r}")
             wanted[op] = name
             continue
-        if request and name not in BACKENDS:
-            raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        if request and name not in backends():
+            raise ValueError(f"{source}: expected one of {', '.join(backends())}, got {name!r}")
         if op and op not in OPS:
             expected = ", ".join((*OPS, *PARTS))
             raise ValueError(f"{source}: expected one of the ops {expected} before '=', got {op!r}")
@@ -223,7 +207,7 @@ def choose(op: str, device: torch.device, supports: Mapping[str, Support], *, on
         op: the op's name, for messages.
         device: where the op's tensors are.
         supports: the op's backends other than "reference", fastest first, each with its answer for this call. An op
-            that has none (a library GEMM serves every backend) is not subject to requests.
+            that has none (a library GEMM serves every backend) does not ask.
         on_request: those of them that serve only calls which ask for them by name.
 
     Raises:
@@ -241,7 +225,7 @@ def recorded(op: str, backend: str) -> str:
 
 def _choose(op: str, device: torch.device, supports: Mapping[str, Support], on_request: Collection[str]) -> str:
     asked = requested_backend(op)
-    if asked == "reference" or not supports:
+    if asked == "reference":
         return "reference"
     if asked is not None:
         if asked not in supports:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import triton
 
-PACKAGE_TABLE = Path(__file__).parent / "configs" / "launch.json"
+PACKAGE = Path(__file__).parent
 EXACT = ("arch", "triton", "dtype", "precision")
 
 # Triton 3.9 warns where it has to choose this itself, and 3.10 is to choose the other: a·b + c in two instructions.
@@ -83,16 +83,23 @@ def triton_minor() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
+def shipped() -> list[Row]:
+    """The package's own rows: each op's lie in its folder, those of what ops share beside this file."""
+    return [
+        row for path in (PACKAGE / "launch.json", *sorted(PACKAGE.glob("*/launch.json"))) for row in read_table(path)
+    ]
+
+
 @functools.cache
 def _rows() -> list[Row]:
-    return read_table(user_table()) + read_table(PACKAGE_TABLE)
+    return read_table(user_table()) + shipped()
 
 
 @functools.cache
 def _lookup(request: tuple[tuple[str, str | int], ...]) -> Config:
     row = best_row(_rows(), dict(request))
     if row is None:
-        raise LookupError(f"no launch configuration for {dict(request)} in {PACKAGE_TABLE}")
+        raise LookupError(f"no launch configuration for {dict(request)} in {PACKAGE}/*/launch.json")
     return row["config"]
 
 

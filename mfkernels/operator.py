@@ -7,7 +7,8 @@ there. Both run the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -43,17 +44,44 @@ class Operator:
         self.register_fake = self.custom_op.register_fake
         self.apply: Callable[..., Any] | None = None
 
-    def register_autograd(
-        self, backward: Callable[..., Any], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+    def register_gradients(
+        self,
+        gradients: Callable[..., tuple[Tensor | None, ...]],
+        *,
+        keep: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor | None]],
+        outputs: int = 1,
     ) -> None:
-        """As of a custom op: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`."""
-        self.custom_op.register_autograd(backward, setup_context=setup_context)
+        """Make the first `outputs` outputs differentiable; the others, tangents among them, are constants.
+
+        Args:
+            gradients: called with ctx and the gradients of these outputs (None: not used; not all are); gives those of
+                the first inputs, the others have none.
+            keep: called with ctx, the inputs and the outputs; gives the tensors that `gradients` finds as
+                `ctx.saved_tensors`: nothing of a tangent, so that a dual pass keeps what a plain one does.
+        """
+        nothing = (None,) * len(inspect.signature(self.run).parameters)
+
+        run = self.run
 
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = self.run(*inputs)
+            output = run(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            ctx.mark_non_differentiable(*output[outputs:])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*keep(ctx, inputs, output))
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            grads = grads[:outputs]
+            for grad in grads:
+                if grad is not None:
+                    found = gradients(ctx, *grads)
+                    return found + nothing[len(found) :]
+            return nothing
+
+        self.custom_op.register_autograd(backward, setup_context=setup_context)
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         function = type(self.run.__name__, (Function,), members)
         self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func
@@ -98,6 +126,16 @@ class _Undifferentiable(Function):
             f"mfkernels.{ctx.name}: a second derivative is not supported; "
             'mfkernels.use_backend("reference") has one, except of attention'
         )
+
+
+def or_no_rows(y_dot: Tensor | None, y: Tensor) -> Tensor:
+    """A tangent of `y`; no rows where there is none, as a custom op has no optional outputs."""
+    return y.new_empty((0, *y.shape[1:])) if y_dot is None else y_dot
+
+
+def rows_of(*tangents: Tensor | None) -> int:
+    """How many the tangents have that are not None."""
+    return next((dot.shape[0] for dot in tangents if dot is not None), 0)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:

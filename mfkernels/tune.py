@@ -18,7 +18,6 @@ import torch
 from mfkernels.attention.limits import MAX_HEAD_DIM
 from mfkernels.backend import triton_unavailable
 from mfkernels.launch import (
-    PACKAGE_TABLE,
     Config,
     clear_cache,
     forced_config,
@@ -27,15 +26,7 @@ from mfkernels.launch import (
     user_table,
 )
 from mfkernels.timing import Timing, busy_time
-from mfkernels.tune_problems import (
-    NOT_TUNED,
-    Problem,
-    attention_problems,
-    head_problems,
-    hidden_problems,
-    loss_problems,
-    width_problems,
-)
+from mfkernels.tune_problems import Problem, Sizes, of_ops
 
 # Largest difference from the first candidate's result, in norms, that rounding in another order explains.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
@@ -91,12 +82,6 @@ def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) ->
     return [row for row in old if key(row) not in replaced] + list(new)
 
 
-def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """The sizes that each measured size speaks for: down to the next smaller one, the smallest for itself alone."""
-    ordered = sorted(set(sizes))
-    return [(low + 1, high) for low, high in zip([ordered[0] - 1, *ordered], ordered, strict=False)]
-
-
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace the table in one step, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,19 +103,10 @@ def problems(
     device: torch.device,
     total: int = 65536,
 ) -> Iterator[Problem]:
-    """Every problem, on batches of `total` tokens; rows and heads in sequences of 256 tokens."""
-    for least_head_dim, head_dim in ranges(head_dims):
-        of_head = {"min_head_dim": least_head_dim, "max_head_dim": head_dim}
-        for least, n in ranges(tokens):
-            bounds = {**of_head, "min_tokens": least, "max_tokens": n}
-            yield from attention_problems(head_dim, n, max(1, total // n), dtype, device, bounds)
-        if head_dim % 2 == 0:
-            yield from head_problems(head_dim, min(256, total), max(1, total // 256), dtype, device, of_head)
-    for make, sizes in ((width_problems, widths), (hidden_problems, hidden_widths)):
-        for least, width in ranges(sizes):
-            bounds = {"min_width": least, "max_width": width}
-            yield from make(width, min(256, total), max(1, total // 256), dtype, device, bounds)
-    yield from loss_problems(min(256, total), max(1, total // 256), dtype, device)
+    """Every op's problems, on batches of `total` tokens; rows and heads in sequences of 256 tokens."""
+    sizes = Sizes(head_dims, widths, hidden_widths, tokens, dtype, device, total)
+    for tuning in of_ops():
+        yield from tuning.problems(sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
     path = user_table()
-    known = {row["op"] for row in read_table(PACKAGE_TABLE)} - NOT_TUNED
+    known = {op for tuning in of_ops() for op in tuning.OPS}
     try:
         read_table(path)  # now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):

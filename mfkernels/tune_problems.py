@@ -1,23 +1,23 @@
-"""What `python -m mfkernels.tune` measures: for each op its candidates and a call that runs it."""
+"""What `python -m mfkernels.tune` measures: candidates for rows of launch tables, each with a call that runs the op.
+
+Each op has its own in `tuning.py` of its folder; this is what they share.
+"""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import mfkernels
-from mfkernels.attention.backward_kernels import attention_backward
-from mfkernels.attention.kernels import attention_forward
 from mfkernels.launch import Config
-from mfkernels.mlp.kernels import gelu_backward, gelu_forward
-
-NOT_TUNED = {"sum_partials", "timestep_embedding"}  # they take microseconds
-NOT_TUNED |= {"attention_forward_apart"}  # no kernel
 
 Bounds = Mapping[str, int | str]
 
@@ -42,43 +42,66 @@ def tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-ATTENTION_FORWARD = [
-    tile(128, 64, 8, 2),
-    tile(128, 64, 8, 3),
-    tile(128, 128, 8, 2),
-    tile(128, 128, 8, 3),
-    tile(128, 64, 4, 2),
-    tile(128, 32, 8, 2),
-    tile(128, 32, 8, 3),
-    tile(64, 64, 4, 2),
-    tile(64, 64, 4, 3),
-    tile(64, 32, 4, 2),
-    tile(64, 32, 8, 2),
-    tile(32, 32, 4, 2),
-]
-ATTENTION_BACKWARD = [
-    tile(64, 64, 4, 2),
-    tile(64, 64, 8, 2),
-    tile(128, 64, 8, 2),
-    tile(128, 64, 8, 3),
-    tile(64, 128, 8, 2),
-    tile(64, 128, 8, 3),
-    tile(32, 128, 8, 2),
-    tile(32, 64, 4, 2),
-    tile(32, 64, 8, 2),
-    tile(128, 32, 8, 2),
-    tile(64, 32, 4, 2),
-    tile(32, 32, 4, 2),
-]
+# of kernels that several ops have alike
 TOKEN_ROWS = grid(BLOCK_N=(1, 2, 4), CHUNK=(8, 16, 64), num_warps=(4, 8))
 ROWS = grid(BLOCK_R=(1, 2, 4, 8), num_warps=(4, 8))
 ROWS_AND_SUMS = grid(BLOCK_R=(1, 2, 4), PARTS=(264, 528, 1056), num_warps=(4, 8))
-HEAD_ROWS = grid(BLOCK_R=(8, 16, 32, 64), num_warps=(4, 8))
-HEAD_ROWS_AND_SUMS = grid(BLOCK_R=(8, 16, 32), PARTS=(264, 528, 1056), num_warps=(4, 8))
-SWIGLU = grid(BLOCK_R=(1, 2, 4, 8), BLOCK_D=(256, 512, 1024), num_warps=(4, 8))
-GELU = grid(BLOCK_M=(1, 2, 4, 8), BLOCK_H=(256, 512, 1024), num_warps=(4, 8))
-GELU_BACKWARD = grid(BLOCK_M=(2, 4, 8), BLOCK_H=(256, 512), CHUNK=(64, 128, 256), num_warps=(4, 8))
-LOSS = grid(CHUNK=(4096, 8192, 16384), BLOCK=(1024, 2048), num_warps=(4, 8))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: batches of `total` tokens, rows and heads in sequences of 256."""
+
+    head_dims: Sequence[int]
+    widths: Sequence[int]
+    hidden_widths: Sequence[int]
+    tokens: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    total: int = 65536
+
+    @property
+    def sequence(self) -> int:
+        return min(256, self.total)
+
+    @property
+    def batch(self) -> int:
+        """Of sequences of 256 tokens."""
+        return max(1, self.total // 256)
+
+    def source(self) -> Source:
+        return Source(self.dtype, self.device)
+
+    def each_head_dim(self) -> Iterator[tuple[int, Bounds]]:
+        return _each("head_dim", self.head_dims)
+
+    def each_width(self) -> Iterator[tuple[int, Bounds]]:
+        return _each("width", self.widths)
+
+    def each_hidden_width(self) -> Iterator[tuple[int, Bounds]]:
+        return _each("width", self.hidden_widths)
+
+    def each_length(self) -> Iterator[tuple[int, Bounds]]:
+        return _each("tokens", self.tokens)
+
+
+def _each(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, Bounds]]:
+    for least, size in ranges(sizes):
+        yield size, {f"min_{name}": least, f"max_{name}": size}
+
+
+def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """The sizes that each measured size speaks for: down to the next smaller one, the smallest for itself alone."""
+    ordered = sorted(set(sizes))
+    return [(low + 1, high) for low, high in zip([ordered[0] - 1, *ordered], ordered, strict=False)]
+
+
+def of_ops() -> list[ModuleType]:
+    """The `tuning` of each op's folder that has one: `OPS`, the rows it tunes, and `problems(sizes)`."""
+    here = Path(__file__).parent
+    return [
+        importlib.import_module(f"mfkernels.{path.parent.name}.tuning") for path in sorted(here.glob("*/tuning.py"))
+    ]
 
 
 class Source:
@@ -101,7 +124,7 @@ class Source:
 
         def run() -> list[Tensor]:
             with torch.no_grad(), mfkernels.use_backend("triton"):
-                return _tensors(fn(*args))
+                return tensors(fn(*args))
 
         return Problem(op, bounds, candidates, run)
 
@@ -111,7 +134,7 @@ class Source:
         """The backward of `fn`, whose tensors all get a gradient."""
         inputs = [a.requires_grad_() for a in args if isinstance(a, Tensor)]
         with mfkernels.use_backend("triton"):
-            out = _tensors(fn(*args))
+            out = tensors(fn(*args))
         d_out = [self.tensor(*a.shape).to(a.dtype) for a in out]
 
         def run() -> Sequence[Tensor]:
@@ -120,105 +143,8 @@ class Source:
         return Problem(op, bounds, candidates, run)
 
 
-def _tensors(out: Any) -> list[Tensor]:
+def tensors(out: Any) -> list[Tensor]:
     """All tensors of nested tuples."""
     if isinstance(out, Tensor):
         return [out]
-    return [] if out is None else [a for part in out for a in _tensors(part)]
-
-
-def attention_problems(
-    head_dim: int, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, bounds: Bounds
-) -> Iterator[Problem]:
-    """Forward with and without tangents, and the two kernels of the backward, on packed qkv buffers."""
-    heads, source = 16, Source(dtype, device)
-    q, k, v = source.tensor(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
-    dots = source.tensor(batch, tokens, 3, heads, head_dim).unbind(2)  # [B, N, H, D]
-    do = source.tensor(batch, tokens, heads, head_dim)  # [B, N, H, D]
-    scale, bounds = head_dim**-0.5, {**bounds, "precision": "ieee"}
-
-    def forward() -> Sequence[Tensor]:
-        o, o_dot, _ = attention_forward(q, k, v, *dots, scale=scale)
-        return _tensors((o, o_dot))
-
-    def primal() -> Sequence[Tensor]:
-        return attention_forward(q, k, v, scale=scale)[:1]
-
-    yield Problem("attention_forward", bounds, ATTENTION_FORWARD, forward)
-    yield Problem("attention_forward_primal", bounds, ATTENTION_FORWARD, primal)
-    o, _, lse = attention_forward(q, k, v, scale=scale)
-    for op in ("attention_backward_dq", "attention_backward_dkdv"):
-        yield Problem(op, bounds, ATTENTION_BACKWARD, lambda: attention_backward(do, q, k, v, o, lse, scale=scale))
-
-
-def head_problems(
-    head_dim: int, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, bounds: Bounds
-) -> Iterator[Problem]:
-    """Rotary and its backward with QK-norm, on packed qkv buffers."""
-    heads, source = 16, Source(dtype, device)
-    q, k = (source.dual(batch, tokens, heads, head_dim) for _ in range(2))  # [B, N, H, D]
-    weights = [source.tensor(head_dim) for _ in range(2)]  # [D]
-    angles = source.tensor(tokens, head_dim // 2).float()  # [N, D/2]
-    table = angles.cos(), angles.sin()
-    yield source.problem("rotary", bounds, HEAD_ROWS, mfkernels.qk_norm_rotary, q, k, *weights, *table)
-    yield source.backward_problem(
-        "qk_norm_rotary_backward",
-        bounds,
-        HEAD_ROWS_AND_SUMS,
-        lambda q, k, w_q, w_k: mfkernels.qk_norm_rotary(q, k, w_q, w_k, *table),
-        q.primal,
-        k.primal,
-        *weights,
-    )
-
-
-def width_problems(
-    width: int, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, bounds: Bounds
-) -> Iterator[Problem]:
-    """The ops over rows of `width` channels."""
-    source = Source(dtype, device)
-    x, y = (source.dual(batch, tokens, width) for _ in range(2))  # [B, N, D]
-    shift, scale, gate = (source.dual(batch, width) for _ in range(3))  # [B, D]
-    weight = source.tensor(width)  # [D]
-    rms, residual, layer_scale = mfkernels.rms_norm, mfkernels.gated_residual, mfkernels.layer_scale_residual
-    fused_norm, fused = mfkernels.gated_residual_ada_layer_norm, (x, y, gate, shift, scale)
-    yield source.problem("ada_layer_norm_forward", bounds, TOKEN_ROWS, fused_norm, *fused)
-    primals = [a.primal.clone() for a in fused]
-    yield source.backward_problem("ada_layer_norm_backward", bounds, TOKEN_ROWS, fused_norm, *primals)
-    yield source.problem("gated_residual_forward", bounds, TOKEN_ROWS, residual, x, y, gate)
-    yield source.backward_problem("gated_residual_backward", bounds, TOKEN_ROWS, residual, *primals[:3])
-    yield source.problem("rms_norm_forward", bounds, ROWS, rms, x, weight)
-    yield source.backward_problem("rms_norm_backward", bounds, ROWS_AND_SUMS, rms, primals[0], weight.clone())
-    yield source.problem("layer_scale_residual_forward", bounds, ROWS, layer_scale, x, y, weight)
-    yield source.backward_problem(
-        "layer_scale_residual_backward", bounds, ROWS_AND_SUMS, layer_scale, *primals[:2], weight.clone()
-    )
-
-
-def hidden_problems(
-    width: int, tokens: int, batch: int, dtype: torch.dtype, device: torch.device, bounds: Bounds
-) -> Iterator[Problem]:
-    """The activations of feed-forward networks of hidden width `width`."""
-    source = Source(dtype, device)
-    h, h_dot = source.dual(batch * tokens, width)  # [M, H]
-    da, bias = source.tensor(batch * tokens, width), source.tensor(width)  # [M, H], [H]
-    yield Problem("gelu_forward", bounds, GELU, lambda: _tensors(gelu_forward(h, bias, h_dot)))
-    yield Problem("gelu_backward", bounds, GELU_BACKWARD, lambda: _tensors(gelu_backward(h, bias, da)))
-    x, y = (source.dual(batch, tokens, width) for _ in range(2))  # [B, N, H]
-    yield source.problem("swiglu", bounds, SWIGLU, mfkernels.swiglu, x, y)
-
-
-def loss_problems(tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> Iterator[Problem]:
-    """The loss on latents of 4 channels, four numbers a token and channel."""
-    source = Source(dtype, device)
-    side = 2 * round(tokens**0.5)
-    u, du_dt, v = (source.tensor(batch, 4, side, side) for _ in range(3))  # [B, C, H, W]
-    r, t = source.tensor(2, batch).sigmoid().sort(0).values  # [B], [B]
-
-    u.requires_grad_()
-
-    def step() -> Sequence[Tensor]:
-        with mfkernels.use_backend("triton"):
-            return torch.autograd.grad(mfkernels.meanflow_loss(u, du_dt, v, t, r).per_sample.mean(), u)
-
-    yield Problem("meanflow_loss", {}, LOSS, step)
+    return [] if out is None else [a for part in out for a in tensors(part)]

@@ -1,14 +1,12 @@
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from mfkernels import backend, requested_backend, silu, use_backend
-from mfkernels.backend import OPS, choose, recorded_choices
+from mfkernels.backend import choose, recorded_choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -74,12 +72,6 @@ def test_a_request_for_one_op():
         pass
 
 
-def test_every_op_with_a_choice_can_be_named():
-    sources = [path.read_text() for path in Path(backend.__file__).parent.glob("*/op.py")]
-    asked = {name for source in sources for name in re.findall(r'choose\(\s*"(\w+)",(?!.*\{\}\))', source)}
-    assert asked == set(OPS)
-
-
 def test_a_backend_that_serves_only_on_request():
     supports = {"cuda": served, "triton": too_wide}
     assert choose("op", CUDA, supports, on_request=("cuda",)) == "reference"
@@ -98,8 +90,6 @@ def test_a_backend_that_an_op_does_not_have():
 def test_an_op_with_one_implementation_is_not_subject_to_requests():
     with use_backend("triton"), recorded_choices() as chosen:
         silu(torch.randn(3))
-    assert chosen == {"silu": "reference"}
-    choose("op", CPU, {})
     assert chosen == {"silu": "reference"}
 
 

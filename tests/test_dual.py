@@ -331,11 +331,11 @@ def test_weights_of_another_dtype_or_device_are_named():
         mfkernels.mlp(x, w, torch.zeros(4).double(), w.T, None)
     with pytest.raises(ValueError, match=r"x: expected \(B, …, D\), got shape \(3,\)"):
         mfkernels.mlp(x[0], w, None, w.T, None)
-    u, t = torch.randn(2, 1, 2, 2), torch.rand(2)
+    u = torch.randn(2, 1, 2, 2)
     with pytest.raises(ValueError, match="v: expected the device of u"):
-        mfkernels.meanflow_loss(u, u, u.to("meta"), t, t)
+        mfkernels.adaptive_squared_error(u, u.to("meta"))
     with pytest.raises(TypeError, match="u: expected a tensor, got a Dual"):
-        mfkernels.meanflow_loss(Dual(u, u), u, u, t, t)
+        mfkernels.adaptive_squared_error(Dual(u, u), u)
     with pytest.raises(TypeError, match="rows: expected an integer"):
         jvp(torch.sin, (x,), (x,), rows=1.0)
 

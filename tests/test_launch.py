@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("triton", minversion="3.4")
 
-from mfkernels import launch, tune
+from mfkernels import launch, tune, tune_problems
+from mfkernels.adaptive_squared_error.tuning import CANDIDATES
 from mfkernels.timing import Timing
-from mfkernels.tune_problems import LOSS, tile
+from mfkernels.tune_problems import of_ops, tile
 
 REQUEST = {
     "op": "a",
@@ -103,7 +104,7 @@ def test_an_unknown_op_is_an_error(cache_dir: Path) -> None:
 
 
 def test_every_op_has_a_default(cache_dir: Path) -> None:
-    rows = launch.read_table(launch.PACKAGE_TABLE)
+    rows = launch.shipped()
     for op in {row["op"] for row in rows}:
         for dtype in (torch.bfloat16, torch.float32):
             assert launch.find_config(op, "sm_999", dtype, head_dim=256, tokens=1)
@@ -160,7 +161,7 @@ def test_mistakes_are_told_before_anything_is_measured(cache_dir, capsys, argume
 
 
 def test_a_measured_size_speaks_down_to_the_next_smaller_one() -> None:
-    assert tune.ranges([256, 64, 64, 1024]) == [(64, 64), (65, 256), (257, 1024)]
+    assert tune_problems.ranges([256, 64, 64, 1024]) == [(64, 64), (65, 256), (257, 1024)]
 
 
 def test_measured_rows_are_kept_one_by_one(cache_dir, monkeypatch) -> None:
@@ -215,10 +216,10 @@ def test_the_fastest_candidate_that_runs_and_agrees_is_taken(monkeypatch, capsys
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's")
 def test_a_dry_run_runs_every_candidate_and_writes_nothing(cache_dir, capsys) -> None:
     sizes = ["--head-dims", "16", "--tokens", "16", "--widths", "24", "--hidden-widths", "40", "--total", "32"]
-    arguments = ["--dry-run", "--dtype", "float32", "--ops", "meanflow_loss", *sizes]
+    arguments = ["--dry-run", "--dtype", "float32", "--ops", "adaptive_squared_error", *sizes]
     assert tune.main(arguments) == 0
     said = capsys.readouterr().out
-    assert said.count("0.0000 ms") == len(LOSS)
+    assert said.count("0.0000 ms") == len(CANDIDATES)
     assert "ran 1 problems, wrote nothing" in said
     assert not list(cache_dir.iterdir())
     assert tune.main([*arguments, "--seconds", "0"]) == 0
@@ -267,8 +268,10 @@ def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
         with launch.forced_config(problem.op, {}), pytest.raises(KeyError, match=r"BLOCK|CHUNK|PARTS"):
             problem.run()
         ops.append(problem.op)
-    known = {row["op"] for row in launch.read_table(launch.PACKAGE_TABLE)}
-    assert sorted(ops) == sorted(known - tune.NOT_TUNED)
+    known = {row["op"] for row in launch.shipped()}
+    assert sorted(ops) == sorted(op for tuning in of_ops() for op in tuning.OPS)
+    # two that take microseconds, and a limit that is no kernel's
+    assert known - set(ops) == {"sum_partials", "timestep_embedding", "attention_forward_apart"}
 
 
 @pytest.mark.parametrize(

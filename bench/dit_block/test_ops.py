@@ -8,7 +8,7 @@ per-sample vectors are left out. With A = bytes of one (B, N, D) operand and s =
     gated_residual_ada_layer_norm  4A (1 + s)     backward 6A     (dh, dx_new, x_new, y in; dx, dy out)
     gelu (bias, between an MLP's products; A is that of the hidden width)
                                    2A (1 + s)     backward 4A     (da, h in; dh and a, which was not kept, out)
-    meanflow_loss                  A (3 + s)      backward 2A     (u, v, du_dt in, u − u_tgt out; that in, du out)
+    adaptive_squared_error         A (3 + s)      backward 2A     (u, v, correction in, error out; that in, du out)
 
 The ceiling is a large copy, timed in the same process. One row is one way at one size: it is compared with float64
 first, and one that disagrees is not timed.
@@ -28,9 +28,9 @@ from torch import Tensor
 from mfkernels import (
     Dual,
     ada_layer_norm,
+    adaptive_squared_error,
     gated_residual,
     gated_residual_ada_layer_norm,
-    meanflow_loss,
     use_backend,
 )
 from mfkernels.testing import relative_error
@@ -227,29 +227,27 @@ def hidden(H: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 @pytest.mark.parametrize("shape", [(1024, 4, 32, 32), (32, 3, 256, 256)] if GPU else [(8, 4, 8, 8)], ids=str)
 @pytest.mark.parametrize("way", ["this library", "compiled PyTorch", "eager PyTorch"])
-def test_meanflow_loss(way, shape, device, figures):
-    u, v, du = torch.randn(3, *shape, device=device, dtype=DTYPE)
-    t = torch.rand(shape[0], device=device)
-    r, du = t * torch.rand_like(t), du[: shape[0] // 4]
+def test_adaptive_squared_error(way, shape, device, figures):
+    u, v, correction = torch.randn(3, *shape, device=device, dtype=DTYPE)
+    rows = shape[0] // 4
+    correction, interval = correction[:rows], torch.rand(rows, device=device)
     u.requires_grad_()
 
-    def plain(u: Tensor, du: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def plain(u: Tensor, v: Tensor, correction: Tensor, interval: Tensor) -> Tensor:
         target = v.float()
-        interval = (t - r).view(-1, 1, 1, 1)
-        target = torch.cat([target[: len(du)] - interval[: len(du)] * du.float(), target[len(du) :]])
+        target = torch.cat([target[:rows] - interval.view(-1, 1, 1, 1) * correction.float(), target[rows:]])
         e = (u.float() - target).square().flatten(1).sum(1)
         return e / (e.detach() + 0.01)
 
-    def ours(u: Tensor, du: Tensor, v: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        return meanflow_loss(u, du, v, t, r).per_sample
+    def ours(*inputs: Tensor) -> Tensor:
+        return adaptive_squared_error(*inputs).per_sample
 
     torch.compiler.reset()
     ways = {"this library": ours, "compiled PyTorch": torch_compile(plain), "eager PyTorch": plain}
-    inputs = (u, du, v, t, r)
+    inputs = (u, v, correction, interval)
     wide = [a.detach().double() for a in inputs]
     wide[0].requires_grad_()
-    interval = (wide[3] - wide[4]).view(-1, 1, 1, 1)
-    target = torch.cat([wide[2][: len(du)] - interval[: len(du)] * wide[1], wide[2][len(du) :]])
+    target = torch.cat([wide[1][:rows] - wide[3].view(-1, 1, 1, 1) * wide[2], wide[1][rows:]])
     e = (wide[0] - target).square().flatten(1).sum(1)
     wanted = e / (e.detach() + 0.01)
     (wanted_du,) = torch.autograd.grad(wanted.sum(), wide[0])
@@ -258,7 +256,7 @@ def test_meanflow_loss(way, shape, device, figures):
     check(torch.autograd.grad(loss.sum(), u)[0], wanted_du)
     moved = (5 + 0.25) * u.nbytes
     steps = {name: (lambda fn=fn: torch.autograd.grad(fn(*inputs).sum(), u), moved) for name, fn in ways.items()}
-    report(figures, f"meanflow_loss forward and backward, {DTYPE}", shape, way, steps)
+    report(figures, f"adaptive_squared_error forward and backward, {DTYPE}", shape, way, steps)
 
 
 def check(got: Tensor, wanted: Tensor) -> None:

@@ -36,7 +36,7 @@ ROUNDS = int(os.environ.get("BENCH_ROUNDS", "8"))
 def ours(net, z, v, r, t, y, rows):
     """`mfkernels.jvp` of `meanflow.models.DiT`: one dual-number pass, tangents on `rows` rows."""
     u, du = mfkernels.jvp(net, (z, r, t), (v, torch.zeros_like(r), torch.ones_like(t)), rows=rows, y=y)
-    loss = mfkernels.meanflow_loss(u, du, v, t, r, norm_p=0.0)
+    loss = mfkernels.adaptive_squared_error(u, v, du, t - r, p=0.0)
     return loss.per_sample.mean()
 
 

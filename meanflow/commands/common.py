@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+from tyro.conf import FlagCreatePairsOff
 
 from ..config import RUNS
 from ..errors import UsageError
@@ -37,7 +37,7 @@ def described(cls: type[Any]) -> list[tuple[str, Any, Any]]:
     texts, hints = help_of(cls), get_type_hints(cls, include_extras=True)
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cls):
-        kind = Annotated[hints[field.name], tyro.conf.arg(help=texts[field.name])]
+        kind: Any = Annotated[(hints[field.name], tyro.conf.arg(help=texts[field.name]))]
         fields.append((field.name, kind, dataclasses.field(default=field.default)))
     return fields
 
@@ -56,7 +56,8 @@ def given_flags(options: Iterable[Option]) -> Any:
         if option.flag is not False:
             kind = option.flag or option.kind
             kinds[option.name] = kind if kinds.get(option.name, kind) == kind else str
-    return OmitArgPrefixes[TypedDict("_Given", kinds, total=False)]  # type: ignore[misc]
+    flags: Any = TypedDict("flags", kinds, total=False)  # type: ignore[misc]
+    return Annotated[flags, tyro.conf.arg(prefix_name=False)]
 
 
 # --------------------------------------------------------------------------------------------- options of the sampling
@@ -78,8 +79,8 @@ def with_sampling(cls: type[Any]) -> type[Any]:
         kind = several[0][1].kind
         help = "; ".join(f"{of}: {option.help} (default: {option.default})" for of, option in several)
         kinds[name] = Annotated[kind, tyro.conf.arg(help=help, help_behavior_hint="")]
-    flags = OmitArgPrefixes[TypedDict("sampling", kinds, total=False)]  # type: ignore[misc]
-    return command(cls, ("sampling", flags))
+    flags: Any = TypedDict("sampling", kinds, total=False)  # type: ignore[misc]
+    return command(cls, ("sampling", Annotated[flags, tyro.conf.arg(prefix_name=False)]))
 
 
 def check_sampling(given: Mapping[str, Any], objective: Objective, source: Path) -> dict[str, Any]:

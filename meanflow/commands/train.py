@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ..config import GROUPS, TOGETHER, Config, check_code, merged
@@ -136,12 +137,12 @@ def _every_option() -> Iterator[Option]:
     for _, _, prefix, component in choices_of(Config):
         yield from options_of(component, prefix=prefix)
     for short, several in TOGETHER.items():
-        kind = int if short == "prefix_tokens" else float
-        yield Option(short, tuple[(kind,) * len(several)], None, "", "")  # type: ignore[misc]
+        number: Any = int if short == "prefix_tokens" else float
+        yield Option(short, tuple.__class_getitem__((number,) * len(several)), None, "", "")
 
 
 def _options_of_code(args: Sequence[str]) -> Iterator[Option]:
-    for flag, word in zip(args, args[1:], strict=False):
+    for flag, word in itertools.pairwise(args):
         field = Config.__dataclass_fields__.get(flag.lstrip("-"))
         if field is not None and is_code(word):
             yield from options_of(field.metadata["find"](word))
@@ -157,12 +158,13 @@ def _shown(config: Config) -> Any:
             if option.flag is False or option.name not in _names_of(config, group):
                 continue
             value = values.get("folder", values["data"]) if option.name == "data" else option.default
-            kind = option.flag or option.kind
+            kind: Any = option.flag or option.kind
             value = value is not False if option.flag is bool else value
             text = option.help or option.name.replace("_", " ")
             options.append((option.name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
         made = dataclasses.make_dataclass(group, options, frozen=True)
-        fields.append((group, OmitArgPrefixes[made], dataclasses.field(default_factory=made)))  # type: ignore[valid-type]
+        made_of: Any = Annotated[(made, tyro.conf.arg(prefix_name=False))]
+        fields.append((group, made_of, dataclasses.field(default_factory=made)))
     return command(Start, *fields)
 
 

@@ -53,8 +53,9 @@ class ModelOptions(Options):
 
 @cache
 def model_options(name: str) -> type[ModelOptions]:
-    """The options of a model: of a registered one the sizes that its constructor takes, with its defaults; of a function
-    "package.module:function", which is not imported for that, every size that a registered model has.
+    """The options of a model: the sizes that its constructor takes, with its defaults.
+
+    Of a function "package.module:function", which is not imported for that: every size that a registered model has.
 
     Raises:
         UsageError: there is no model of that name.
@@ -77,7 +78,7 @@ def _made(name: str, fields: list[Any], outputs: tuple[str, ...] | None, doc: st
 def _fields(name: str) -> list[dataclasses.Field[Any]]:
     make = registry.find("models", name)
     cls = make.func if isinstance(make, partial) else make
-    hints = get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+    hints = get_type_hints(getattr(cls, "__init__") if isinstance(cls, type) else cls)  # noqa: B009
     fields = []
     for parameter in inspect.signature(make).parameters.values():
         kind = hints.get(parameter.name)

@@ -79,7 +79,7 @@ class MeanFlow(Objective):
         u, du_dt = b.with_derivative(v_g)  # [B, …], [moved, …]
         u = check_velocity("u", u, b.z)
         if self.kappa != 0:
-            # where r = t and the label is kept, the prediction itself is the u(z,t,t|y) of the guided target (design §5)
+            # where r = t and the label is kept, the prediction itself is the u(z,t,t|y) of the guided target
             v_g = torch.cat([v_g[: b.moved], (v_g + w_cond * u.detach())[b.moved :]])
         v_g = v_g.to(b.v.dtype)
         error = adaptive_error(u, v_g, b, du_dt, norm_p=self.norm_p, norm_eps=self.norm_eps)
@@ -87,7 +87,7 @@ class MeanFlow(Objective):
 
     @torch.no_grad()
     def _guided_velocity(self, b: Rows) -> tuple[Tensor, Tensor]:
-        """The guided velocity, and the weight of u(z,t,t|y) that rows with r = t still lack; both broadcast over (B, …).
+        """The guided velocity, and the weight of u(z,t,t|y) that rows with r = t still lack; both broadcast to (B, …).
 
         One forward of the network: all rows without label, and those with r ≠ t with theirs.
         """

@@ -109,10 +109,15 @@ class Objective(Options, ABC):
     Output: ClassVar[type[Any]] = ObjectiveOutput
 
     if TYPE_CHECKING:  # of every subclass; a dataclass would take them for fields of this one
-        ratio: ClassVar[float]
-        label_dropout: ClassVar[float]
-        time_sampler: ClassVar[TimeSampler]
-        sampling: ClassVar[Sampling]
+
+        @property
+        def ratio(self) -> float: ...
+        @property
+        def label_dropout(self) -> float: ...
+        @property
+        def time_sampler(self) -> TimeSampler: ...
+        @property
+        def sampling(self) -> Sampling: ...
 
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
@@ -255,7 +260,8 @@ class Objective(Options, ABC):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        return dataclasses.replace(self.sampling, **options).draw(net, noise, y)
+        sampling: Any = self.sampling
+        return dataclasses.replace(sampling, **options).draw(net, noise, y)
 
     # ----------------------------------------------------------------------------------------------------------- checks
 

@@ -25,7 +25,7 @@ class Rows:
 
     z: (B, …) points at times t; v: (B, …) the path's velocity there, given data and noise.
     r, t: (B,) times.
-    labels: (B,) as they are in the data; y: (B,) those that the network is given in training; drop: (B,) bool, True where
+    labels: (B,) as they are in the data; y: (B,) as the network is given them in training; drop: (B,) bool, True where
         that is "no label"; None: nowhere.
     conditions: further (B,) draws by name.
     """
@@ -54,8 +54,8 @@ class Rows:
         """(B,) numbers of the rows, to be multiplied with velocities: (B, 1, …) of their dtype."""
         return column(a.to(self.v.dtype), self.v)
 
-    def with_derivative(self, velocity: Tensor, **conditions: Tensor) -> tuple[Any, Any]:
-        """net(z, r, t, y) of every row, and du/dt of the first ones, the derivative along (velocity, 0, 1) in (z, r, t).
+    def with_derivative(self, velocity: Tensor, **conditions: Any) -> tuple[Any, Any]:
+        """net(z, r, t, y) of every row, and du/dt of the first ones: its derivative along (velocity, 0, 1).
 
         Args:
             velocity: (moved, …), or of more rows.

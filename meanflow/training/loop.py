@@ -133,13 +133,13 @@ class Trainer:
         rows = round(self.config.optim.batch_size * ratio)
         if ratio > 0.0 and rows == 0:
             raise UsageError(
-                f"ratio, batch_size: a share of {ratio:g} of {self.config.optim.batch_size} samples is none; expected one "
-                "with r != t at least, or ratio 0"
+                f"ratio, batch_size: a share of {ratio:g} of {self.config.optim.batch_size} samples is none; expected "
+                "one with r != t at least, or ratio 0"
             )
         if rows % parts != 0:
             raise UsageError(
-                f"ratio, batch_size: {rows} of the batch's {self.config.optim.batch_size} samples have r != t; expected a "
-                f"multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
+                f"ratio, batch_size: {rows} of the batch's {self.config.optim.batch_size} samples have r != t; "
+                f"expected a multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
                 f"{self.config.optim.accumulate}), so that each part has as many"
             )
 
@@ -382,8 +382,8 @@ class Trainer:
             path = self.folder.newest()
             raise TrainingError(
                 f"process {self.accelerator.process_index} of {self.accelerator.num_processes} lost another one after "
-                f"step {self.step} of {self.config.optim.steps}, so the run ends; what that process said last is the cause. "
-                + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
+                f"step {self.step} of {self.config.optim.steps}, so the run ends; what that process said last is the "
+                "cause. " + (f"Continue from {path} with --resume" if path else "No checkpoint had been written yet")
             ) from error
 
     def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:

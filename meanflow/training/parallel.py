@@ -113,8 +113,8 @@ def training_loss(model: nn.Module, objective: Objective, config: Config, accele
     gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway, they are
     rounded before they travel, and gradients are summed in float32. What is outside of the blocks travels in float32.
 
-    `config.run.compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of
-    each block.
+    `compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of each
+    block.
     """
     sharded = is_sharded(config, accelerator)
     # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself

@@ -78,6 +78,7 @@ def figures_by_sweep(
     name, values = loaded.objective.sampling.sweep
     rows = []
     for value in values:
-        figures = evaluate_network(loaded, data, evaluator, device=device, **{name: value})
+        option: dict[str, Any] = {name: value}
+        figures = evaluate_network(loaded, data, evaluator, device=device, **option)
         rows.append({name: value, **{key: figures[key] for key in evaluator.titles}})
     return {"guidance": rows}

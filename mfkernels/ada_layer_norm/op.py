@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from ..backend import choose, rows_unsupported
+from ..backend import rows_unsupported
 from ..checks import autocast_enabled, check_number, check_operand, check_same, check_shape
-from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -56,12 +54,12 @@ def _forward(
         x_dtype=x.dtype,
         h_dtype=dtype,
     )
-    return h, h.new_empty((0, *h.shape[1:])) if h_dot is None else h_dot, stats
+    return h, or_no_rows(h_dot, h), stats
 
 
 @_forward.register_fake
 def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps, dtype):  # type: ignore[no-untyped-def]
-    rows = next((a.shape[0] for a in (x_dot, shift_dot, scale_dot) if a is not None), 0)
+    rows = rows_of(x_dot, shift_dot, scale_dot)
     B, N, D = x.shape
     h = x.new_empty((B, N, D), dtype=dtype)
     return h, h.new_empty((rows, N, D)), x.new_empty((B, N, 2), dtype=torch.float32)
@@ -81,23 +79,17 @@ def _(dh, x, scale, stats):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), scale.new_empty((2, *scale.shape))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, scale, *_ = inputs
-    _, h_dot, stats = output
-    ctx.mark_non_differentiable(h_dot, stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, stats)  # nothing of the tangent
+    return x, scale, output[2]
 
 
-def _backward_rule(ctx, dh, _dh_dot, _dstats):  # type: ignore[no-untyped-def]
-    if dh is None:
-        return (None,) * 8
+def _gradients(ctx, dh):  # type: ignore[no-untyped-def]
     dx, (dshift, dscale) = _backward(dh, *ctx.saved_tensors)
-    return dx, dshift, dscale, *(None,) * 5
+    return dx, dshift, dscale
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
-
+_forward.register_gradients(_gradients, keep=_keep)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -128,54 +120,23 @@ def ada_layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    eps = check_ada_layer_norm(x, shift, scale, eps)
-    return bridge_forward_mode("ada_layer_norm", partial(_run, eps=eps), x, shift, scale)
+    return _ada_layer_norm(x, shift, scale, check_number("eps", eps, 0))
 
 
-def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> float:
+def check_ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual) -> None:
     check_operand("x", x, 3)
     for name, m in (("shift", shift), ("scale", scale)):
         check_operand(name, m, 2)
         check_shape(name, m, (x.shape[0], x.shape[2]), "(B, D) of x")
         check_same(name, m, "x", x)
-    return check_number("eps", eps, 0)
 
 
-def _run(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
-    operands = (x, shift, scale)
-    primals = {"x": primal_of(x), "shift": primal_of(shift), "scale": primal_of(scale)}
-    if choose("ada_layer_norm", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
-        return run_reference(x, shift, scale, eps)
-    rows = tangent_rows(*operands)
-    dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in operands)
-    h, h_dot, _ = _forward(*map(primal_of, operands), *dots, eps, normed_dtype(*primals.values()))
-    if not any(isinstance(a, Dual) for a in operands):
-        return h
-    return Dual(h, None if rows is None else h_dot)
-
-
-def run_reference(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, eps: float) -> TensorOrDual:
-    xp, sp, cp = primal_of(x), primal_of(shift), primal_of(scale)
-    y, (x_hat, mean, rstd) = reference.ada_layer_norm(xp, sp, cp, eps)
-    y = y.to(normed_dtype(xp, sp, cp))
-    if not any(isinstance(a, Dual) for a in (x, shift, scale)):
-        return y
-    rows = tangent_rows(x, shift, scale)
-    if rows is None:
-        return Dual(y)
-
-    def first(a: Tensor) -> Tensor:
-        return a[:rows]
-
-    with torch.no_grad():
-        y_dot = reference.ada_layer_norm_tangent(
-            x=first(xp),
-            scale=first(cp),
-            x_dot=padded_tangent(x, rows),
-            shift_dot=padded_tangent(shift, rows),
-            scale_dot=padded_tangent(scale, rows),
-            x_hat=first(x_hat),
-            mean=first(mean),
-            rstd=first(rstd),
-        )
-        return Dual(y, y_dot.to(y.dtype))
+_ada_layer_norm = DualOp(
+    "ada_layer_norm",
+    ["x", "shift", "scale"],
+    check=check_ada_layer_norm,
+    reference=reference.ada_layer_norm,
+    tangent=reference.ada_layer_norm_tangent,
+    backends={"triton": Backend(_forward, rows_unsupported)},
+    derived=lambda **primals: (normed_dtype(*primals.values()),),
+)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 
-def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Returns y and what the tangent needs: (x̂, mean, rstd)."""
+def ada_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y in `dtype`, and what the tangent reads: x̂, mean, rstd."""
     x_hat, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)  # [B, N, D], [B, N, 1] twice
     y = torch.addcmul(shift[:, None], x_hat, 1 + scale[:, None])  # [B, N, D]
-    return y, (x_hat, mean, rstd)
+    return y.to(dtype), x_hat, mean, rstd
 
 
 def ada_layer_norm_tangent(
     x: Tensor,
+    shift: Tensor,
     scale: Tensor,
     x_dot: Tensor | None,
     shift_dot: Tensor | None,
@@ -26,6 +29,8 @@ def ada_layer_norm_tangent(
     x_hat: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """All arguments cut to the tangent rows; a tangent of None is zero, not all three are."""
     y_dot = torch.zeros_like(x_hat) if shift_dot is None else shift_dot[:, None].expand_as(x_hat)  # [B_t, N, D]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import attention_backward_cpu, attention_backward_cudnn, attention_backward_flash, attention_cudnn
-from ..backend import recorded
+from ..backend import recorded, register_part
 from .cuda import as_boxes
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq [B, N_q, H, d]; dk, dv [B, N_kv, H_kv, d]
@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, str, range]] = {
     "flash-attn-3": ("flash_attn_3", "flash_attn_interface", range(9, 10)),
     "flash-attn-4": ("flash-attn-4", "flash_attn.cute.interface", range(9, 13)),
 }
+register_part("attention_backward", ("triton", "cudnn", "flash", *PACKAGES), rules=("by-length",))
 DETERMINISTIC = "torch.use_deterministic_algorithms is on, and it adds up its gradients in any order"
 
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import choose, requested_part, triton_unavailable
+from ..backend import requested_part, triton_unavailable
 from ..checks import autocast_enabled, check_flag, check_number, check_operand, check_same, knows_autocast
-from ..dual import Dual, TensorOrDual, linear_map, padded_tangent, primal_of, tangent_rows
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual, linear_map
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import cuda, reference
 from .backward import attention_backward_by, by_length, choose_backward
 from .limits import unsupported
@@ -59,16 +62,15 @@ def forward(
             causal=is_causal,
             precision=product_precision(q),
         )
-    return o, o.new_empty((0, *o.shape[1:])) if o_dot is None else o_dot, lse
+    return o, or_no_rows(o_dot, o), lse
 
 
 @forward.register_fake
 def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton", backward="triton"):  # type: ignore[no-untyped-def]
-    rows = next((a.shape[0] for a in (q_dot, k_dot, v_dot) if a is not None), 0)
     B, N_q, H, _d = q.shape
     return (
         q.new_empty(q.shape),
-        q.new_empty((rows, *q.shape[1:])),
+        q.new_empty((rows_of(q_dot, k_dot, v_dot), *q.shape[1:])),
         q.new_empty((B, H, N_q), dtype=torch.float32),
     )
 
@@ -109,22 +111,16 @@ def _(do, q, k, v, o, lse, scale, is_causal, backward="triton"):  # type: ignore
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, _, _, _, ctx.scale, ctx.is_causal, _, ctx.backward = inputs
-    o, o_dot, lse = output
-    ctx.mark_non_differentiable(o_dot, lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, o, lse)  # nothing of the tangent
+    o, _, lse = output
+    return q, k, v, o, lse
 
 
-def _backward_rule(ctx, do, _do_dot, _dlse):  # type: ignore[no-untyped-def]
-    if do is None:
-        return (None,) * 10
-    q, k, v, o, lse = ctx.saved_tensors
-    return *_backward(do, q, k, v, o, lse, ctx.scale, ctx.is_causal, ctx.backward), *(None,) * 7
-
-
-forward.register_autograd(_backward_rule, setup_context=_setup_context)
+forward.register_gradients(
+    lambda ctx, do: _backward(do, *ctx.saved_tensors, ctx.scale, ctx.is_causal, ctx.backward),
+    keep=_keep,
+)
 
 
 def product_precision(q: Tensor) -> str:
@@ -140,8 +136,39 @@ def product_precision(q: Tensor) -> str:
 # --------------------------------------------------------------------------------------------------- what serves a call
 
 
-def _triton_unsupported(q: Tensor, k: Tensor, scale: float) -> str | None:
-    return unsupported(q, k, scale) or triton_unavailable(q.device)
+def backward_of(backend: str, q: Tensor, k: Tensor, *, is_causal: bool) -> str:
+    """The kernels of the backward of a call that `backend` serves, for operands as the kernels get them.
+
+    It is no fact of a kind of call: it depends on PyTorch's settings too.
+    """
+    asked = requested_part("attention_backward")
+    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
+    if asked is None or not torch.is_grad_enabled():
+        return "triton"
+    if backend == "reference":
+        raise NotImplementedError(
+            f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
+            "this call: ask for one of them too (their message says what they cannot do), or leave it out"
+        )
+    return choose_backward(asked, q, k, causal=is_causal)
+
+
+def _around(
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, *rest: Any, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rest`: the tangents, scale and is_causal."""
+    return forward(q, k, v, *rest, backend, backward_of(backend, q, k, is_causal=rest[-1]))
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> Tensor:
+    backward_of("reference", q, k, is_causal=is_causal)  # refuses what is asked for
+    return reference.attention(q, k, v, scale, is_causal)
+
+
+def _reference_tangent(q: Tensor, *rest: Any) -> Tensor:
+    # it chooses its precisions itself
+    with torch.autocast(q.device.type, enabled=False) if knows_autocast(q.device.type) else nullcontext():
+        return reference.attention_tangent(q, *rest)
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -174,13 +201,10 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    _check(q, k, v)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    scale = check_number("scale", scale)
+    if scale is not None:
+        scale = check_number("scale", scale)
     check_flag("is_causal", is_causal)
-    # PyTorch's fused attention refuses forward-mode tangents (pytorch#117629), and a custom op drops them
-    return bridge_forward_mode("attention", lambda q, k, v: _run(q, k, v, scale, is_causal), q, k, v)
+    return _attention(q, k, v, scale, is_causal)
 
 
 def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
@@ -200,71 +224,51 @@ def _check(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual) -> None:
         raise ValueError("k: expected at least one key (N_kv >= 1), got none: softmax over an empty set is undefined")
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    return torch.autocast(device_type, enabled=False) if knows_autocast(device_type) else nullcontext()
+def _prepare(
+    q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float | None, is_causal: bool
+) -> tuple[TensorOrDual, TensorOrDual, TensorOrDual, float, bool]:
+    """Operands in autocast's dtype, as PyTorch's own attention has them, and a positive scale."""
+    if autocast_enabled(q.device):
+        q, k, v = (_autocast(a) for a in (q, k, v))
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif scale <= 0:  # masked scores are -inf before they are scaled, in the kernels and in PyTorch's
+        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
+        q = linear_map(lambda a: a * sign, q)
+    return q, k, v, scale, is_causal
 
 
 def _autocast(x: TensorOrDual) -> TensorOrDual:
-    """What autocast does to the operands of PyTorch's own attention; float64 stays."""
+    """float64 stays."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return x if x.dtype == torch.float64 else linear_map(lambda a: a.to(dtype), x)
 
 
-def choose_backends(q: Tensor, k: Tensor, scale: float, *, is_causal: bool) -> tuple[str, str]:
-    """The backends of the forward and of the backward of a call."""
-    backend = choose(
-        "attention",
-        q.device,
-        {
-            "triton": lambda: _triton_unsupported(q, k, scale),
-            "cuda": lambda: cuda.unsupported(q, scale),
-        },
-        on_request=("cuda",),  # it has not run on a GPU yet
-    )
-    asked = requested_part("attention_backward")
-    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
-    if asked is None or not torch.is_grad_enabled():
-        return backend, "triton"
-    if backend == "reference":
-        raise NotImplementedError(
-            f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
-            "this call: ask for one of them too (their message says what they cannot do), or leave it out"
-        )
-    return backend, choose_backward(asked, q, k, causal=is_causal)
+_attention = DualOp(
+    "attention",
+    ["q", "k", "v"],
+    check=_check,
+    reference=_reference,
+    tangent=_reference_tangent,
+    backends={
+        "triton": Backend(
+            forward,
+            lambda q, k, v: unsupported(q, k, 1.0) or triton_unavailable(q.device),
+            around=partial(_around, backend="triton"),
+        ),
+        # it has not run on a GPU yet
+        "cuda": Backend(
+            forward,
+            lambda q, k, v: cuda.unsupported(q, 1.0),
+            on_request=True,
+            around=partial(_around, backend="cuda"),
+        ),
+    },
+    prepare=_prepare,
+)
 
 
-def _run(q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float, is_causal: bool) -> TensorOrDual:
-    if autocast_enabled(q.device):
-        q, k, v = (_autocast(a) for a in (q, k, v))
-    if scale <= 0:  # masked scores are -inf before they are scaled, in the kernels and in PyTorch's
-        sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
-        q = linear_map(lambda a: a * sign, q)
-    qp, kp, vp = primal_of(q), primal_of(k), primal_of(v)
-    dual = any(isinstance(a, Dual) for a in (q, k, v))
-    rows = tangent_rows(q, k, v)
-    backend, backward = choose_backends(qp, kp, scale, is_causal=is_causal)
-    if backend != "reference":
-        dots = (None, None, None) if rows is None else tuple(padded_tangent(a, rows) for a in (q, k, v))
-        o, o_dot, _ = forward(qp, kp, vp, *dots, scale, is_causal, backend, backward)
-        return Dual(o, None if rows is None else o_dot) if dual else o
-
-    o = reference.attention(qp, kp, vp, scale, is_causal)
-    if rows is None:
-        return Dual(o) if dual else o
-
-    def first(a: Tensor) -> Tensor:
-        return a[:rows]
-
-    # the reference chooses its precisions itself
-    with torch.no_grad(), _without_autocast(qp.device.type):
-        o_dot = reference.attention_tangent(
-            q=first(qp),
-            k=first(kp),
-            v=first(vp),
-            q_dot=padded_tangent(q, rows),
-            k_dot=padded_tangent(k, rows),
-            v_dot=padded_tangent(v, rows),
-            scale=scale,
-            is_causal=is_causal,
-        )
-        return Dual(o, o_dot.to(o.dtype))
+def choose_backends(x: Tensor) -> tuple[str, str]:
+    """The backends of forward and backward for q, k and v that are all like `x`, (B, N, H, d), without a mask."""
+    backend = _attention.choose(q=x, k=x, v=x)
+    return backend, backward_of(backend, x, x, is_causal=False)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..backend import recorded, requested_part
 from ..calls import is_untransformed, kind_of_call, known, remember
-from ..dual import Dual, TensorOrDual, linear_map, primal_of, split_map, tangent_of
+from ..dual import TensorOrDual, linear_map, primal_of, split_map
 from ..linear import linear
 from ..linear.op import check_linear
-from ..operator import operator
+from ..operator import operator, rows_of
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
+from ..router import fused
 from . import op
 from .backward import attention_backward_by, by_length
 
@@ -26,9 +27,9 @@ from .backward import attention_backward_by, by_length
 @operator("projected_attention_forward")
 def _forward(
     x: Tensor,
+    x_dot: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    x_dot: Tensor | None,
     num_heads: int,
     scale: float,
     dtype: torch.dtype,
@@ -53,10 +54,10 @@ def _forward(
 
 
 @_forward.register_fake
-def _(x, weight, bias, x_dot, num_heads, scale, dtype, backend, backward):  # type: ignore[no-untyped-def]
+def _(x, x_dot, weight, bias, num_heads, scale, dtype, backend, backward):  # type: ignore[no-untyped-def]
     B, N, D = x.shape
     o = x.new_empty(x.shape, dtype=dtype)
-    o_dot = o.new_empty((0 if x_dot is None else x_dot.shape[0], N, D))
+    o_dot = o.new_empty((rows_of(x_dot), N, D))
     qkv, lse = o.new_empty((B, N, 3, num_heads, D // num_heads)), o.new_empty((B, num_heads, N), dtype=torch.float32)
     return (
         o,
@@ -135,26 +136,22 @@ def _(do, x, weight, qkv, o, lse, scale, dtype, has_bias, backward):  # type: ig
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), dbias
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, _, _, ctx.scale, dtype, _, ctx.backward = inputs
-    o, o_dot, qkv, lse, *low = output
-    ctx.mark_non_differentiable(o_dot, qkv, lse, *low)
-    ctx.set_materialize_grads(False)
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, _, weight, bias, _, ctx.scale, dtype, _, ctx.backward = inputs
+    o, _, qkv, lse, *low = output
     ctx.has_bias, ctx.dtype = bias is not None, weight.dtype
     x, weight = (a if a.dtype == dtype else b for a, b in zip((x, weight), low, strict=True))
-    ctx.save_for_backward(x, weight, qkv, o, lse)  # nothing of the tangent
+    return x, weight, qkv, o, lse
 
 
-def _backward_rule(ctx, do, *_):  # type: ignore[no-untyped-def]
-    if do is None:
-        return (None,) * 9
+def _gradients(ctx, do):  # type: ignore[no-untyped-def]
     rest = (ctx.scale, ctx.dtype, ctx.has_bias, ctx.backward)
     run = _backward if torch.compiler.is_compiling() else _backward.eager
     dx, dweight, dbias = run(do, *ctx.saved_tensors, *rest)
-    return dx, dweight, dbias if ctx.has_bias else None, *(None,) * 6
+    return dx, None, dweight, dbias if ctx.has_bias else None
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(_gradients, keep=_keep)
 
 
 # ----------------------------------------------------------------------------------------------- for the module alone
@@ -178,17 +175,14 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         if backend is None or requested_part("attention_backward"):  # which depends on PyTorch's settings too
             check_linear(x, weight, bias)
             like = xp.new_empty((1,), dtype=dtype).expand(*xp.shape[:2], H, d)  # [B, N, H, d], as q and k will be
-            backend, backward = op.choose_backends(like, like, d**-0.5, is_causal=False)
+            backend, backward = op.choose_backends(like)
             remember(kind, backend)
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
             # dispatch modes see its products: a FLOP counter has no formula for custom ops
             run = _forward if torch.compiler.is_compiling() else _forward.eager
-            o, o_dot, *_ = run(xp, weight, bias, tangent_of(x), H, d**-0.5, dtype, backend, backward)
-            if not isinstance(x, Dual):
-                return o
-            return Dual(o, None if x.tangent is None else o_dot)
+            return fused(run, (x,), (weight, bias, H, d**-0.5, dtype, backend, backward))
     qkv = linear(x, weight, bias)  # [B, N, 3·D]
     q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d] each, views
     o = op.attention(q, k, v)  # [B, N, H, d]

@@ -14,8 +14,8 @@ import mfkernels
 from mfkernels import Dual
 from mfkernels.check.formulas import (
     angles,
+    error_terms,
     frequencies,
-    loss_terms,
     modulated,
     perceptron,
     residual,
@@ -41,7 +41,7 @@ NOISE_ONE_KEY = 16.0
 # The same of (e + ε)^(−p), in the kernel exp(−p log(e + ε)): an exponent up to 7 (e <= 1e4, p = 0.75), rounded twice.
 NOISE_POWER = 8.0
 
-NORM_EPS = 0.01  # of the loss
+ERROR_EPS = 0.01  # of the weight of a squared error
 Inputs = Mapping[str, Tensor]
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -146,28 +146,28 @@ def _backward_of(fn: Callable[..., Tensor], leaves: Inputs) -> Callable[[], obje
     return run
 
 
-class LossCase(Case):
-    """The loss has no Dual: "du_dt" is the tangent, and u alone has a gradient. Both functions have two outputs."""
+class ErrorCase(Case):
+    """The error has no Dual: `rows` have a correction, and u alone has a gradient. Both functions have two outputs."""
 
     def errors(self, rows: int, dtype: torch.dtype, device: torch.device, *, plain: bool) -> dict[str, float]:
         low = {name: x.to(device, dtype) for name, x in self.inputs().items()}
-        low["du_dt"] = low["du_dt"][:rows]
+        low["correction"] = low["correction"][:rows]
         high = {name: x.cpu().double() for name, x in low.items()}
         for inputs in (low, high):
             inputs["u"].requires_grad_()
-        loss, squared_error = (self.formula if plain else self.ours)(**low)
+        error, squared_error = (self.formula if plain else self.ours)(**low)
         expected, expected_squared_error = self.formula(**high)
-        cotangent = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1))  # [B]
-        (du,) = torch.autograd.grad(loss, low["u"], cotangent.to(loss.device, loss.dtype))
+        cotangent = torch.randn(error.shape, generator=torch.Generator().manual_seed(1))  # [B]
+        (du,) = torch.autograd.grad(error, low["u"], cotangent.to(error.device, error.dtype))
         (expected_du,) = torch.autograd.grad(expected, high["u"], cotangent.double())
         return {
-            "primal": relative_error(loss, expected),
+            "primal": relative_error(error, expected),
             "squared error": relative_error(squared_error, expected_squared_error),
             "d_u": relative_error(du, expected_du),
         }
 
     def calls(self, dtype: torch.dtype, device: torch.device) -> Calls:
-        """The loss, all rows with tangents, and the loss with its backward."""
+        """The error, all rows with corrections, and the error with its backward."""
         inputs = {name: x.to(dtype) for name, x in self.inputs(device).items()}
         u = inputs["u"].clone().requires_grad_()
 
@@ -293,18 +293,18 @@ def attention_case(B: int, N: int, H: int, d: int, N_kv: int = 0, H_kv: int = 0,
     )
 
 
-def loss_case(B: int, C: int, height: int, width: int, p: float = 1.0) -> Case:
+def error_case(B: int, C: int, height: int, width: int, p: float = 1.0) -> Case:
     def make(generator: torch.Generator) -> Inputs:
-        u, du_dt, v = random(generator, 3, B, C, height, width)  # [B, C, H, W]
-        r, t = random(generator, 2, B).sigmoid().sort(0).values  # [B]
-        return {"u": u, "du_dt": du_dt, "v": v, "t": t, "r": r}
+        u, correction, v = random(generator, 3, B, C, height, width)  # [B, C, H, W]
+        interval = random(generator, B).sigmoid()  # [B]
+        return {"u": u, "v": v, "correction": correction, "interval": interval}
 
-    return LossCase(
+    return ErrorCase(
         f"B={B} C={C} H={height} W={width} p={p:g}",
         make,
         ["u"],
-        lambda **xs: mfkernels.meanflow_loss(**xs, norm_p=p, norm_eps=NORM_EPS),
-        lambda **xs: loss_terms(**xs, p=p, eps=NORM_EPS),
+        lambda **xs: mfkernels.adaptive_squared_error(**xs, p=p, eps=ERROR_EPS),
+        lambda **xs: error_terms(**xs, p=p, eps=ERROR_EPS),
         noise=NOISE if p == 1 else NOISE_POWER,
     )
 
@@ -323,13 +323,13 @@ def _stream_and_norm(**xs: Any) -> Any:
 
 MAKERS: dict[str, Callable[..., Case]] = {
     "ada_layer_norm": _by_token("ada_layer_norm", modulated, "x shift scale"),
+    "adaptive_squared_error": error_case,
     "attention": attention_case,
     "gated_residual": _by_token("gated_residual", residual, "x y gate"),
     "gated_residual_ada_layer_norm": lambda B, N, D: token_case(
         _stream_and_norm, residual_modulated, "x y gate shift scale", B, N, D
     ),
     "layer_scale_residual": _by_channel("layer_scale_residual", lambda x, y, scale: x + y * scale, "x y", "scale"),
-    "meanflow_loss": loss_case,
     "mlp": mlp_case,
     "qk_norm_rotary": lambda *sizes, **how: rotary_case(True, *sizes, **how),
     "rms_norm": _by_channel("rms_norm", rms, "x", "weight"),
@@ -361,7 +361,7 @@ CASES: dict[str, list[Case]] = {
     **{
         op: [*(make(*size) for size in _TOKENS), _more(make(2, 100, 1152))]
         for op, make in MAKERS.items()
-        if op not in ("attention", "meanflow_loss", "mlp", "qk_norm_rotary", "rotary", "timestep_embedding")
+        if op not in ("adaptive_squared_error", "attention", "mlp", "qk_norm_rotary", "rotary", "timestep_embedding")
     },
     **{
         op: [
@@ -377,7 +377,11 @@ CASES: dict[str, list[Case]] = {
         *_attention_cases(128, attention_case(2, 63, 1, 128, causal=True)),
         _more(attention_case(2, 100, 2, 64, N_kv=63, H_kv=1, causal=True)),
     ],
-    "meanflow_loss": [loss_case(3, 4, 9, 11), loss_case(2, 1, 1, 1, p=0.75), _more(loss_case(5, 3, 32, 32, p=0.75))],
+    "adaptive_squared_error": [
+        error_case(3, 4, 9, 11),
+        error_case(2, 1, 1, 1, p=0.75),
+        _more(error_case(5, 3, 32, 32, p=0.75)),
+    ],
     "mlp": [
         mlp_case(3, 21, 100, 276),
         mlp_case(2, 1, 96, 2730),
@@ -399,7 +403,7 @@ _TOKENS_TIMED = (2, 64, 96), (32, 256, 1152)
 _HEADS_TIMED = (2, 64, 2, 2, 72), (32, 256, 16, 16, 72)
 _SIZES_TIMED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "attention": ((2, 64, 2, 72), (32, 256, 16, 72)),
-    "meanflow_loss": ((2, 4, 16, 16), (32, 4, 32, 32)),
+    "adaptive_squared_error": ((2, 4, 16, 16), (32, 4, 32, 32)),
     "mlp": ((2, 64, 96, 384), (32, 256, 1152, 4608)),
     "qk_norm_rotary": _HEADS_TIMED,
     "rotary": _HEADS_TIMED,

@@ -81,13 +81,13 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return pair.flatten(-2).to(x.dtype)  # [B, N, H, d]
 
 
-def loss_terms(
-    u: Tensor, du_dt: Tensor, v: Tensor, t: Tensor, r: Tensor, p: float, eps: float
+def error_terms(
+    u: Tensor, v: Tensor, correction: Tensor, interval: Tensor, p: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and squared error per sample, in float32 or better, as the op has them."""
+    """Weighted and plain squared error per sample, in float32 or better, as the op has them."""
     wide = torch.promote_types(u.dtype, torch.float32)
-    du_dt = torch.cat((du_dt, torch.zeros_like(u[len(du_dt) :])))  # [B, C, H, W]
-    interval = (t.to(wide) - r.to(wide)).view(-1, *[1] * (u.ndim - 1))  # [B, 1, …]
-    target = (v.to(wide) - interval * du_dt.to(wide)).detach()  # [B, C, H, W]
+    correction = torch.cat((correction, torch.zeros_like(u[len(correction) :])))  # [B, …]
+    interval = interval.to(wide).view(-1, *[1] * (u.ndim - 1))  # [B, 1, …]
+    target = (v.to(wide) - interval * correction.to(wide)).detach()  # [B, …]
     squared_error = (u.to(wide) - target).square().flatten(1).sum(1)  # [B]
     return squared_error / (squared_error.detach() + eps) ** p, squared_error.detach()

@@ -1,28 +1,20 @@
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ada_layer_norm.op import check_ada_layer_norm, normed_dtype, promoted
-from ..ada_layer_norm.op import run_reference as ada_layer_norm_reference
-from ..backend import choose, recorded, rows_unsupported
-from ..calls import kind_of_call, known, remember
+from ..backend import rows_unsupported
 from ..checks import check_constant, check_number, check_operand, check_same, check_shape
-from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual, primal_of
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp, Facts, fused
 from . import reference
 
-_NORM = "gated_residual_ada_layer_norm"
-
 # ------------------------------------------------------------------------------------------- operators and their rules
-
-
-def _rows(*dots: Tensor | None) -> int:
-    return next((a.shape[0] for a in dots if a is not None), 0)
 
 
 @operator("gated_residual_forward")
@@ -38,13 +30,13 @@ def _forward(
     from .kernels import gated_residual_forward
 
     out, out_dot = gated_residual_forward(x, y, gate, x_dot, y_dot, gate_dot, dtype=promoted(x, y, gate))
-    return out, out.new_empty((0, *out.shape[1:])) if out_dot is None else out_dot
+    return out, or_no_rows(out_dot, out)
 
 
 @_forward.register_fake
 def _(x, y, gate, x_dot, y_dot, gate_dot):  # type: ignore[no-untyped-def]
     out = x.new_empty(x.shape, dtype=promoted(x, y, gate))
-    return out, out.new_empty((_rows(x_dot, y_dot, gate_dot), *x.shape[1:]))
+    return out, out.new_empty((rows_of(x_dot, y_dot, gate_dot), *x.shape[1:]))
 
 
 @operator("gated_residual_backward")
@@ -59,20 +51,10 @@ def _(dout, y, gate):  # type: ignore[no-untyped-def]
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, y, gate, *_ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, gate)  # nothing of the tangent
-
-
-def _backward_rule(ctx, dout, _dout_dot):  # type: ignore[no-untyped-def]
-    if dout is None:
-        return (None,) * 6
-    return dout, *_backward(dout, *ctx.saved_tensors), *(None,) * 3
-
-
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(
+    lambda ctx, dout: (dout, *_backward(dout, *ctx.saved_tensors)),
+    keep=lambda ctx, inputs, output: inputs[1:3],  # y, gate
+)
 
 
 # The update followed by a norm. `defer` leaves out writing the sum: the next update makes it again, from x and this
@@ -120,9 +102,7 @@ def _norm_forward(
         defer=defer,
     )
     assert x_new is not None
-    if x_new_dot is None or h_dot is None:
-        x_new_dot, h_dot = x_new.new_empty((0, *x.shape[1:])), h.new_empty((0, *x.shape[1:]))
-    return x_new, h, x_new_dot, h_dot, stats
+    return x_new, h, or_no_rows(x_new_dot, x_new), or_no_rows(h_dot, h), stats
 
 
 @_norm_forward.register_fake
@@ -130,7 +110,7 @@ def _(  # type: ignore[no-untyped-def]
     x, y, gate, bias, seen, base_y, base_gate, base_bias, shift, scale, *dots_and_rest
 ):
     *dots, _eps, dtype, defer = dots_and_rest
-    rows = _rows(*dots)
+    rows = rows_of(*dots)
     B, N, D = x.shape
     x_new = x.new_empty((1, 1, 1) if defer else (B, N, D), dtype=promoted(x, y, gate)).expand(B, N, D)
     h = x.new_empty((B, N, D), dtype=dtype)
@@ -175,35 +155,64 @@ def _(dh, dx_new, x, y, gate, bias, scale, stats, deferred):  # type: ignore[no-
     return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty((3, *scale.shape)), dbias
 
 
-def _norm_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _norm_keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, y, gate, bias, seen, _, _, _, _, scale, *_, ctx.deferred = inputs
-    x_new, _, x_new_dot, h_dot, stats = output
     ctx.seen = seen is not None
-    ctx.mark_non_differentiable(x_new_dot, h_dot, stats)
-    ctx.set_materialize_grads(False)
-    # nothing of the tangents, nor of the base: its gradients come from the update that it was
-    ctx.save_for_backward(x if ctx.deferred else x_new, y, gate, bias, scale, stats)
+    # nothing of the base: its gradients come from the update that it was
+    return x if ctx.deferred else output[0], y, gate, bias, scale, output[4]
 
 
-def _norm_backward_rule(ctx, dx_new, dh, *_):  # type: ignore[no-untyped-def]
+def _norm_gradients(ctx, dx_new, dh):  # type: ignore[no-untyped-def]
     x, y, gate, bias, scale, stats = ctx.saved_tensors
     if dh is not None:
         dx, dy, (dshift, dscale, dgate), dbias = _norm_backward(
             dh, dx_new, x, y, gate, bias, scale, stats, ctx.deferred
         )
-    elif dx_new is not None:  # the norm was not used
+    else:  # the norm was not used
         dx, dshift, dscale = dx_new, None, None
         dy, dgate = _backward(dx_new, y if bias is None else y + bias, gate)
         dbias = None if bias is None else (dx_new * gate.unsqueeze(1)).sum((0, 1)).to(bias.dtype)
         dy = dy.to(y.dtype)
-    else:
-        return (None,) * 18
     to_x, to_seen = (None, dx) if ctx.seen else (dx, None)
     dbias = None if bias is None else dbias
-    return to_x, dy, dgate, dbias, to_seen, None, None, None, dshift, dscale, *(None,) * 8
+    return to_x, dy, dgate, dbias, to_seen, None, None, None, dshift, dscale
 
 
-_norm_forward.register_autograd(_norm_backward_rule, setup_context=_norm_setup_context)
+_norm_forward.register_gradients(_norm_gradients, keep=_norm_keep, outputs=2)
+
+
+def _around(
+    forward: Callable[..., tuple[Tensor, Tensor]], x: Tensor, y: Tensor, gate: Tensor, *dots_and_bias: Any
+) -> tuple[Tensor, Tensor]:
+    *dots, bias = dots_and_bias
+    return forward(x, reference.with_bias(y, bias), gate, *dots)
+
+
+def _norm_around(
+    forward: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    x_dot: Tensor | None,
+    y_dot: Tensor | None,
+    gate_dot: Tensor | None,
+    shift_dot: Tensor | None,
+    scale_dot: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    _: bool,
+    before: Sequence[Tensor | None] = (None,) * 4,
+    defer: bool = False,
+) -> tuple[Tensor, ...]:
+    """`before`: what `x` was before its base was added, and that base; `x` is then what is called `seen` above."""
+    start, *base = before
+    seen = None if start is None else x
+    x = x if start is None else start
+    dots = (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
+    return forward(x, y, gate, bias, seen, *base, shift, scale, *dots, eps, dtype, defer)
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -227,8 +236,7 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, *, bias
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    _check(x, y, gate, bias)
-    return bridge_forward_mode("gated_residual", partial(_run, bias=bias), x, y, gate)
+    return _gated_residual(x, y, gate, bias)
 
 
 def gated_residual_ada_layer_norm(
@@ -258,46 +266,7 @@ def gated_residual_ada_layer_norm(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `bias` has a tangent.
     """
-    eps = check_number("eps", eps, 0)
-    facts = facts_of(x, y, gate, bias, shift, scale)
-    if facts is None:
-        run = partial(_run_norm, bias=bias, eps=eps)
-        return bridge_forward_mode(_NORM, run, x, y, gate, shift, scale)
-    if facts.backend == "reference":
-        return _reference_norm(x, y, gate, bias, shift, scale, eps)
-    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype)
-
-
-class Facts(NamedTuple):
-    """What a kind of calls of `gated_residual_ada_layer_norm` comes to."""
-
-    backend: str
-    dtype: torch.dtype  # of h
-    keeps_dtype: bool  # the sum has that of x
-
-
-def facts_of(
-    x: TensorOrDual,
-    y: TensorOrDual,
-    gate: TensorOrDual,
-    bias: Tensor | None,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-) -> Facts | None:
-    """Check the arguments; None where it is not plain eager, and what they come to depends on more than their kind."""
-    kind = kind_of_call(_NORM, x, y, gate, bias, shift, scale)
-    facts: Facts | None = known(kind)
-    if facts is None:
-        _check(x, y, gate, bias)
-        check_ada_layer_norm(x, shift, scale, 0.0)
-        if not kind:
-            return None
-        xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
-        backend = choose_norm(x, y, gate, shift, scale)
-        facts = Facts(backend, normed_dtype(xp, yp, gp, sp, cp), promoted(xp, yp, gp) == xp.dtype)
-        remember(kind, facts)
-    recorded(_NORM, facts.backend)
-    return facts
+    return gated_residual_norm(x, y, gate, shift, scale, bias, check_number("eps", eps, 0))
 
 
 def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None) -> None:
@@ -312,111 +281,64 @@ def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | 
         check_constant("bias", bias, x.shape[-1:], "(D,) of x", x)
 
 
-def _run(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None) -> TensorOrDual:
-    if bias is not None:
-        y = _with_bias(y, bias)
-    operands = (x, y, gate)
-    primals = {"x": primal_of(x), "y": primal_of(y), "gate": primal_of(gate)}
-    if choose("gated_residual", x.device, {"triton": lambda: rows_unsupported(**primals)}) == "reference":
-        return _run_reference(x, y, gate)
-    rows = tangent_rows(*operands)
-    dots = (None,) * 3 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
-    out, out_dot = _forward(*map(primal_of, operands), *dots)
-    if not any(isinstance(a, Dual) for a in operands):
-        return out
-    return Dual(out, None if rows is None else out_dot)
-
-
-def _run_norm(
+def _check_norm(
     x: TensorOrDual,
     y: TensorOrDual,
     gate: TensorOrDual,
     shift: TensorOrDual,
     scale: TensorOrDual,
     bias: Tensor | None,
-    eps: float,
-) -> tuple[TensorOrDual, TensorOrDual]:
-    if choose_norm(x, y, gate, shift, scale) == "reference":
-        return _reference_norm(x, y, gate, bias, shift, scale, eps)
-    dtype = normed_dtype(*map(primal_of, (x, y, gate, shift, scale)))
-    return update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=dtype)
+) -> None:
+    _check(x, y, gate, bias)
+    check_ada_layer_norm(x, shift, scale)
 
 
-def _reference_norm(
-    x: TensorOrDual,
-    y: TensorOrDual,
-    gate: TensorOrDual,
-    bias: Tensor | None,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-    eps: float,
-) -> tuple[TensorOrDual, TensorOrDual]:
-    x_new = _run_reference(x, y if bias is None else _with_bias(y, bias), gate)
-    return x_new, ada_layer_norm_reference(x_new, shift, scale, eps)
+def _unsupported(bias: Tensor | None = None, **tensors: Tensor) -> str | None:
+    return rows_unsupported(**tensors)  # a bias of any width and dtype is added to y
 
 
-def _with_bias(y: TensorOrDual, bias: Tensor) -> TensorOrDual:
-    added = (primal_of(y) + bias).to(y.dtype)  # [B, N, D]
-    return Dual(added, y.tangent) if isinstance(y, Dual) else added
+_gated_residual = DualOp(
+    "gated_residual",
+    ["x", "y", "gate"],
+    ["bias"],
+    check=_check,
+    reference=reference.gated_residual,
+    tangent=reference.gated_residual_tangent,
+    backends={"triton": Backend(_forward, _unsupported, around=_around)},
+)
 
 
-def choose_norm(*operands: TensorOrDual) -> str:
-    """The backend of an update and norm of (x, y, gate, shift, scale), or of the first few of these."""
-    primals = dict(zip(("x", "y", "gate", "shift", "scale"), map(primal_of, operands), strict=False))
-    serves = {"triton": lambda: rows_unsupported(**primals)}
-    return choose("gated_residual_ada_layer_norm", operands[0].device, serves)
+class _Norm(DualOp):
+    def update_and_norm(
+        self,
+        facts: Facts,
+        operands: Sequence[TensorOrDual],
+        bias: Tensor | None,
+        eps: float,
+        *,
+        plainly: bool,
+        before: tuple[TensorOrDual, TensorOrDual, TensorOrDual, Tensor | None] | None = None,
+        defer: bool = False,
+    ) -> tuple[TensorOrDual, TensorOrDual]:
+        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_around`."""
+        # the gradients of what was before go through the sum's
+        detached = (None,) * 4 if before is None else [None if a is None else primal_of(a).detach() for a in before]
+        rest = (bias, eps, *facts.derived, detached, defer)
+        return fused(self._runs[plainly][facts.backend], operands, rest, self.outputs)
 
 
-def update_and_norm(
-    x: TensorOrDual,
-    y: TensorOrDual,
-    gate: TensorOrDual,
-    bias: Tensor | None,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-    *,
-    eps: float,
-    dtype: torch.dtype,
-    seen: TensorOrDual | None = None,
-    base: tuple[TensorOrDual, TensorOrDual, Tensor | None] = (None, None, None),  # type: ignore[assignment]
-    defer: bool = False,
-) -> tuple[TensorOrDual, TensorOrDual]:
-    """The Triton kernels' x_new and h; of `seen`, `base` and `defer` see the operator."""
-    xp, yp, gp, sp, cp = map(primal_of, (x, y, gate, shift, scale))
-    before: list[Tensor | None] = [None] * 4
-    if seen is not None:  # through which the gradients of x and of the base go
-        before = [primal_of(seen), *(None if a is None else primal_of(a).detach() for a in base)]
-        xp = xp.detach()
-    sum_of = x if seen is None else seen  # whose tangent is the stream's
-    operands = (sum_of, y, gate, shift, scale)
-    if Dual not in map(type, operands):
-        x_new, h, *_ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *(None,) * 5, eps, dtype, defer)
-        return x_new, h
-    rows = tangent_rows(*operands)
-    dots = (None,) * 5 if rows is None else tuple(padded_tangent(a, rows) for a in operands)
-    x_new, h, x_new_dot, h_dot, _ = _norm_forward(xp, yp, gp, bias, *before, sp, cp, *dots, eps, dtype, defer)
-    # x_new has the tangent rows of its own arguments alone, as in the reference
-    moved = tangent_rows(sum_of, y, gate)
-    if moved is not None:
-        return Dual(x_new, x_new_dot[:moved]), Dual(h, h_dot)
-    x_new = Dual(x_new) if any(isinstance(a, Dual) for a in operands[:3]) else x_new
-    return x_new, Dual(h, None if rows is None else h_dot)
-
-
-def _run_reference(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual) -> TensorOrDual:
-    yp, gp = primal_of(y), primal_of(gate)
-    out = reference.gated_residual(primal_of(x), yp, gp)
-    if not any(isinstance(a, Dual) for a in (x, y, gate)):
-        return out
-    rows = tangent_rows(x, y, gate)
-    if rows is None:
-        return Dual(out)
-    with torch.no_grad():
-        out_dot = reference.gated_residual_tangent(
-            y=yp[:rows],
-            gate=gp[:rows],
-            x_dot=padded_tangent(x, rows),
-            y_dot=padded_tangent(y, rows),
-            gate_dot=padded_tangent(gate, rows),
-        )
-        return Dual(out, out_dot.to(out.dtype))
+gated_residual_norm = _Norm(
+    "gated_residual_ada_layer_norm",
+    ["x", "y", "gate", "shift", "scale"],
+    ["bias"],
+    check=_check_norm,
+    reference=reference.gated_residual_ada_layer_norm,
+    tangent=reference.gated_residual_ada_layer_norm_tangent,
+    backends={"triton": Backend(_norm_forward, _unsupported, around=_norm_around)},
+    outputs=((0, 1, 2), None),
+    # the dtype of h, and whether the sum has that of x
+    derived=lambda x, y, gate, shift, scale, bias: (
+        normed_dtype(x, y, gate, shift, scale),
+        promoted(x, y, gate) == x.dtype,
+    ),
+)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..ada_layer_norm import ada_layer_norm
-from ..ada_layer_norm.op import normed_dtype, promoted
 from ..calls import is_untransformed, kind_of_call, known, remember
 from ..checks import check_number
 from ..dual import TensorOrDual, primal_of
-from .op import Facts, choose_norm, facts_of, gated_residual, gated_residual_ada_layer_norm, update_and_norm
+from ..router import Facts
+from .op import gated_residual, gated_residual_ada_layer_norm, gated_residual_norm
 
 
 class ResidualStream(NamedTuple):
@@ -43,7 +43,9 @@ class ResidualStream(NamedTuple):
         kind = kind_of_call("takes_bias", self.x, bias)
         takes: bool | None = known(kind)
         if takes is None:
-            takes = choose_norm(self.x) != "reference" and (kind != () or is_untransformed(self.x, bias))
+            takes = gated_residual_norm.choose(x=primal_of(self.x)) != "reference" and (
+                kind != () or is_untransformed(self.x, bias)
+            )
             remember(kind, takes)
         return takes
 
@@ -57,11 +59,13 @@ class ResidualStream(NamedTuple):
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
         eps = check_number("eps", eps, 0)
-        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_of_an_op(x, y, gate, bias, shift, scale)
-        if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
+        facts, plainly = _facts(x, y, gate, shift, scale, bias)
+        if facts is None:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
-        seen, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype, defer=True)
+        seen, h = gated_residual_norm.update_and_norm(
+            facts, (x, y, gate, shift, scale), bias, eps, plainly=plainly, defer=True
+        )
         return h, ResidualStream(x, y, gate, bias, seen)
 
     def update_and_norm(
@@ -78,14 +82,15 @@ class ResidualStream(NamedTuple):
         if self.seen is None or self.y is None or self.gate is None:
             x, h = gated_residual_ada_layer_norm(self.value(), y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
-        x, seen, base = self.x, self.seen, (self.y, self.gate, self.bias)
+        before = (self.x, self.y, self.gate, self.bias)
         eps = check_number("eps", eps, 0)
-        facts = facts_of(x, y, gate, bias, shift, scale) or _facts_of_an_op(x, y, gate, bias, shift, scale)
-        if facts is None or facts.backend == "reference" or not facts.keeps_dtype:
+        facts, plainly = _facts(self.x, y, gate, shift, scale, bias)
+        if facts is None:
             raise ValueError(
                 "stream: expected the update of a sum that its norm has left unwritten to be such a one too"
             )
-        x, h = update_and_norm(x, y, gate, bias, shift, scale, eps=eps, dtype=facts.dtype, seen=seen, base=base)
+        operands = (self.seen, y, gate, shift, scale)
+        x, h = gated_residual_norm.update_and_norm(facts, operands, bias, eps, plainly=plainly, before=before)
         return h, ResidualStream(x)
 
     def updated(self, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None = None) -> ResidualStream:
@@ -103,12 +108,16 @@ class ResidualStream(NamedTuple):
         return gated_residual(self.x, self.y, self.gate, bias=self.bias)
 
 
-def _facts_of_an_op(
-    x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None, shift: TensorOrDual, scale: TensorOrDual
-) -> Facts | None:
-    """The same under torch.compile and dispatch modes; None where the update and the norm would not be one op."""
-    if not is_untransformed(x, y, gate, bias, shift, scale):
-        return None
-    primals = [primal_of(a) for a in (x, y, gate, shift, scale)]
-    keeps_dtype = promoted(*primals[:3]) == primals[0].dtype
-    return Facts(choose_norm(x, y, gate, shift, scale), normed_dtype(*primals), keeps_dtype)
+def _facts(*arguments: TensorOrDual | None) -> tuple[Facts | None, bool]:
+    """What a call of `gated_residual_ada_layer_norm` comes to, and whether it is plain eager PyTorch.
+
+    None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and where it
+    would not be one op (a compiler and modes may look on, transforms may not).
+    """
+    facts = gated_residual_norm.facts(*arguments)
+    plainly = facts is not None
+    if facts is None and is_untransformed(*arguments):
+        facts = gated_residual_norm.work_out(*arguments)
+    if facts is not None and (facts.backend == "reference" or not facts.derived[1]):
+        facts = None
+    return facts, plainly

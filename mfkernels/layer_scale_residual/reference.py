@@ -10,8 +10,10 @@ def layer_scale_residual(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(x, y, scale).to(torch.promote_types(x.dtype, y.dtype))  # [B, …, D]
 
 
-def layer_scale_residual_tangent(x_dot: Tensor | None, y_dot: Tensor | None, scale: Tensor) -> Tensor:
-    """Tangents with the same rows; one of None is zero, not both are."""
+def layer_scale_residual_tangent(
+    x: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, scale: Tensor
+) -> Tensor:
+    """All cut to the tangent rows; a tangent of None is zero, not both are."""
     if y_dot is None:
         assert x_dot is not None
         return x_dot  # [B_t, …, D]

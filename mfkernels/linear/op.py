@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import recorded
-from ..calls import is_untransformed, kind_of_call, known, remember
+from ..calls import is_untransformed
 from ..checks import check_operand, check_parameter, check_shape
-from ..dual import Dual, TensorOrDual, primal_of, tangent_of
-from ..forward_mode import plain_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
+from ..router import DualOp, Facts, fused
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -20,52 +21,51 @@ from . import reference
 @operator("linear_forward")
 def _forward(
     x: Tensor,
+    x_dot: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    x_dot: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, …, D_out), its tangent (B_t, …, D_out), B_t = 0 without one; x, weight in `dtype`, (0,) if given so."""
     x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
     y = F.linear(x_low, low, None if bias is None else in_dtype(bias, dtype))  # [B, …, D_out]
-    y_dot = y.new_empty((0, *y.shape[1:])) if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)
-    return y, y_dot, x_low if x_low is not x else y.new_empty(0), low if low is not weight else y.new_empty(0)
+    y_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, …, D_out]
+    return (
+        y,
+        or_no_rows(y_dot, y),
+        x_low if x_low is not x else y.new_empty(0),
+        low if low is not weight else y.new_empty(0),
+    )
 
 
 @_forward.register_fake
-def _(x, weight, bias, x_dot, dtype):  # type: ignore[no-untyped-def]
+def _(x, x_dot, weight, bias, dtype):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-    y_dot = y.new_empty((0 if x_dot is None else x_dot.shape[0], *y.shape[1:]))
+    y_dot = y.new_empty((rows_of(x_dot), *y.shape[1:]))
     return y, y_dot, *(y.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, weight))
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias, _, dtype = inputs
-    _, y_dot, *low = output
-    ctx.mark_non_differentiable(y_dot, *low)
-    ctx.set_materialize_grads(False)
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, _, weight, bias, ctx.product_dtype = inputs
     ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, weight.dtype
-    ctx.product_dtype = dtype
-    ctx.save_for_backward(x, weight, low[1])  # nothing of the tangent
+    return x, weight, output[3]
 
 
-def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 5
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, low = ctx.saved_tensors
     if low.shape != weight.shape or torch.is_grad_enabled():  # with create_graph a cast that is differentiated
         low = in_dtype(weight, ctx.product_dtype)
-    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+    to_x, _, to_weight, to_bias, _ = ctx.needs_input_grad
     rows = dy.reshape(-1, dy.shape[-1])  # [B·…, D_out]
     with without_autocast(dy.device):
         dx = torch.mm(rows, low).view(x.shape) if to_x else None  # [B, …, D_in]
         x = in_dtype(x, ctx.product_dtype).reshape(-1, x.shape[-1])  # [B·…, D_in]
         dweight = weight_gradient(rows, x, ctx.dtype) if to_weight else None  # [D_out, D_in]
         dbias = rows.sum(0, dtype=ctx.bias_dtype) if to_bias else None  # [D_out]
-    return dx, dweight, dbias, None, None
+    return dx, None, dweight, dbias
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(_gradients, keep=_keep)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -84,21 +84,7 @@ def linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    kind = kind_of_call("linear", x, weight, bias)
-    if not known(kind):
-        check_linear(x, weight, bias)
-        remember(kind, True)
-    recorded("linear", "reference")  # PyTorch's own everywhere
-    dtype = product_dtype(x)
-    casts = dtype != weight.dtype and len(x.shape) > 1 and torch.is_grad_enabled()
-    if not casts or not (kind or is_untransformed(x, weight, bias)):
-        return plain_forward_mode("linear", _run, x, weight, bias)
-    # modes see its products: a counter of FLOPs knows nothing of custom ops
-    run = _forward if torch.compiler.is_compiling() else _forward.eager
-    y, y_dot, *_ = run(primal_of(x), weight, bias, tangent_of(x), dtype)
-    if not isinstance(x, Dual):
-        return y
-    return Dual(y, None if x.tangent is None else y_dot)
+    return _linear(x, weight, bias)
 
 
 def check_linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:
@@ -113,11 +99,26 @@ def check_linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:
         check_shape("bias", bias, (weight.shape[0],), "(D_out,) of weight")
 
 
-def _run(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> TensorOrDual:
-    if not isinstance(x, Dual):
-        return reference.linear(x, weight, bias)
-    y = reference.linear(x.primal, weight, bias)
-    if x.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        return Dual(y, reference.linear_tangent(x.tangent, weight))
+class _Linear(DualOp):
+    """Where autocast casts the weight, an op of its own, whose backward does not round the weight's gradient."""
+
+    def run(self, facts: Facts, arguments: tuple[Any, ...], *, plainly: bool) -> TensorOrDual:
+        x, weight, bias = arguments
+        (dtype,) = facts.derived
+        casts = dtype != weight.dtype and len(x.shape) > 1 and torch.is_grad_enabled()
+        if not casts or not (plainly or is_untransformed(x, weight, bias)):
+            return super().run(facts, arguments, plainly=plainly)
+        # modes see its products: a counter of FLOPs knows nothing of custom ops
+        run = _forward if torch.compiler.is_compiling() else _forward.eager
+        return fused(run, (x,), (weight, bias, dtype))
+
+
+_linear = _Linear(
+    "linear",
+    ["x"],
+    ["weight", "bias"],
+    check=check_linear,
+    reference=reference.linear,
+    tangent=reference.linear_tangent,
+    derived=lambda x, weight, bias: (product_dtype(x),),
+)

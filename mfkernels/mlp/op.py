@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import addmm_activation
-from ..backend import capability, choose, recorded, triton_unavailable, unsupported_dtype
-from ..calls import is_untransformed, kind_of_call, known, remember
+from ..backend import capability, triton_unavailable, unsupported_dtype
+from ..calls import is_untransformed
 from ..checks import check_parameter, check_rows, check_shape
-from ..dual import Dual, TensorOrDual, primal_of, tangent_of
-from ..forward_mode import bridge_forward_mode, refuse_tangent
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..forward_mode import refuse_tangent
+from ..operator import operator, or_no_rows, rows_of
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
+from ..router import Backend, DualOp
 from . import cublaslt, reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -22,11 +27,11 @@ from . import cublaslt, reference
 @operator("mlp_forward")
 def _forward(
     x: Tensor,
+    x_dot: Tensor | None,
     w1: Tensor,
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    x_dot: Tensor | None,
     dtype: torch.dtype,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -46,18 +51,17 @@ def _forward(
         h = F.linear(x_low, w1_low)  # [M, D_hidden]
         a, a_dot = gelu_forward(h, b1, h_dot)  # [M, D_hidden], [M_t, D_hidden]
     y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
-    y_dot = y.new_empty((0, y.shape[1])) if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
+    y_dot = None if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
     lows = [y.new_empty(0) if low is a else low for low, a in ((x_low, x), (w1_low, w1), (w2_low, w2))]
-    return y, y_dot, h, lows[0], lows[1], lows[2]
+    return y, or_no_rows(y_dot, y), h, lows[0], lows[1], lows[2]
 
 
 @_forward.register_fake
-def _(x, w1, b1, w2, b2, x_dot, dtype, backend="triton"):  # type: ignore[no-untyped-def]
-    rows = 0 if x_dot is None else x_dot.shape[0]
+def _(x, x_dot, w1, b1, w2, b2, dtype, backend="triton"):  # type: ignore[no-untyped-def]
     y, h = (x.new_empty((x.shape[0], w.shape[0]), dtype=dtype) for w in (w2, w1))
     return (
         y,
-        y.new_empty((rows, w2.shape[0])),
+        y.new_empty((rows_of(x_dot), w2.shape[0])),
         h,
         *(y.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, w1, w2)),
     )
@@ -98,30 +102,68 @@ def _(dy, x, h, w1, b1, w2, has_b2, dtype, backend="triton"):  # type: ignore[no
     return dy.new_empty(x.shape), dw1, db1, dw2, dy.new_empty(dy.shape[1] if has_b2 else 0, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, w1, b1, w2, b2, _, dtype, ctx.backend = inputs
-    _, y_dot, h, *low = output
-    ctx.mark_non_differentiable(y_dot, h, *low)
-    ctx.set_materialize_grads(False)
-    ctx.has_b2 = b2 is not None
-    ctx.dtype = w1.dtype
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, _, w1, b1, w2, b2, dtype, ctx.backend = inputs
+    _, _, h, *low = output
+    ctx.has_b2, ctx.dtype = b2 is not None, w1.dtype
     x, w1, w2 = (a if a.dtype == dtype else b for a, b in zip((x, w1, w2), low, strict=True))
-    ctx.save_for_backward(x, h, w1, b1, w2)  # nothing of the tangent
+    return x, h, w1, b1, w2
 
 
-def _backward_rule(ctx, dy, *_):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 8
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     x, h, w1, b1, w2 = ctx.saved_tensors
     dx, dw1, db1, dw2, db2 = _backward(dy, x, h, w1, b1, w2, ctx.has_b2, ctx.dtype, ctx.backend)
-    return dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None, *(None,) * 3
+    return dx, None, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(_gradients, keep=_keep)
 
 
-def _triton_unsupported(x: Tensor) -> str | None:
+def _around(
+    forward: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    x_dot: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dtype: torch.dtype,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor | None]:
+    """y (B, …, D_out) of x (B, …, D_in), and its tangent."""
+    value_alone = x_dot is None and x.shape[-1] > 0 and not torch.is_grad_enabled()
+    if value_alone and b1 is not None and _fuses_gelu(x.device) and is_untransformed(x, w1, b1, w2, b2):
+        return _run_without_gradients(x, w1, b1, w2, b2, dtype), None
+    rows_dot = None if x_dot is None else x_dot.flatten(0, -2)  # [M_t, D_in]
+    y, y_dot, *_ = forward(x.flatten(0, -2), rows_dot, w1, b1, w2, b2, dtype, backend)  # M = B·…
+    y = y.view(*x.shape[:-1], w2.shape[0])  # [B, …, D_out]
+    return y, None if x_dot is None else y_dot.view(*x_dot.shape[:-1], w2.shape[0])  # [B_t, …, D_out]
+
+
+def _run_without_gradients(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The value alone: cuBLASLt's product ends in bias and GELU, so that h is neither written nor read."""
+    rows, w1, b1, w2 = (in_dtype(a, dtype) for a in (x.flatten(0, -2), w1, b1, w2))
+    a = addmm_activation(b1, rows, w1.t(), use_gelu=True)  # [M, D_hidden]
+    y = F.linear(a, w2, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
+    return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _fuses_gelu(device: torch.device) -> bool:
+    """Whether PyTorch has such a product, with our form of GELU, where others measured it to be faster than two passes.
+
+    It is on H100, H200 and B200; on RTX 4090 and 5090 it is slower (karpathy/llm.c#591, sgl-project/sglang#34350).
+    """
+    return device.type == "cuda" and bool(addmm_activation) and capability(device)[0] in (9, 10)
+
+
+def _triton_unsupported(x: Tensor, **_: Any) -> str | None:
     return triton_unavailable(x.device) or unsupported_dtype("x", x.dtype)
+
+
+def _cublaslt_unsupported(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> str | None:
+    return _triton_unsupported(x) or cublaslt.unsupported(x, w1, b1, w2, product_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -151,76 +193,37 @@ def mlp(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; a parameter has a tangent.
     """
-    kind = kind_of_call("mlp", x, w1, b1, w2, b2)
-    backend = known(kind)
-    if backend is None:
-        check_rows("x", x)
-        for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
-            if p is not None or ndim == 2:
-                check_parameter(name, p, ndim, x)
-                refuse_tangent(name, p, "parameter")
-        if x.shape[-1] != w1.shape[1]:
-            raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
-        if w2.shape[1] != w1.shape[0]:
-            raise ValueError(f"w2: expected (D_out, {w1.shape[0]}) after w1 {tuple(w1.shape)}, got {tuple(w2.shape)}")
-        for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
-            if b is not None:
-                check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
-        if not kind:
-            return bridge_forward_mode("mlp", lambda x: _run(x, w1, b1, w2, b2, _choose(x, w1, b1, w2)), x)
-        backend = _choose(x, w1, b1, w2)
-        remember(kind, backend)
-    return _run(x, w1, b1, w2, b2, recorded("mlp", backend))
+    return _mlp(x, w1, b1, w2, b2)
 
 
-def _choose(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor) -> str:
-    xp = primal_of(x)
-    supports = {
-        "triton": lambda: _triton_unsupported(xp),
-        "cublaslt": lambda: _triton_unsupported(xp) or cublaslt.unsupported(xp, w1, b1, w2, product_dtype(x)),
-    }
-    return choose("mlp", xp.device, supports, on_request=("cublaslt",))  # it has not run on a GPU yet
+def _check(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+    check_rows("x", x)
+    for name, p, ndim in (("w1", w1, 2), ("b1", b1, 1), ("w2", w2, 2), ("b2", b2, 1)):
+        if p is not None or ndim == 2:
+            check_parameter(name, p, ndim, x)
+            refuse_tangent(name, p, "parameter")
+    if x.shape[-1] != w1.shape[1]:
+        raise ValueError(f"x: expected last size {w1.shape[1]} (D_in of w1), got shape {tuple(x.shape)}")
+    if w2.shape[1] != w1.shape[0]:
+        raise ValueError(f"w2: expected (D_out, {w1.shape[0]}) after w1 {tuple(w1.shape)}, got {tuple(w2.shape)}")
+    for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
+        if b is not None:
+            check_shape(name, b, (w.shape[0],), f"({w.shape[0]},)")
 
 
-def _run(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, backend: str) -> TensorOrDual:
-    if backend == "reference":
-        return _run_reference(x, w1, b1, w2, b2)
-    xp, x_dot = primal_of(x), tangent_of(x)
-    value_alone = x_dot is None and xp.shape[-1] > 0 and not torch.is_grad_enabled()
-    if value_alone and b1 is not None and _fuses_gelu(xp.device) and is_untransformed(xp, w1, b1, w2, b2):
-        y = _run_without_gradients(xp, w1, b1, w2, b2)
-        return Dual(y) if isinstance(x, Dual) else y
-    if x_dot is not None:
-        x_dot = x_dot.flatten(0, -2)  # [M_t, D_in]
-    y, y_dot, *_ = _forward(xp.flatten(0, -2), w1, b1, w2, b2, x_dot, product_dtype(xp), backend)  # M = B·…
-    y = y.view(*xp.shape[:-1], w2.shape[0])  # [B, …, D_out]
-    if not isinstance(x, Dual):
-        return y
-    return Dual(y, None if x.tangent is None else y_dot.view(*x.tangent.shape[:-1], w2.shape[0]))
-
-
-def _run_without_gradients(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """The value alone: cuBLASLt's product ends in bias and GELU, so that h is neither written nor read."""
-    dtype = product_dtype(x)
-    rows, w1, b1, w2 = (in_dtype(a, dtype) for a in (x.flatten(0, -2), w1, b1, w2))
-    a = addmm_activation(b1, rows, w1.t(), use_gelu=True)  # [M, D_hidden]
-    y = F.linear(a, w2, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
-    return y.view(*x.shape[:-1], w2.shape[0])
-
-
-def _fuses_gelu(device: torch.device) -> bool:
-    """Whether PyTorch has such a product, with our form of GELU, where others measured it to be faster than two passes.
-
-    It is on H100, H200 and B200; on RTX 4090 and 5090 it is slower (karpathy/llm.c#591, sgl-project/sglang#34350).
-    """
-    return device.type == "cuda" and bool(addmm_activation) and capability(device)[0] in (9, 10)
-
-
-def _run_reference(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
-    if not isinstance(x, Dual):
-        return reference.mlp(x, w1, b1, w2, b2)[0]
-    y, h = reference.mlp(x.primal, w1, b1, w2, b2)
-    if x.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        return Dual(y, reference.mlp_tangent(h[: x.rows], x.tangent, w1, w2))
+_mlp = DualOp(
+    "mlp",
+    ["x"],
+    ["w1", "b1", "w2", "b2"],
+    check=_check,
+    reference=reference.mlp,
+    tangent=reference.mlp_tangent,
+    backends={
+        "triton": Backend(_forward, _triton_unsupported, around=_around),
+        # it has not run on a GPU yet
+        "cublaslt": Backend(
+            _forward, _cublaslt_unsupported, on_request=True, around=partial(_around, backend="cublaslt")
+        ),
+    },
+    derived=lambda x, **_: (product_dtype(x),),
+)

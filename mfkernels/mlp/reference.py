@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..linear.reference import linear, linear_tangent
-
 
 def mlp(
     x: Tensor,
@@ -15,14 +13,25 @@ def mlp(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    h = linear(x, w1, b1)  # [B, …, D_hidden]
+    """y, and the pre-activation h, which the tangent reads; `dtype` is the products', which PyTorch chooses itself."""
+    h = F.linear(x, w1, b1)  # [B, …, D_hidden]
     a = F.gelu(h, approximate="tanh")  # [B, …, D_hidden]
-    return linear(a, w2, b2), h
+    return F.linear(a, w2, b2), h
 
 
-def mlp_tangent(h: Tensor, x_dot: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    h_dot = linear_tangent(x_dot, w1)  # [B_t, …, D_hidden]
+def mlp_tangent(
+    x: Tensor,
+    x_dot: Tensor,
+    h: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    h_dot = F.linear(x_dot, w1)  # [B_t, …, D_hidden]
     # GELU's Jacobian is diagonal: its VJP kernel is its JVP, derivative and product in one pass
     a_dot = torch.ops.aten.gelu_backward(h_dot, h, approximate="tanh")  # [B_t, …, D_hidden]
-    return linear_tangent(a_dot, w2)  # [B_t, …, D_out]
+    return F.linear(a_dot, w2)  # [B_t, …, D_out]

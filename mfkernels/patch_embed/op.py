@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..backend import choose
 from ..checks import check_operand, check_parameter, check_shape
-from ..dual import Dual, TensorOrDual
-from ..forward_mode import plain_forward_mode
+from ..dual import TensorOrDual
+from ..router import DualOp
 from . import reference
 
 
@@ -24,6 +22,10 @@ def patch_embed(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
+    return _patch_embed(x, weight, bias)
+
+
+def _check(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:
     check_operand("x", x, 4)
     check_parameter("weight", weight, 4, x)
     if x.shape[1] != weight.shape[1]:
@@ -35,15 +37,13 @@ def patch_embed(x: TensorOrDual, weight: Tensor, bias: Tensor | None = None) -> 
     if bias is not None:
         check_parameter("bias", bias, 1, x)
         check_shape("bias", bias, (weight.shape[0],), "(D,) of weight")
-    choose("patch_embed", x.device, {})
-    return plain_forward_mode("patch_embed", _run, x, weight, bias)
 
 
-def _run(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> TensorOrDual:
-    if not isinstance(x, Dual):
-        return reference.patch_embed(x, weight, bias)
-    y = reference.patch_embed(x.primal, weight, bias)
-    if x.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        return Dual(y, reference.patch_embed_tangent(x.tangent, weight))
+_patch_embed = DualOp(
+    "patch_embed",
+    ["x"],
+    ["weight", "bias"],
+    check=_check,
+    reference=reference.patch_embed,
+    tangent=reference.patch_embed_tangent,
+)

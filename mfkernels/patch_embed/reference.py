@@ -13,5 +13,5 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)  # [B, N, D], N row by row
 
 
-def patch_embed_tangent(x_dot: Tensor, weight: Tensor) -> Tensor:
+def patch_embed_tangent(x: Tensor, x_dot: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return patch_embed(x_dot, weight, None)  # [B_t, N, D]

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..backend import choose, rows_unsupported
+from ..backend import rows_unsupported
 from ..checks import check_constant, check_number, check_rows
-from ..dual import Dual, TensorOrDual, primal_of, tangent_of
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -19,12 +18,12 @@ def _forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float) -> tup
     from .kernels import rms_norm_forward
 
     y, y_dot = rms_norm_forward(x, x_dot, weight, eps=eps)
-    return y, y.new_empty((0, *y.shape[1:])) if y_dot is None else y_dot
+    return y, or_no_rows(y_dot, y)
 
 
 @_forward.register_fake
 def _(x, x_dot, weight, eps):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((0 if x_dot is None else x_dot.shape[0], *x.shape[1:]))
+    return x.new_empty(x.shape), x.new_empty((rows_of(x_dot), *x.shape[1:]))
 
 
 @operator("rms_norm_backward")
@@ -39,21 +38,17 @@ def _(dy, x, weight, eps):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, weight, ctx.eps = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight)  # nothing of the tangent
+    return x, weight
 
 
-def _backward_rule(ctx, dy, _dy_dot):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 4
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     dx, dweight = _backward(dy, *ctx.saved_tensors, ctx.eps)
-    return dx, None, dweight, None
+    return dx, None, dweight
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(_gradients, keep=_keep)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -76,21 +71,20 @@ def rms_norm(x: TensorOrDual, weight: Tensor, *, eps: float = 1e-6) -> TensorOrD
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `weight` has a tangent.
     """
+    return _rms_norm(x, weight, check_number("eps", eps, 0))
+
+
+def _check(x: TensorOrDual, weight: Tensor) -> None:
     check_rows("x", x)
     check_constant("weight", weight, x.shape[-1:], "(D,) of x", x)
-    eps = check_number("eps", eps, 0)
-    return bridge_forward_mode("rms_norm", lambda x: _run(x, weight, eps), x)
 
 
-def _run(x: TensorOrDual, weight: Tensor, eps: float) -> TensorOrDual:
-    xp = primal_of(x)
-    if choose("rms_norm", xp.device, {"triton": lambda: rows_unsupported(x=xp, weight=weight)}) == "triton":
-        y, y_dot = _forward(xp, tangent_of(x), weight, eps)
-        return Dual(y, None if tangent_of(x) is None else y_dot) if isinstance(x, Dual) else y
-    if not isinstance(x, Dual):
-        return reference.rms_norm(x, weight, eps)
-    y = reference.rms_norm(x.primal, weight, eps)
-    if x.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        return Dual(y, reference.rms_norm_tangent(x.primal[: x.rows], weight, x.tangent, eps).to(y.dtype))
+_rms_norm = DualOp(
+    "rms_norm",
+    ["x"],
+    ["weight"],
+    check=_check,
+    reference=reference.rms_norm,
+    tangent=reference.rms_norm_tangent,
+    backends={"triton": Backend(_forward, rows_unsupported)},
+)

@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)  # [B, …, D]
 
 
-def rms_norm_tangent(x: Tensor, weight: Tensor, x_dot: Tensor, eps: float) -> Tensor:
+def rms_norm_tangent(x: Tensor, x_dot: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` cut to the tangent rows."""
     wide = torch.promote_types(x.dtype, torch.float32)  # no statistics in half precision
     x, x_dot = x.to(wide), x_dot.to(wide)  # [B_t, …, D]

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..backend import choose, rows_unsupported
+from ..backend import rows_unsupported
 from ..checks import check_constant, check_flag, check_number, check_operand, check_same
-from ..dual import Dual, TensorOrDual, linear_map, primal_of, tangent_of
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -42,19 +44,14 @@ def _forward(
         eps=eps,
         interleaved=interleaved,
     )
-    return (
-        q_out,
-        k_out,
-        q_out.new_empty((0, *q.shape[1:])) if q_out_dot is None else q_out_dot,
-        k_out.new_empty((0, *k.shape[1:])) if k_out_dot is None else k_out_dot,
-    )
+    return q_out, k_out, or_no_rows(q_out_dot, q_out), or_no_rows(k_out_dot, k_out)
 
 
 @_forward.register_fake
 def _(q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ignore[no-untyped-def]
     pairs = ((q, q_dot), (k, k_dot))
     primals = (x.new_empty(x.shape) for x, _ in pairs)
-    return *primals, *(x.new_empty((0 if dot is None else dot.shape[0], *x.shape[1:])) for x, dot in pairs)
+    return *primals, *(x.new_empty((rows_of(dot), *x.shape[1:])) for x, dot in pairs)
 
 
 @operator("rotary_backward")
@@ -94,31 +91,25 @@ def _(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ig
     return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2, q.shape[-1]), dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, _, _, q_weight, k_weight, cos, sin, ctx.eps, ctx.interleaved = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
     ctx.shapes = q.shape, k.shape
     ctx.normed = q_weight is not None
-    # nothing of the tangents; the rotation alone is linear and needs no input
-    ctx.save_for_backward(*((q, k, q_weight, k_weight, cos, sin) if ctx.normed else (cos, sin)))
+    return (q, k, q_weight, k_weight, cos, sin) if ctx.normed else (cos, sin)  # the rotation alone is linear
 
 
-def _backward_rule(ctx, dq, dk, _dq_dot, _dk_dot):  # type: ignore[no-untyped-def]
-    none = (None,) * 2
-    if dq is None and dk is None:
-        return (None,) * 10
+def _gradients(ctx, dq, dk):  # type: ignore[no-untyped-def]
     # where one of the two is not used
     dq = dk.new_zeros(ctx.shapes[0]) if dq is None else dq
     dk = dq.new_zeros(ctx.shapes[1]) if dk is None else dk
     if not ctx.normed:
-        return *_backward(dq, dk, *ctx.saved_tensors, ctx.interleaved), *none, *none, *none, *none
+        return _backward(dq, dk, *ctx.saved_tensors, ctx.interleaved)
     _, _, q_weight, k_weight, _, _ = ctx.saved_tensors
     dq, dk, dweights = _norm_backward(dq, dk, *ctx.saved_tensors, ctx.eps, ctx.interleaved)
-    return dq, dk, *none, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), *none, *none
+    return dq, dk, None, None, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
 
 
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(_gradients, keep=_keep, outputs=2)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -151,17 +142,9 @@ def rotary(
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call; `cos` or `sin` has a tangent.
     """
-    _check(q, k, cos, sin)
     check_flag("interleaved", interleaved)
-
-    def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
-        tensors = {"q": primal_of(q), "k": primal_of(k), "cos": cos, "sin": sin}
-        if choose("rotary", q.device, {"triton": lambda: rows_unsupported(**tensors)}) == "triton":
-            return _run_triton(q, k, None, None, cos, sin, 0.0, interleaved)
-        turned = (linear_map(lambda a: reference.rotary(a, cos, sin, interleaved), x) for x in (q, k))
-        return next(turned), next(turned)
-
-    return bridge_forward_mode("rotary", run, q, k)
+    _check_tables(cos, sin)
+    return _rotary(q, k, None, None, cos, sin, 0.0, interleaved)
 
 
 def qk_norm_rotary(
@@ -193,24 +176,20 @@ def qk_norm_rotary(
         NotImplementedError: the backend that was asked for cannot serve the call; a weight, `cos` or `sin` has a
             tangent.
     """
-    _check(q, k, cos, sin)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check_constant(name, weight, q.shape[-1:], "(d,) of q", q)
-    eps = check_number("eps", eps, 0)
     check_flag("interleaved", interleaved)
-
-    def run(q: TensorOrDual, k: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
-        tensors = {"q": primal_of(q), "k": primal_of(k), "q_weight": q_weight, "k_weight": k_weight}
-        tensors |= {"cos": cos, "sin": sin}
-        if choose("qk_norm_rotary", q.device, {"triton": lambda: rows_unsupported(**tensors)}) == "triton":
-            return _run_triton(q, k, q_weight, k_weight, cos, sin, eps, interleaved)
-        rest = (cos, sin, eps, interleaved)
-        return _run_reference(q, q_weight, *rest), _run_reference(k, k_weight, *rest)
-
-    return bridge_forward_mode("qk_norm_rotary", run, q, k)
+    _check_tables(cos, sin)
+    return _qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, check_number("eps", eps, 0), interleaved)
 
 
-def _check(q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor) -> None:
+def _check_tables(*tables: Any) -> None:
+    for name, table in zip(("cos", "sin"), tables, strict=True):
+        if isinstance(table, Tensor) and table.requires_grad:
+            raise ValueError(f"{name}: the rotation's tables are constants; pass it detached")
+
+
+def _check(
+    q: TensorOrDual, k: TensorOrDual, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor
+) -> None:
     check_operand("q", q, 4)
     check_operand("k", k, 4)
     check_same("k", k, "q", q)
@@ -221,44 +200,23 @@ def _check(q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"k: expected ({B}, {N}, H_kv, {d}) to match q, got {tuple(k.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_constant(name, table, (N, d // 2), "(N, d/2) of q", q)
-        if table.requires_grad:
-            raise ValueError(f"{name}: the rotation's tables are constants; pass it detached")
 
 
-def _run_triton(
-    q: TensorOrDual,
-    k: TensorOrDual,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    interleaved: bool,
-) -> tuple[TensorOrDual, TensorOrDual]:
-    operands, weights = (q, k), (q_weight, k_weight)
-    primals, dots = map(primal_of, operands), map(tangent_of, operands)
-    q_out, k_out, q_dot, k_dot = _forward(*primals, *dots, *weights, cos, sin, eps, interleaved)
-
-    def kind_of(x: TensorOrDual, out: Tensor, dot: Tensor) -> TensorOrDual:
-        return Dual(out, None if x.tangent is None else dot) if isinstance(x, Dual) else out
-
-    return kind_of(q, q_out, q_dot), kind_of(k, k_out, k_dot)
+def _check_normed(
+    q: TensorOrDual, k: TensorOrDual, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    _check(q, k, None, None, cos, sin)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check_constant(name, weight, q.shape[-1:], "(d,) of q", q)
 
 
-def _run_reference(
-    x: TensorOrDual,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    interleaved: bool,
-) -> TensorOrDual:
-    if not isinstance(x, Dual):
-        return reference.norm_rotary(x, weight, cos, sin, eps, interleaved)
-    y = reference.norm_rotary(x.primal, weight, cos, sin, eps, interleaved)
-    if x.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        first = x.primal[: x.rows]
-        y_dot = reference.norm_rotary_tangent(first, weight, x.tangent, cos, sin, eps, interleaved)
-        return Dual(y, y_dot.to(y.dtype))
+_DECLARED: dict[str, Any] = {
+    "operands": ["q", "k"],
+    "constants": ["q_weight", "k_weight", "cos", "sin"],
+    "reference": reference.rotary,
+    "tangent": reference.rotary_tangent,
+    "backends": {"triton": Backend(_forward, rows_unsupported)},
+    "outputs": ((0,), (1,)),
+}
+_rotary = DualOp("rotary", check=_check, **_DECLARED)
+_qk_norm_rotary = DualOp("qk_norm_rotary", check=_check_normed, **_DECLARED)

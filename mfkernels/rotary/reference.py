@@ -13,7 +13,7 @@ from torch import Tensor
 from ..rms_norm.reference import rms_norm, rms_norm_tangent
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, N, H, d); cos, sin (N, d/2)."""
     wide = torch.promote_types(x.dtype, torch.float32)  # angles are not rounded to half precision
     cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)  # [N, 1, d/2]
@@ -23,18 +23,40 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return y.to(x.dtype)
 
 
-def norm_rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interleaved: bool) -> Tensor:
-    return rotary(rms_norm(x, weight, eps), cos, sin, interleaved)  # [B, N, H, d]
-
-
-def norm_rotary_tangent(
-    x: Tensor,
-    weight: Tensor,
-    x_dot: Tensor,
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     eps: float,
     interleaved: bool,
-) -> Tensor:
-    """`x` cut to the tangent rows."""
-    return rotary(rms_norm_tangent(x, weight, x_dot, eps), cos, sin, interleaved)  # [B_t, N, H, d]
+) -> tuple[Tensor, Tensor]:
+    """With the norm where there are weights."""
+    if q_weight is not None and k_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)  # [B, N, H, d], [B, N, H_kv, d]
+    return turned(q, cos, sin, interleaved), turned(k, cos, sin, interleaved)
+
+
+def rotary_tangent(
+    q: Tensor,
+    k: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """All cut to the tangent rows."""
+
+    def of(x: Tensor, x_dot: Tensor | None, weight: Tensor | None) -> Tensor | None:
+        if x_dot is None:
+            return None
+        x_dot = x_dot if weight is None else rms_norm_tangent(x, x_dot, weight, eps)  # [B_t, N, H, d]
+        return turned(x_dot, cos, sin, interleaved)  # [B_t, N, H, d]
+
+    return of(q, q_dot, q_weight), of(k, k_dot, k_weight)

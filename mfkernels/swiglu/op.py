@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import choose, rows_unsupported
+from ..backend import rows_unsupported
 from ..checks import check_operand, check_rows, check_same, check_shape
-from ..dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -19,14 +19,13 @@ def _forward(a: Tensor, b: Tensor, a_dot: Tensor | None, b_dot: Tensor | None) -
     from .kernels import swiglu_forward
 
     y, y_dot = swiglu_forward(a, b, a_dot, b_dot)
-    return y, y.new_empty((0, *y.shape[1:])) if y_dot is None else y_dot
+    return y, or_no_rows(y_dot, y)
 
 
 @_forward.register_fake
 def _(a, b, a_dot, b_dot):  # type: ignore[no-untyped-def]
-    rows = next((x.shape[0] for x in (a_dot, b_dot) if x is not None), 0)
     y = a.new_empty(a.shape, dtype=torch.promote_types(a.dtype, b.dtype))
-    return y, y.new_empty((rows, *a.shape[1:]))
+    return y, y.new_empty((rows_of(a_dot, b_dot), *a.shape[1:]))
 
 
 @operator("swiglu_backward")
@@ -41,19 +40,10 @@ def _(dy, a, b):  # type: ignore[no-untyped-def]
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:2])  # nothing of the tangent
-
-
-def _backward_rule(ctx, dy, _dy_dot):  # type: ignore[no-untyped-def]
-    if dy is None:
-        return (None,) * 4
-    return *_backward(dy, *ctx.saved_tensors), None, None
-
-
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(
+    lambda ctx, dy: _backward(dy, *ctx.saved_tensors),
+    keep=lambda ctx, inputs, output: inputs[:2],
+)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -74,31 +64,21 @@ def swiglu(a: TensorOrDual, b: TensorOrDual) -> TensorOrDual:
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
+    return _swiglu(a, b)
+
+
+def _check(a: TensorOrDual, b: TensorOrDual) -> None:
     check_rows("a", a)
     check_operand("b", b)
     check_shape("b", b, tuple(a.shape), "(B, …, D) of a")
     check_same("b", b, "a", a)
-    return bridge_forward_mode("swiglu", _run, a, b)
 
 
-def _run(a: TensorOrDual, b: TensorOrDual) -> TensorOrDual:
-    ap, bp = primal_of(a), primal_of(b)
-    rows = tangent_rows(a, b)
-    dual = isinstance(a, Dual) or isinstance(b, Dual)
-    if choose("swiglu", ap.device, {"triton": lambda: rows_unsupported(a=ap, b=bp)}) == "triton":
-        dots = (None, None) if rows is None else (padded_tangent(a, rows), padded_tangent(b, rows))
-        y, y_dot = _forward(ap, bp, *dots)
-        return Dual(y, None if rows is None else y_dot) if dual else y
-    y = reference.swiglu(ap, bp)
-    if not dual:
-        return y
-    if rows is None:
-        return Dual(y)
-    with torch.no_grad():
-        y_dot = reference.swiglu_tangent(
-            a=ap[:rows],
-            b=bp[:rows],
-            a_dot=padded_tangent(a, rows),
-            b_dot=padded_tangent(b, rows),
-        )
-        return Dual(y, y_dot.to(y.dtype))
+_swiglu = DualOp(
+    "swiglu",
+    ["a", "b"],
+    check=_check,
+    reference=reference.swiglu,
+    tangent=reference.swiglu_tangent,
+    backends={"triton": Backend(_forward, rows_unsupported)},
+)

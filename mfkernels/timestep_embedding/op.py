@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-from functools import partial
 from numbers import Integral
 
-import torch
 from torch import Tensor
 
-from ..backend import MAX_WIDTH, choose, triton_unavailable, unsupported_dtype
+from ..backend import MAX_WIDTH, triton_unavailable, unsupported_dtype
 from ..checks import check_number, check_operand
-from ..dual import Dual, TensorOrDual, primal_of, tangent_of
-from ..forward_mode import bridge_forward_mode
-from ..operator import operator
+from ..dual import TensorOrDual
+from ..operator import operator, or_no_rows, rows_of
+from ..router import Backend, DualOp
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
@@ -22,12 +20,12 @@ def _forward(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tu
     from .kernels import embedding_forward
 
     out, out_dot = embedding_forward(t, t_dot, dim, max_period)
-    return out, out.new_empty((0, dim)) if out_dot is None else out_dot
+    return out, or_no_rows(out_dot, out)
 
 
 @_forward.register_fake
 def _(t, t_dot, dim, max_period):  # type: ignore[no-untyped-def]
-    return t.new_empty((t.shape[0], dim)), t.new_empty((0 if t_dot is None else t_dot.shape[0], dim))
+    return t.new_empty((t.shape[0], dim)), t.new_empty((rows_of(t_dot), dim))
 
 
 @operator("timestep_embedding_backward")
@@ -42,27 +40,22 @@ def _(dout, t, max_period):  # type: ignore[no-untyped-def]
     return t.new_empty(t.shape)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
     t, _, _, ctx.max_period = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(t)  # nothing of the tangent
+    return (t,)
 
 
-def _backward_rule(ctx, dout, _dout_dot):  # type: ignore[no-untyped-def]
-    if dout is None:
-        return (None,) * 4
-    return _backward(dout, *ctx.saved_tensors, ctx.max_period), None, None, None
-
-
-_forward.register_autograd(_backward_rule, setup_context=_setup_context)
+_forward.register_gradients(
+    lambda ctx, dout: (_backward(dout, *ctx.saved_tensors, ctx.max_period),),
+    keep=_keep,
+)
 
 
 def _triton_unsupported(t: Tensor, dim: int) -> str | None:
     reason = triton_unavailable(t.device) or unsupported_dtype("t", t.dtype)
-    if reason is not None:
-        return reason
-    return f"dim: expected at most {MAX_WIDTH}, got {dim}" if dim > MAX_WIDTH else None
+    if reason is None and dim > MAX_WIDTH:
+        reason = f"dim: expected at most {MAX_WIDTH}, got {dim}"
+    return reason
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -85,26 +78,21 @@ def timestep_embedding(t: TensorOrDual, dim: int, *, max_period: float = 10000.0
         TypeError, ValueError: an argument does not fit; the message names it.
         NotImplementedError: the backend that was asked for cannot serve the call.
     """
-    check_operand("t", t, 1)
     if not isinstance(dim, Integral) or dim < 2 or dim % 2 != 0:
         raise ValueError(f"dim: expected an even integer >= 2, got {dim}")
-    max_period = check_number("max_period", max_period, 1, above=True)
-    return bridge_forward_mode("timestep_embedding", partial(_run, dim=int(dim), max_period=max_period), t)
+    return _timestep_embedding(t, int(dim), check_number("max_period", max_period, 1, above=True))
 
 
-def _run(t: TensorOrDual, dim: int, max_period: float) -> TensorOrDual:
-    tp, t_dot = primal_of(t), tangent_of(t)
-    if choose("timestep_embedding", tp.device, {"triton": lambda: _triton_unsupported(tp, dim)}) == "reference":
-        return _run_reference(t, dim, max_period)
-    out, out_dot = _forward(tp, t_dot, dim, max_period)
-    return Dual(out, None if t_dot is None else out_dot) if isinstance(t, Dual) else out
+def _check(t: TensorOrDual, dim: int) -> None:
+    check_operand("t", t, 1)
 
 
-def _run_reference(t: TensorOrDual, dim: int, max_period: float) -> TensorOrDual:
-    if not isinstance(t, Dual):
-        return reference.timestep_embedding(t, dim, max_period)
-    y = reference.timestep_embedding(t.primal, dim, max_period)
-    if t.tangent is None:
-        return Dual(y)
-    with torch.no_grad():
-        return Dual(y, reference.timestep_embedding_tangent(t.primal[: t.rows], t.tangent, dim, max_period))
+_timestep_embedding = DualOp(
+    "timestep_embedding",
+    ["t"],
+    ["dim"],
+    check=_check,
+    reference=reference.timestep_embedding,
+    tangent=reference.timestep_embedding_tangent,
+    backends={"triton": Backend(_forward, _triton_unsupported)},
+)

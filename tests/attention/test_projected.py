@@ -77,9 +77,9 @@ def test_opcheck():
     x, weight, bias = (a.float().to(DEVICE).requires_grad_() for a in make(2, 5, 16).values())
     for x_dot in (torch.randn(1, 5, 16, device=DEVICE), None):
         for b in (bias, None):
-            args = (x, weight, b, x_dot, 2, 0.35, torch.float32, "triton", "triton")
+            args = (x, x_dot, weight, b, 2, 0.35, torch.float32, "triton", "triton")
             torch.library.opcheck(projected._forward.custom_op, args)
-    o, _, qkv, lse, *_ = projected._forward(x, weight, bias, None, 2, 0.35, torch.float32, "triton", "triton")
+    o, _, qkv, lse, *_ = projected._forward(x, None, weight, bias, 2, 0.35, torch.float32, "triton", "triton")
     saved = [a.detach() for a in (torch.randn_like(o), x, weight, qkv, o, lse)]
     torch.library.opcheck(projected._backward.custom_op, (*saved, 0.35, torch.float32, True, "triton"))
 
@@ -88,7 +88,7 @@ def test_opcheck_where_operands_are_cast_and_not_contiguous():
     pytest.importorskip("triton", minversion="3.4")
     x, weight, bias = (a.float().to(DEVICE) for a in make(2, 16, 16).values())
     x, weight = x.mT.contiguous().mT.requires_grad_(), weight.mT.contiguous().mT.requires_grad_()
-    args = (x, weight, bias, None, 2, 0.35, torch.float16, "triton", "triton")
+    args = (x, None, weight, bias, 2, 0.35, torch.float16, "triton", "triton")
     torch.library.opcheck(projected._forward.custom_op, args)
 
 

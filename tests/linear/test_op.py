@@ -94,4 +94,4 @@ def test_opcheck():
     for x_dot in (torch.randn(2, 7, 24), None):
         for b in (bias, None):
             for dtype in (torch.float32, torch.float16):
-                torch.library.opcheck(op._forward.custom_op, (x, weight, b, x_dot, dtype))
+                torch.library.opcheck(op._forward.custom_op, (x, x_dot, weight, b, dtype))

@@ -216,6 +216,6 @@ def test_empty_and_opcheck(served):
     assert all(g.abs().sum() == 0 for g in grads)
     torch.library.opcheck(
         op._forward.custom_op,
-        (x.flatten(0, 1), w1, b1, w2, b2, None, torch.float16, "cublaslt"),
+        (x.flatten(0, 1), None, w1, b1, w2, b2, torch.float16, "cublaslt"),
         test_utils=("test_schema", "test_faketensor"),
     )

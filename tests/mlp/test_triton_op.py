@@ -113,7 +113,7 @@ def test_opcheck():
         leaves = [a if a is None else a.detach().requires_grad_() for a in (x, w1, biases[0], w2, biases[1])]
         for x_dot in (torch.randn(3, x.shape[1], device=DEVICE), None):
             for dtype in (torch.float32, torch.float16):
-                torch.library.opcheck(op._forward.custom_op, (*leaves, x_dot, dtype))
+                torch.library.opcheck(op._forward.custom_op, (leaves[0], x_dot, *leaves[1:], dtype))
         args = (dy, x, h, w1, biases[0], w2, biases[1] is not None, torch.float32)
         torch.library.opcheck(op._backward.custom_op, args)
 

@@ -210,28 +210,29 @@ def scaled_dot_product_attention(d: Draw) -> Call:
     return Call("scaled_dot_product_attention", inputs, list(names), formula, options)
 
 
-def meanflow_loss(d: Draw) -> Call:
-    def formula(u: Tensor, du_dt: Tensor, v: Tensor, t: Tensor, r: Tensor, norm_p: float, norm_eps: float) -> Any:
-        return formulas.loss_terms(u, du_dt, v, t, r, norm_p, norm_eps)
-
+def adaptive_squared_error(d: Draw) -> Call:
     shape = (d.size(), *(d.size() for _ in range(d.randint(1, 3))))
     rows = d.randint(0, shape[0])
-    r, t = d.tensor(2, shape[0]).sigmoid().sort(0).values
-    inputs = {"u": d.tensor(*shape), "du_dt": d.tensor(rows, *shape[1:]), "v": d.tensor(*shape), "t": t, "r": r}
-    options = {"norm_p": d.choice((0, 0.5, 0.75, 1.0, 1)), "norm_eps": d.choice((0.01, 1e-3, 1))}
-    return Call("meanflow_loss", inputs, [], formula, options, ("du_dt", "v", "t", "r"))
+    inputs = {
+        "u": d.tensor(*shape),
+        "v": d.tensor(*shape),
+        "correction": d.tensor(rows, *shape[1:]),
+        "interval": d.tensor(shape[0]).sigmoid(),
+    }
+    options = {"p": d.choice((0, 0.5, 0.75, 1.0, 1)), "eps": d.choice((0.01, 1e-3, 1))}
+    return Call("adaptive_squared_error", inputs, [], formulas.error_terms, options, ("v", "correction", "interval"))
 
 
 OPS: dict[str, Callable[[Draw], Call]] = {
     fn.__name__: fn
     for fn in (
         ada_layer_norm,
+        adaptive_squared_error,
         attention,
         gated_residual,
         gated_residual_ada_layer_norm,
         layer_scale_residual,
         linear,
-        meanflow_loss,
         mlp,
         patch_embed,
         qk_norm_rotary,

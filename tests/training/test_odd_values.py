@@ -9,7 +9,7 @@ from damage import seal
 from forged import PLAIN, fails, forge, forge_model, meanflow, newest
 from safetensors.torch import save_file
 
-from meanflow.config_file import read_values
+from meanflow.config_file import read_config
 from meanflow.errors import UsageError
 from meanflow.models import IMFDiT
 from meanflow.training import RunFolder, load_checkpoint, load_network
@@ -132,8 +132,12 @@ YAML = [
     ("steps: \x07", "line 1: unexpected character '\\x07'"),
     ("[" * 5000, "it is nested too deeply"),
     ("a: " + "{a: " * 3000, "it is nested too deeply"),
-    ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 2: b: expected a value or a list of values, got a list"),
-    ("<<: {steps: 3}", "line 1: <<: expected a value or a list of values, got keys"),
+    (
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+        "line 2: b: expected a value, a list of values or a group, got a list",
+    ),
+    ("<<: {steps: 3}", "<<: unknown option"),
+    ("a: &a {x: 1}\nb: &b {x: *a}\nc: &c {x: *b}\nd: &d {x: *c}\ne: &e {x: *d}\nf: {x: *e}", "nested too deeply"),
     ("steps: 2020-99-99", "line 1: steps: expected a value, got '2020-99-99': month must be in 1..12"),
     ("steps: 2020-01-01", "steps: expected int, got datetime.date(2020, 1, 1)"),
     ("seed: " + "9" * 5000, "line 1: seed: expected a value, got '9999"),
@@ -153,7 +157,7 @@ YAML = [
 def test_yaml_that_cannot_be_read_is_one_line(here, capsys, text, words):
     Path("bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"bad\.yaml"):
-        read_values(Path("bad.yaml"))
+        read_config(Path("bad.yaml"))
     fails("train --config bad.yaml", capsys, "config: ", "bad.yaml", words)
 
 

@@ -1,0 +1,3 @@
+from .op import AdaptiveSquaredError, adaptive_squared_error
+
+__all__ = ["AdaptiveSquaredError", "adaptive_squared_error"]
