@@ -13,25 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.attention.kernels import (
-    LOG2_E,
+from mfkernels.launch import Launch, cdiv, launch_config
+from mfkernels.plan import planned
+from mfkernels.rowwise import sum_partials
+
+from .kernels import require_supported
+from .tiles import (
     as_rows,
     load,
+    load_tile,
     long_head,
-    require_supported,
     rescale,
     row_strides,
     rows_of,
-    score,
     shape_arguments,
     store,
     visible,
     weigh,
     zeros_like,
 )
-from mfkernels.launch import Launch, cdiv, launch_config
-from mfkernels.plan import planned
-from mfkernels.rowwise import sum_partials
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -46,6 +48,21 @@ def store_sum(ptr, tiles, block, num_blocks, SUM_BLOCKS, stride, D: tl.constexpr
         for index in range(block, SUM_BLOCKS, num_blocks):
             tl.store(ptr + index * stride + cols, total, mask=cols < D)
             total = tl.zeros_like(total)  # [WIDTH]
+
+
+@triton.jit
+def load_and_score(q, do, k_rows, v_rows, first, rows, num_rows, D, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """Tiles k and v, s = q kᵀ and dp = do vᵀ. A column of tiles at a time: k before v spills on sm_80 at D = 72."""
+    s = tl.zeros([q[0].shape[0], rows.shape[0]], tl.float32)
+    dp = tl.zeros([q[0].shape[0], rows.shape[0]], tl.float32)
+    k = ()
+    v = ()
+    for i in tl.static_range(len(q)):
+        k = k + (load_tile(k_rows, first, rows, num_rows, D, i * q[0].shape[1], q[i].shape[1], MASK_ROWS),)
+        v = v + (load_tile(v_rows, first, rows, num_rows, D, i * q[0].shape[1], q[i].shape[1], MASK_ROWS),)
+        s = tl.dot(q[i], k[i].T, s, input_precision=PRECISION)
+        dp = tl.dot(do[i], v[i].T, dp, input_precision=PRECISION)
+    return k, v, s, dp
 
 
 @triton.jit
@@ -153,10 +170,7 @@ def _dq_kernel(
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
         row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
-        k = load(k_rows, row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
-        v = load(v_rows, row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
-        s = score(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
-        dp = score(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), do, v, PRECISION)  # [BLOCK_M, BLOCK_N]
+        k, _, s, dp = load_and_score(q, do, k_rows, v_rows, row_n, rows_n, left_n, D, MASK_N, PRECISION)
         # Absent keys read as zeros, and exp2(0 - lse) can overflow: inf * 0 would reach dq.
         s = visible(s, offs_m, start_n, rows_n, left_n, CAUSAL, MASK_N)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # [BLOCK_M, BLOCK_N]
@@ -252,12 +266,9 @@ def _dkdv_kernel(
         offs_row = (batch * H + head) * N_q + row_m
 
         # Absent queries read as zeros, lse too: p is 1 for them, do and dp - delta are 0, nothing is added.
-        q = load(q_rows, 0, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D]
-        do = load(do_rows, 0, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D]
+        q, do, s, dp = load_and_score(k, v, q_rows, do_rows, 0, rows_m, left_m, D, MASK_M, PRECISION)
         lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0) * LOG2_E  # [BLOCK_M]
         delta = tl.load(delta_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0)  # [BLOCK_M]
-        s = score(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), k, q, PRECISION)  # [BLOCK_N, BLOCK_M]
-        dp = score(tl.zeros([BLOCK_N, BLOCK_M], tl.float32), v, do, PRECISION)  # [BLOCK_N, BLOCK_M]
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= start_m + rows_m[None, :], s, -float("inf"))  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
@@ -273,8 +284,9 @@ def _dkdv_kernel(
         dv_sum_ptr = dk_sum_ptr + H * D
         block_n = start_n // BLOCK_N
         there = rows_n < left_n  # [BLOCK_N]; absent keys have gradients that nobody reads
-        store_sum(dk_sum_ptr, only_rows(dk, there), block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
-        store_sum(dv_sum_ptr, only_rows(dv, there), block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
+        dk, dv = only_rows(dk, there), only_rows(dv, there)
+        store_sum(dk_sum_ptr, dk, block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
+        store_sum(dv_sum_ptr, dv, block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
 
 
 def dq_launch(
@@ -449,53 +461,9 @@ def backward_configs(
     )
 
 
-def _run(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    partials: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    precision: str,
-    configs: tuple[Mapping[str, int], Mapping[str, int]],
-) -> None:
+def _run(do, q, k, v, o, lse, dq, dk, dv, partials, *, configs, **options):
     do, q, k, v, o = (as_rows(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()  # [B, H, N_q]
     delta = torch.empty_like(lse)  # [B, H, N_q]
-    dq_launch(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        delta,
-        dq,
-        partials,
-        scale=scale,
-        causal=causal,
-        precision=precision,
-        config=configs[0],
-    ).run()
-    dkdv_launch(
-        do,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        dk,
-        dv,
-        partials,
-        scale=scale,
-        causal=causal,
-        precision=precision,
-        config=configs[1],
-    ).run()
+    dq_launch(do, q, k, v, o, lse, delta, dq, partials, **options, config=configs[0]).run()
+    dkdv_launch(do, q, k, v, lse, delta, dk, dv, partials, **options, config=configs[1]).run()

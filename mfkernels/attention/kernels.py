@@ -11,129 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors, next_power_of_2
+from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors
 from mfkernels.plan import planned
 
 from .limits import unsupported
+from .tiles import (
+    as_rows,
+    load,
+    long_head,
+    rescale,
+    row_strides,
+    rows_of,
+    score,
+    shape_arguments,
+    store,
+    visible,
+    weigh,
+    zeros_like,
+)
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_BATCH = 65535  # of one launch: the third axis of a grid
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Widths (main, tail) of the two power-of-two column blocks that hold a head; tail is 0 where one is no wider.
-
-    72 is 64 + 16, not 128: 1.35x the tensor time of 64 against 2x. 16 is the least a tensor core takes.
-    """
-    whole = max(16, next_power_of_2(head_dim))
-    main = whole // 2
-    if head_dim <= 16 or head_dim == whole:
-        return whole, 0
-    tail = max(16, next_power_of_2(head_dim - main))
-    return (main, tail) if main + tail < whole else (whole, 0)
-
-
-# A head is a tuple of tiles, (main,) or (main, tail). The helpers are named as in csrc/attention/forward_kernel.cuh.
-
-
-@triton.jit
-def rows_of(ptr, batch, head, row, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
-    """(pointer, stride) of one head's rows, from `row` on; () without a tensor. Strides given count ALIGN elements."""
-    if ptr is None:
-        return ()
-    else:
-        stride = stride_n * ALIGN
-        return ptr + ((batch * stride_b + head * stride_h) * ALIGN + row * stride), stride
-
-
-@triton.jit
-def load_tile(ptrs, rows, num_rows, cols, D: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    if MASK_ROWS and MASK_COLS:
-        return tl.load(ptrs, mask=(rows[:, None] < num_rows) & (cols[None, :] < D), other=0.0)
-    elif MASK_ROWS:
-        return tl.load(ptrs, mask=rows[:, None] < num_rows, other=0.0)
-    elif MASK_COLS:
-        return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
-    else:
-        return tl.load(ptrs)
-
-
-@triton.jit
-def load(
-    source,
-    first,
-    rows,
-    num_rows,
-    D: tl.constexpr,
-    D_MAIN: tl.constexpr,
-    D_TAIL: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    """Tiles [ROWS, D_MAIN] and [ROWS, D_TAIL] from row `first` on; what lies past num_rows or past D reads as zero."""
-    ptr = source[0] + first * source[1]
-    cols = tl.arange(0, D_MAIN)  # [D_MAIN]
-    ptrs = ptr + (rows[:, None] * source[1] + cols[None, :])  # [ROWS, D_MAIN]
-    tiles = (load_tile(ptrs, rows, num_rows, cols, D, MASK_ROWS, D_MAIN > D),)
-    if D_TAIL > 0:
-        cols = D_MAIN + tl.arange(0, D_TAIL)  # [D_TAIL]
-        ptrs = ptr + (rows[:, None] * source[1] + cols[None, :])  # [ROWS, D_TAIL]
-        tiles = tiles + (load_tile(ptrs, rows, num_rows, cols, D, MASK_ROWS, D_MAIN + D_TAIL > D),)
-    return tiles
-
-
-@triton.jit
-def store(ptr, stride, rows, num_rows, tiles, D: tl.constexpr):
-    for i in tl.static_range(len(tiles)):
-        cols = i * tiles[0].shape[1] + tl.arange(0, tiles[i].shape[1])  # [WIDTH]
-        mask = rows[:, None] < num_rows  # [ROWS, 1]
-        if i * tiles[0].shape[1] + tiles[i].shape[1] > D:
-            mask = mask & (cols[None, :] < D)  # [ROWS, WIDTH]
-        tl.store(ptr + rows[:, None] * stride + cols[None, :], tiles[i].to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def zeros_like(tiles):
-    """Accumulators of the tiles' shapes."""
-    zeros = ()
-    for i in tl.static_range(len(tiles)):
-        zeros = zeros + (tl.zeros(tiles[i].shape, tl.float32),)
-    return zeros
-
-
-@triton.jit
-def rescale(tiles, factor):
-    scaled = ()
-    for i in tl.static_range(len(tiles)):
-        scaled = scaled + (tiles[i] * factor,)
-    return scaled
-
-
-@triton.jit
-def score(s, q, k, PRECISION: tl.constexpr):
-    """s + q kᵀ"""
-    for i in tl.static_range(len(q)):
-        s = tl.dot(q[i], k[i].T, s, input_precision=PRECISION)
-    return s
-
-
-@triton.jit
-def weigh(o, p, v, PRECISION: tl.constexpr):
-    """o + p v"""
-    weighted = ()
-    for i in tl.static_range(len(v)):
-        weighted = weighted + (tl.dot(p, v[i], o[i], input_precision=PRECISION),)
-    return weighted
-
-
-@triton.jit
-def visible(s, offs_m, start_n, rows_n, left_n, CAUSAL: tl.constexpr, MASK_N: tl.constexpr):
-    """Scores [BLOCK_M, BLOCK_N], -inf of keys that are absent or that the query does not see."""
-    if MASK_N:
-        s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))
-    if CAUSAL:
-        s = tl.where(start_n + rows_n[None, :] <= offs_m[:, None], s, -float("inf"))
-    return s
 
 
 @triton.jit
@@ -241,14 +139,16 @@ def sweep(
             t = weigh(t, h, v, PRECISION)  # [BLOCK_M, D]
 
     # The addresses are worked out only now: across the loop they would cost D = 128 the registers it lacks.
-    inv_l = (1.0 / l)[:, None]  # [BLOCK_M, 1]
+    inv_l = 1.0 / l  # [BLOCK_M]
     row_m = start_m.to(tl.int64)
+    stride_o_n = H * D
     offs_o = ((batch * N_q + row_m) * H + head) * D
+    o_ptr += offs_o
     tl.store(lse_ptr + (batch * H + head) * N_q + row_m + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
-    store(o_ptr + offs_o, H * D, rows_m, left_m, rescale(o, inv_l), D)
+    store(o_ptr, stride_o_n, rows_m, left_m, rescale(o, inv_l[:, None]), D)
     if DUAL:
         # c is now the mean over all keys, mu of README.md, so nothing is left to subtract.
-        store(o_dot_ptr + offs_o, H * D, rows_m, left_m, rescale(t, inv_l), D)
+        store(o_dot_ptr + offs_o, stride_o_n, rows_m, left_m, rescale(t, inv_l[:, None]), D)
 
 
 @triton.jit
@@ -378,54 +278,6 @@ def require_supported(q: Tensor, k: Tensor, scale: float) -> None:
     reason = unsupported(q, k, scale)
     if reason is not None:
         raise ValueError(reason)
-
-
-def vector_width(dtype: torch.dtype) -> int:
-    return 16 // dtype.itemsize
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x itself where its rows load 16 bytes at a time and a block of them spans 32 bits, else a contiguous copy."""
-    width = vector_width(x.dtype)
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    aligned = x.storage_offset() % width == 0 and all(stride % width == 0 for stride in strides)
-    if x.stride(-1) == 1 and aligned and x.stride(1) < 2**23:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def row_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """`stride_<name>_b`, `_n` and `_h`: of batch, token and head, in 16-byte vectors, so that D = 72 stays aligned.
-
-    Of an argument Triton knows at most that 16 divides it, and `tl.multiple_of` adds nothing there (3.6): with plain
-    strides D = 72 loads 2 bytes at a time. A dimension of one has no stride (torch leaves any number there), and None
-    has none either.
-    """
-    strides = {}
-    for name, x in tensors.items():
-        for i, axis in enumerate("bnh"):
-            stride = x.stride(i) // vector_width(x.dtype) if x is not None and x.shape[i] > 1 else 0
-            strides[f"stride_{name}_{axis}"] = stride
-    return strides
-
-
-def shape_arguments(q: Tensor, k: Tensor) -> dict[str, int]:
-    """The sizes that every kernel here takes."""
-    D_MAIN, D_TAIL = split_head_dim(q.shape[3])
-    return {
-        "N_q": q.shape[1],
-        "N_kv": k.shape[1],
-        "H": q.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
-        "D": q.shape[3],
-        "D_MAIN": D_MAIN,
-        "D_TAIL": D_TAIL,
-        "ALIGN": vector_width(q.dtype),
-    }
-
-
-def long_head(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
 
 
 def forward_launch(

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE
 
 from mfkernels import meanflow_loss, use_backend
 from mfkernels.meanflow_loss import op
