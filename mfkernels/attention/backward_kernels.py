@@ -4,7 +4,7 @@ The gradients may be views of one buffer, dqkv [B, N, 3, H, D], of which the ker
 the gradient of the bias of the projection that q, k and v come from.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 from collections.abc import Mapping
 
@@ -13,34 +13,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.attention.kernels import (
-    LOG2_E,
-    as_rows,
-    load_tile,
-    long_head,
-    require_supported,
-    row_strides,
-    shape_arguments,
-    store_tile,
-)
 from mfkernels.launch import Launch, cdiv, launch_config
 from mfkernels.plan import planned
 from mfkernels.rowwise import sum_partials
 
+from .kernels import require_supported
+from .tiles import (
+    as_rows,
+    load,
+    load_tile,
+    long_head,
+    rescale,
+    row_strides,
+    rows_of,
+    shape_arguments,
+    store,
+    visible,
+    weigh,
+    zeros_like,
+)
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
-def store_sum(
-    ptr, tile, block, num_blocks, SUM_BLOCKS, stride, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
-):
-    """The sum over the rows of a tile of columns FIRST to FIRST + WIDTH, into the sums of this block of tokens.
+def store_sum(ptr, tiles, block, num_blocks, SUM_BLOCKS, stride, D: tl.constexpr):
+    """The tiles' sum over their rows, into the sums of this block of tokens.
 
     There are SUM_BLOCKS of them, `stride` apart: where the other kernel has more blocks, zeros fill the rest.
     """
-    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
-    total = tl.sum(tile, 0)  # [WIDTH]
-    for index in range(block, SUM_BLOCKS, num_blocks):
-        tl.store(ptr + index * stride + cols, total, mask=cols < D)
-        total = tl.zeros([WIDTH], tl.float32)  # [WIDTH]
+    for i in tl.static_range(len(tiles)):
+        cols = i * tiles[0].shape[1] + tl.arange(0, tiles[i].shape[1])  # [WIDTH]
+        total = tl.sum(tiles[i], 0)  # [WIDTH]
+        for index in range(block, SUM_BLOCKS, num_blocks):
+            tl.store(ptr + index * stride + cols, total, mask=cols < D)
+            total = tl.zeros_like(total)  # [WIDTH]
+
+
+@triton.jit
+def load_and_score(q, do, k_rows, v_rows, first, rows, num_rows, D, MASK_ROWS: tl.constexpr, PRECISION: tl.constexpr):
+    """Tiles k and v, s = q kᵀ and dp = do vᵀ. A column of tiles at a time: k before v spills on sm_80 at D = 72."""
+    s = tl.zeros([q[0].shape[0], rows.shape[0]], tl.float32)
+    dp = tl.zeros([q[0].shape[0], rows.shape[0]], tl.float32)
+    k = ()
+    v = ()
+    for i in tl.static_range(len(q)):
+        k = k + (load_tile(k_rows, first, rows, num_rows, D, i * q[0].shape[1], q[i].shape[1], MASK_ROWS),)
+        v = v + (load_tile(v_rows, first, rows, num_rows, D, i * q[0].shape[1], q[i].shape[1], MASK_ROWS),)
+        s = tl.dot(q[i], k[i].T, s, input_precision=PRECISION)
+        dp = tl.dot(do[i], v[i].T, dp, input_precision=PRECISION)
+    return k, v, s, dp
+
+
+@triton.jit
+def row_dots(x, y):
+    """rowsum(x ∘ y) [ROWS] in float32."""
+    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)  # [ROWS]
+    for i in tl.static_range(1, len(x)):
+        total += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)  # [ROWS]
+    return total
+
+
+@triton.jit
+def only_rows(tiles, mask):
+    """The rows of the mask [ROWS], zeros in place of the others."""
+    kept = ()
+    for i in tl.static_range(len(tiles)):
+        kept = kept + (tl.where(mask[:, None], tiles[i], 0.0),)
+    return kept
 
 
 @triton.jit
@@ -105,32 +145,21 @@ def _dq_kernel(
     offs_m = start_m + rows_m  # [BLOCK_M]
     mask_m = rows_m < left_m  # [BLOCK_M]
 
-    stride_do_n = stride_do_n * ALIGN
-    stride_q_n = stride_q_n * ALIGN
-    stride_k_n = stride_k_n * ALIGN
-    stride_v_n = stride_v_n * ALIGN
-    stride_o_n = stride_o_n * ALIGN
     if ONE_STRIDE:
         stride_v_n = stride_k_n
-    do_ptr += (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
-    q_ptr += (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
-    o_ptr += (batch * stride_o_b + head * stride_o_h) * ALIGN + row_m * stride_o_n
-    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN
-    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN
+    do_rows = rows_of(do_ptr, batch, head, row_m, stride_do_b, stride_do_n, stride_do_h, ALIGN)
+    q_rows = rows_of(q_ptr, batch, head, row_m, stride_q_b, stride_q_n, stride_q_h, ALIGN)
+    o_rows = rows_of(o_ptr, batch, head, row_m, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+    k_rows = rows_of(k_ptr, batch, head_kv, 0, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+    v_rows = rows_of(v_ptr, batch, head_kv, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN)
     offs_row = (batch * H + head) * N_q + row_m
     dq_ptr += ((batch * N_q + row_m) * OUT_HEADS + head) * D
 
-    q = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-    do = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-    o = load_tile(o_ptr, stride_o_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # [BLOCK_M]
-    dq = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
-    if D_TAIL > 0:
-        q_tail = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
-        do_tail = load_tile(do_ptr, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
-        o_tail = load_tile(o_ptr, stride_o_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
-        delta += tl.sum(do_tail.to(tl.float32) * o_tail.to(tl.float32), 1)  # [BLOCK_M]
-        dq_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
+    q = load(q_rows, 0, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D]
+    do = load(do_rows, 0, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D]
+    o = load(o_rows, 0, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D]
+    delta = row_dots(do, o)  # [BLOCK_M]
+    dq = zeros_like(q)  # [BLOCK_M, D]
     tl.store(delta_ptr + offs_row + rows_m, delta, mask=mask_m)
     lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=mask_m, other=0.0) * LOG2_E  # [BLOCK_M]
 
@@ -141,34 +170,18 @@ def _dq_kernel(
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
         row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
-        k = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        v = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(do, v.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if D_TAIL > 0:
-            k_tail = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-            v_tail = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-            s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            dp = tl.dot(do_tail, v_tail.T, dp, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        k, _, s, dp = load_and_score(q, do, k_rows, v_rows, row_n, rows_n, left_n, D, MASK_N, PRECISION)
         # Absent keys read as zeros, and exp2(0 - lse) can overflow: inf * 0 would reach dq.
-        if MASK_N:
-            s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))  # [BLOCK_M, BLOCK_N]
-        if CAUSAL:
-            s = tl.where(start_n + rows_n[None, :] <= offs_m[:, None], s, -float("inf"))  # [BLOCK_M, BLOCK_N]
+        s = visible(s, offs_m, start_n, rows_n, left_n, CAUSAL, MASK_N)  # [BLOCK_M, BLOCK_N]
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # [BLOCK_M, BLOCK_N]
-        ds = (p * (dp - delta[:, None])).to(k.dtype)  # [BLOCK_M, BLOCK_N]
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-        if D_TAIL > 0:
-            dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+        ds = (p * (dp - delta[:, None])).to(k[0].dtype)  # [BLOCK_M, BLOCK_N]
+        dq = weigh(dq, ds, k, PRECISION)  # [BLOCK_M, D]
 
-    store_tile(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq * scale, D, 0, D_MAIN)
-    if D_TAIL > 0:
-        store_tile(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq_tail * scale, D, D_MAIN, D_TAIL)
+    dq = rescale(dq, scale)  # [BLOCK_M, D]
+    store(dq_ptr, OUT_HEADS * D, rows_m, left_m, dq, D)
     if partials_ptr is not None:
         sum_ptr = partials_ptr + (batch * SUM_BLOCKS * 3 * H + head) * D
-        store_sum(sum_ptr, dq * scale, block_m, num_m, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
-        if D_TAIL > 0:
-            store_sum(sum_ptr, dq_tail * scale, block_m, num_m, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
+        store_sum(sum_ptr, dq, block_m, num_m, SUM_BLOCKS, 3 * H * D, D)
 
 
 @triton.jit
@@ -227,25 +240,16 @@ def _dkdv_kernel(
     rows_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     offs_n = start_n + rows_n  # [BLOCK_N]
 
-    stride_do_n = stride_do_n * ALIGN
-    stride_q_n = stride_q_n * ALIGN
-    stride_k_n = stride_k_n * ALIGN
-    stride_v_n = stride_v_n * ALIGN
     if ONE_STRIDE:
         stride_do_n = stride_q_n
-    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN + row_n * stride_k_n
-    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN + row_n * stride_v_n
+    k_rows = rows_of(k_ptr, batch, head_kv, row_n, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+    v_rows = rows_of(v_ptr, batch, head_kv, row_n, stride_v_b, stride_v_n, stride_v_h, ALIGN)
     offs_out = ((batch * N_kv + row_n) * OUT_HEADS + head_kv) * D
 
-    k = load_tile(k_ptr, stride_k_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
-    v = load_tile(v_ptr, stride_v_n, rows_n, left_n, D, 0, D_MAIN, True)  # [BLOCK_N, D_MAIN]
-    dk = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
-    dv = tl.zeros([BLOCK_N, D_MAIN], tl.float32)  # [BLOCK_N, D_MAIN]
-    if D_TAIL > 0:
-        k_tail = load_tile(k_ptr, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
-        v_tail = load_tile(v_ptr, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D_TAIL]
-        dk_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
-        dv_tail = tl.zeros([BLOCK_N, D_TAIL], tl.float32)  # [BLOCK_N, D_TAIL]
+    k = load(k_rows, 0, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D]
+    v = load(v_rows, 0, rows_n, left_n, D, D_MAIN, D_TAIL, True)  # [BLOCK_N, D]
+    dk = zeros_like(k)  # [BLOCK_N, D]
+    dv = zeros_like(v)  # [BLOCK_N, D]
 
     scale_log2 = scale * LOG2_E
     first_m = 0
@@ -257,52 +261,32 @@ def _dkdv_kernel(
         start_m = (first_m + index % blocks) * BLOCK_M
         row_m = tl.cast(start_m, tl.int64 if LONG_HEAD else tl.int32)
         left_m = N_q - start_m
-        do_row = do_ptr + (batch * stride_do_b + head * stride_do_h) * ALIGN + row_m * stride_do_n
-        q_row = q_ptr + (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
+        do_rows = rows_of(do_ptr, batch, head, row_m, stride_do_b, stride_do_n, stride_do_h, ALIGN)
+        q_rows = rows_of(q_ptr, batch, head, row_m, stride_q_b, stride_q_n, stride_q_h, ALIGN)
         offs_row = (batch * H + head) * N_q + row_m
 
         # Absent queries read as zeros, lse too: p is 1 for them, do and dp - delta are 0, nothing is added.
-        q = load_tile(q_row, stride_q_n, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
-        do = load_tile(do_row, stride_do_n, rows_m, left_m, D, 0, D_MAIN, MASK_M)  # [BLOCK_M, D_MAIN]
+        q, do, s, dp = load_and_score(k, v, q_rows, do_rows, 0, rows_m, left_m, D, MASK_M, PRECISION)
         lse_log2 = tl.load(lse_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0) * LOG2_E  # [BLOCK_M]
         delta = tl.load(delta_ptr + offs_row + rows_m, mask=rows_m < left_m, other=0.0)  # [BLOCK_M]
-        s = tl.dot(k, q.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(v, do.T, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        if D_TAIL > 0:
-            q_tail = load_tile(q_row, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
-            do_tail = load_tile(do_row, stride_do_n, rows_m, left_m, D, D_MAIN, D_TAIL, MASK_M)  # [BLOCK_M, D_TAIL]
-            s = tl.dot(k_tail, q_tail.T, s, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            dp = tl.dot(v_tail, do_tail.T, dp, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= start_m + rows_m[None, :], s, -float("inf"))  # [BLOCK_N, BLOCK_M]
         p = tl.exp2(s * scale_log2 - lse_log2[None, :])  # [BLOCK_N, BLOCK_M]
-        p_low = p.to(v.dtype)  # [BLOCK_N, BLOCK_M]
-        dv = tl.dot(p_low, do, dv, input_precision=PRECISION)  # [BLOCK_N, D_MAIN]
-        ds = (p * (dp - delta[None, :])).to(v.dtype)  # [BLOCK_N, BLOCK_M]
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)  # [BLOCK_N, D_MAIN]
-        if D_TAIL > 0:
-            dv_tail = tl.dot(p_low, do_tail, dv_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
-            dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)  # [BLOCK_N, D_TAIL]
+        dv = weigh(dv, p.to(v[0].dtype), do, PRECISION)  # [BLOCK_N, D]
+        ds = (p * (dp - delta[None, :])).to(v[0].dtype)  # [BLOCK_N, BLOCK_M]
+        dk = weigh(dk, ds, q, PRECISION)  # [BLOCK_N, D]
 
-    dk *= scale
-    store_tile(dk_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dk, D, 0, D_MAIN)
-    store_tile(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv, D, 0, D_MAIN)
-    if D_TAIL > 0:
-        dk_tail *= scale
-        store_tile(dk_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dk_tail, D, D_MAIN, D_TAIL)
-        store_tile(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv_tail, D, D_MAIN, D_TAIL)
+    dk = rescale(dk, scale)  # [BLOCK_N, D]
+    store(dk_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dk, D)
+    store(dv_ptr + offs_out, OUT_HEADS * D, rows_n, left_n, dv, D)
     if partials_ptr is not None:
-        there = (rows_n < left_n)[:, None]  # [BLOCK_N, 1]; absent keys have gradients that nobody reads
         dk_sum_ptr = partials_ptr + ((batch * SUM_BLOCKS * 3 + 1) * H + head_kv) * D
         dv_sum_ptr = dk_sum_ptr + H * D
         block_n = start_n // BLOCK_N
-        dk, dv = tl.where(there, dk, 0.0), tl.where(there, dv, 0.0)
-        store_sum(dk_sum_ptr, dk, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
-        store_sum(dv_sum_ptr, dv, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, 0, D_MAIN)
-        if D_TAIL > 0:
-            dk_tail, dv_tail = tl.where(there, dk_tail, 0.0), tl.where(there, dv_tail, 0.0)
-            store_sum(dk_sum_ptr, dk_tail, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
-            store_sum(dv_sum_ptr, dv_tail, block_n, num_n, SUM_BLOCKS, 3 * H * D, D, D_MAIN, D_TAIL)
+        there = rows_n < left_n  # [BLOCK_N]; absent keys have gradients that nobody reads
+        dk, dv = only_rows(dk, there), only_rows(dv, there)
+        store_sum(dk_sum_ptr, dk, block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
+        store_sum(dv_sum_ptr, dv, block_n, num_n, SUM_BLOCKS, 3 * H * D, D)
 
 
 def dq_launch(
@@ -477,53 +461,9 @@ def backward_configs(
     )
 
 
-def _run(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    partials: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    precision: str,
-    configs: tuple[Mapping[str, int], Mapping[str, int]],
-) -> None:
+def _run(do, q, k, v, o, lse, dq, dk, dv, partials, *, configs, **options):
     do, q, k, v, o = (as_rows(x) for x in (do, q, k, v, o))
     lse = lse.contiguous()  # [B, H, N_q]
     delta = torch.empty_like(lse)  # [B, H, N_q]
-    dq_launch(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        delta,
-        dq,
-        partials,
-        scale=scale,
-        causal=causal,
-        precision=precision,
-        config=configs[0],
-    ).run()
-    dkdv_launch(
-        do,
-        q,
-        k,
-        v,
-        lse,
-        delta,
-        dk,
-        dv,
-        partials,
-        scale=scale,
-        causal=causal,
-        precision=precision,
-        config=configs[1],
-    ).run()
+    dq_launch(do, q, k, v, o, lse, delta, dq, partials, **options, config=configs[0]).run()
+    dkdv_launch(do, q, k, v, lse, delta, dk, dv, partials, **options, config=configs[1]).run()

@@ -1,6 +1,6 @@
 """Triton attention, forward: output, tangent and log-sum-exp in one sweep over the keys (README.md derives it)."""
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="assignment"
 
 import itertools
 import math
@@ -11,90 +11,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors, next_power_of_2
+from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors
 from mfkernels.plan import planned
 
 from .limits import unsupported
+from .tiles import (
+    as_rows,
+    load,
+    long_head,
+    rescale,
+    row_strides,
+    rows_of,
+    score,
+    shape_arguments,
+    store,
+    visible,
+    weigh,
+    zeros_like,
+)
 
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 MAX_BATCH = 65535  # of one launch: the third axis of a grid
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Widths (main, tail) of the two power-of-two column blocks that hold a head; tail is 0 where one is no wider.
+@triton.jit
+def softmax(s, m, l, scale_log2, DTYPE: tl.constexpr):  # noqa: E741
+    """p of a tile's scores, the rows' maximum m and sum l with it, l without it, and exp2 of how far m moved."""
+    # Key 0 is visible to every query, so m is finite from the first tile on and no exponent is inf - inf.
+    m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+    alpha = tl.exp2(m - m_new)  # [BLOCK_M]
+    p = tl.exp2(s * scale_log2 - m_new[:, None])  # [BLOCK_M, BLOCK_N]
+    p_low = p.to(DTYPE)  # [BLOCK_M, BLOCK_N]
+    l_old = l * alpha  # [BLOCK_M]
+    return p, p_low, m_new, l_old + tl.sum(p, 1), l_old, alpha
 
-    72 is 64 + 16, not 128: 1.35x the tensor time of 64 against 2x. 16 is the least a tensor core takes.
+
+@triton.jit
+def centre(p, s_dot, o, t, c, l, l_old, alpha, scale, DTYPE: tl.constexpr):  # noqa: E741
+    """h = p (s_dot - c), with c the mean of s_dot under p over the keys seen so far, and t relative to that c.
+
+    Moving c moves t, which has been rescaled, by so much o, which has not.
     """
-    whole = max(16, next_power_of_2(head_dim))
-    main = whole // 2
-    if head_dim <= 16 or head_dim == whole:
-        return whole, 0
-    tail = max(16, next_power_of_2(head_dim - main))
-    return (main, tail) if main + tail < whole else (whole, 0)
+    c_new = (c * l_old + tl.sum(p * s_dot, 1) * scale) / l  # [BLOCK_M]
+    shift = (c_new - c) * alpha  # [BLOCK_M]
+    h = (p * (s_dot * scale - c_new[:, None])).to(DTYPE)  # [BLOCK_M, BLOCK_N]
+    moved = ()
+    for i in tl.static_range(len(t)):
+        moved = moved + (t[i] * alpha[:, None] - shift[:, None] * o[i],)
+    return h, moved, c_new
 
 
 @triton.jit
-def load_tile(
-    ptr,
-    stride,
-    rows,
-    num_rows,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-):
-    """Columns FIRST .. FIRST + WIDTH of the rows at ptr; what lies past num_rows or past D reads as zero."""
-    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
-    ptrs = ptr + (rows[:, None] * stride + cols[None, :])  # [ROWS, WIDTH]
-    if MASK_ROWS:
-        if FIRST + WIDTH > D:
-            return tl.load(ptrs, mask=(rows[:, None] < num_rows) & (cols[None, :] < D), other=0.0)
-        else:
-            return tl.load(ptrs, mask=rows[:, None] < num_rows, other=0.0)
-    else:
-        if FIRST + WIDTH > D:
-            return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
-        else:
-            return tl.load(ptrs)
-
-
-@triton.jit
-def store_tile(
-    ptr,
-    stride,
-    rows,
-    num_rows,
-    tile,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    cols = FIRST + tl.arange(0, WIDTH)  # [WIDTH]
-    mask = rows[:, None] < num_rows  # [ROWS, 1]
-    if FIRST + WIDTH > D:
-        mask = mask & (cols[None, :] < D)  # [ROWS, WIDTH]
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sweep(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    q_dot_ptr,
-    k_dot_ptr,
-    v_dot_ptr,
+def sweep(
+    primals,  # q, k, v of the head: (pointer, stride) each
+    tangents,  # q_dot, k_dot, v_dot likewise, () where zero; or () for a batch row without a tangent
     o_ptr,
     o_dot_ptr,
     lse_ptr,
-    stride_q_n,
-    stride_k_n,
-    stride_v_n,
-    stride_q_dot_n,
-    stride_k_dot_n,
-    stride_v_dot_n,
     scale,
     scale_log2,
     batch,
@@ -109,15 +82,15 @@ def _sweep(
     CAUSAL: tl.constexpr,
     MASK_N: tl.constexpr,
     LONG_HEAD: tl.constexpr,
-    DUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of queries of one head against all its keys. Inputs point at the head, q at the block."""
-    HAS_Q_DOT: tl.constexpr = DUAL and q_dot_ptr is not None
-    HAS_K_DOT: tl.constexpr = DUAL and k_dot_ptr is not None
-    HAS_V_DOT: tl.constexpr = DUAL and v_dot_ptr is not None
+    """One block of queries of one head against all its keys."""
+    DUAL: tl.constexpr = len(tangents) > 0
+    HAS_Q_DOT: tl.constexpr = DUAL and len(tangents[0]) > 0
+    HAS_K_DOT: tl.constexpr = DUAL and len(tangents[1]) > 0
+    HAS_V_DOT: tl.constexpr = DUAL and len(tangents[2]) > 0
     HAS_S_DOT: tl.constexpr = HAS_Q_DOT or HAS_K_DOT
 
     rows_m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -125,22 +98,14 @@ def _sweep(
     left_m = N_q - start_m
     offs_m = start_m + rows_m  # [BLOCK_M]
 
-    q = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-    if D_TAIL > 0:
-        q_tail = load_tile(q_ptr, stride_q_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D_TAIL]
+    q = load(primals[0], 0, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D]
     if HAS_Q_DOT:
-        q_dot = load_tile(q_dot_ptr, stride_q_dot_n, rows_m, left_m, D, 0, D_MAIN, True)  # [BLOCK_M, D_MAIN]
-        if D_TAIL > 0:
-            q_dot_tail = load_tile(q_dot_ptr, stride_q_dot_n, rows_m, left_m, D, D_MAIN, D_TAIL, True)
-
+        q_dot = load(tangents[0], 0, rows_m, left_m, D, D_MAIN, D_TAIL, True)  # [BLOCK_M, D]
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [BLOCK_M] row maximum, in log2 units
     l = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] sum of p  # noqa: E741
     c = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M] the centre: mean of s_dot under p so far
-    o = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
-    t = tl.zeros([BLOCK_M, D_MAIN], tl.float32)  # [BLOCK_M, D_MAIN]
-    if D_TAIL > 0:
-        o_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
-        t_tail = tl.zeros([BLOCK_M, D_TAIL], tl.float32)  # [BLOCK_M, D_TAIL]
+    o = zeros_like(q)  # [BLOCK_M, D]
+    t = zeros_like(q)  # [BLOCK_M, D]
 
     end_n = N_kv
     if CAUSAL:
@@ -148,69 +113,30 @@ def _sweep(
     for start_n in tl.range(0, end_n, BLOCK_N):
         left_n = N_kv - start_n
         row_n = tl.cast(start_n, tl.int64 if LONG_HEAD else tl.int32)
-        k = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        s = tl.dot(q, k.T, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if D_TAIL > 0:
-            k_tail = load_tile(k_ptr + row_n * stride_k_n, stride_k_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-            s = tl.dot(q_tail, k_tail.T, s, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if MASK_N:
-            s = tl.where(rows_n[None, :] < left_n, s, -float("inf"))  # [BLOCK_M, BLOCK_N]
-        if CAUSAL:
-            s = tl.where(start_n + rows_n[None, :] <= offs_m[:, None], s, -float("inf"))  # [BLOCK_M, BLOCK_N]
-
+        k = load(primals[1], row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
+        s = score(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), q, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+        s = visible(s, offs_m, start_n, rows_n, left_n, CAUSAL, MASK_N)  # [BLOCK_M, BLOCK_N]
         if HAS_S_DOT:
             s_dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BLOCK_M, BLOCK_N]
             if HAS_Q_DOT:
-                s_dot = tl.dot(q_dot, k.T, s_dot, input_precision=PRECISION)
-                if D_TAIL > 0:
-                    s_dot = tl.dot(q_dot_tail, k_tail.T, s_dot, input_precision=PRECISION)
+                s_dot = score(s_dot, q_dot, k, PRECISION)
             if HAS_K_DOT:
-                k_dot_row = k_dot_ptr + row_n * stride_k_dot_n
-                k_dot = load_tile(k_dot_row, stride_k_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
-                s_dot = tl.dot(q, k_dot.T, s_dot, input_precision=PRECISION)
-                if D_TAIL > 0:
-                    k_dot_tail = load_tile(k_dot_row, stride_k_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-                    s_dot = tl.dot(q_tail, k_dot_tail.T, s_dot, input_precision=PRECISION)
+                k_dot = load(tangents[1], row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
+                s_dot = score(s_dot, q, k_dot, PRECISION)
 
-        # Key 0 is visible to every query, so m is finite from the first tile on and no exponent is inf - inf.
-        m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
-        alpha = tl.exp2(m - m_new)  # [BLOCK_M]
-        p = tl.exp2(s * scale_log2 - m_new[:, None])  # [BLOCK_M, BLOCK_N]
-        p_low = p.to(q.dtype)  # [BLOCK_M, BLOCK_N]
-        m = m_new
-        l_old = l * alpha  # [BLOCK_M]
-        l = l_old + tl.sum(p, 1)  # [BLOCK_M]  # noqa: E741
-
-        # t is relative to c. Moving c to the mean over the keys seen so far, this tile included, moves t by so much o.
+        p, p_low, m, l, l_old, alpha = softmax(s, m, l, scale_log2, q[0].dtype)  # noqa: E741
         if HAS_S_DOT:
-            c_new = (c * l_old + tl.sum(p * s_dot, 1) * scale) / l  # [BLOCK_M]
-            shift = (c_new - c) * alpha  # [BLOCK_M]
-            c = c_new
-            h_low = (p * (s_dot * scale - c[:, None])).to(q.dtype)  # [BLOCK_M, BLOCK_N]
-            t = t * alpha[:, None] - shift[:, None] * o  # [BLOCK_M, D_MAIN]
-            if D_TAIL > 0:
-                t_tail = t_tail * alpha[:, None] - shift[:, None] * o_tail  # [BLOCK_M, D_TAIL]
+            h, t, c = centre(p, s_dot, o, t, c, l, l_old, alpha, scale, q[0].dtype)
         elif DUAL:
-            t = t * alpha[:, None]  # [BLOCK_M, D_MAIN]
-            if D_TAIL > 0:
-                t_tail = t_tail * alpha[:, None]  # [BLOCK_M, D_TAIL]
+            t = rescale(t, alpha[:, None])  # [BLOCK_M, D]
 
-        v = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)  # [BLOCK_N, D_MAIN]
-        o = tl.dot(p_low, v, o * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-        if D_TAIL > 0:
-            v_tail = load_tile(v_ptr + row_n * stride_v_n, stride_v_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-            o_tail = tl.dot(p_low, v_tail, o_tail * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+        v = load(primals[2], row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
+        o = weigh(rescale(o, alpha[:, None]), p_low, v, PRECISION)  # [BLOCK_M, D]
         if HAS_V_DOT:
-            v_dot_row = v_dot_ptr + row_n * stride_v_dot_n
-            v_dot = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, 0, D_MAIN, MASK_N)
-            t = tl.dot(p_low, v_dot, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-            if D_TAIL > 0:
-                v_dot_tail = load_tile(v_dot_row, stride_v_dot_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)
-                t_tail = tl.dot(p_low, v_dot_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+            v_dot = load(tangents[2], row_n, rows_n, left_n, D, D_MAIN, D_TAIL, MASK_N)  # [BLOCK_N, D]
+            t = weigh(t, p_low, v_dot, PRECISION)  # [BLOCK_M, D]
         if HAS_S_DOT:
-            t = tl.dot(h_low, v, t, input_precision=PRECISION)  # [BLOCK_M, D_MAIN]
-            if D_TAIL > 0:
-                t_tail = tl.dot(h_low, v_tail, t_tail, input_precision=PRECISION)  # [BLOCK_M, D_TAIL]
+            t = weigh(t, h, v, PRECISION)  # [BLOCK_M, D]
 
     # The addresses are worked out only now: across the loop they would cost D = 128 the registers it lacks.
     inv_l = 1.0 / l  # [BLOCK_M]
@@ -219,15 +145,10 @@ def _sweep(
     offs_o = ((batch * N_q + row_m) * H + head) * D
     o_ptr += offs_o
     tl.store(lse_ptr + (batch * H + head) * N_q + row_m + rows_m, m * LN_2 + tl.log(l), mask=rows_m < left_m)
-    store_tile(o_ptr, stride_o_n, rows_m, left_m, o * inv_l[:, None], D, 0, D_MAIN)
-    if D_TAIL > 0:
-        store_tile(o_ptr, stride_o_n, rows_m, left_m, o_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
+    store(o_ptr, stride_o_n, rows_m, left_m, rescale(o, inv_l[:, None]), D)
     if DUAL:
-        o_dot_ptr += offs_o
         # c is now the mean over all keys, mu of README.md, so nothing is left to subtract.
-        store_tile(o_dot_ptr, stride_o_n, rows_m, left_m, t * inv_l[:, None], D, 0, D_MAIN)
-        if D_TAIL > 0:
-            store_tile(o_dot_ptr, stride_o_n, rows_m, left_m, t_tail * inv_l[:, None], D, D_MAIN, D_TAIL)
+        store(o_dot_ptr + offs_o, stride_o_n, rows_m, left_m, rescale(t, inv_l[:, None]), D)
 
 
 @triton.jit
@@ -289,98 +210,67 @@ def _attention_forward_kernel(
     row_m = start_m.to(tl.int64)
     head_kv = head // GROUP
 
-    stride_q_n = stride_q_n * ALIGN
-    stride_k_n = stride_k_n * ALIGN
-    stride_v_n = stride_v_n * ALIGN
-    stride_q_dot_n = stride_q_dot_n * ALIGN
-    stride_k_dot_n = stride_k_dot_n * ALIGN
-    stride_v_dot_n = stride_v_dot_n * ALIGN
     if ONE_STRIDE:
         stride_v_n = stride_k_n
         stride_k_dot_n = stride_k_n
         stride_v_dot_n = stride_k_n
-    q_ptr += (batch * stride_q_b + head * stride_q_h) * ALIGN + row_m * stride_q_n
-    k_ptr += (batch * stride_k_b + head_kv * stride_k_h) * ALIGN
-    v_ptr += (batch * stride_v_b + head_kv * stride_v_h) * ALIGN
-    if q_dot_ptr is not None:
-        q_dot_ptr += (batch * stride_q_dot_b + head * stride_q_dot_h) * ALIGN + row_m * stride_q_dot_n
-    if k_dot_ptr is not None:
-        k_dot_ptr += (batch * stride_k_dot_b + head_kv * stride_k_dot_h) * ALIGN
-    if v_dot_ptr is not None:
-        v_dot_ptr += (batch * stride_v_dot_b + head_kv * stride_v_dot_h) * ALIGN
+    q = rows_of(q_ptr, batch, head, row_m, stride_q_b, stride_q_n, stride_q_h, ALIGN)
+    k = rows_of(k_ptr, batch, head_kv, 0, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+    v = rows_of(v_ptr, batch, head_kv, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN)
+    q_dot = rows_of(q_dot_ptr, batch, head, row_m, stride_q_dot_b, stride_q_dot_n, stride_q_dot_h, ALIGN)
+    k_dot = rows_of(k_dot_ptr, batch, head_kv, 0, stride_k_dot_b, stride_k_dot_n, stride_k_dot_h, ALIGN)
+    v_dot = rows_of(v_dot_ptr, batch, head_kv, 0, stride_v_dot_b, stride_v_dot_n, stride_v_dot_h, ALIGN)
 
     # Both calls are inlined: a batch row without a tangent runs the primal loop, a third of the matmuls.
     if HAS_TANGENT and batch < B_t:
-        _sweep(
-            q_ptr=q_ptr,
-            k_ptr=k_ptr,
-            v_ptr=v_ptr,
-            q_dot_ptr=q_dot_ptr,
-            k_dot_ptr=k_dot_ptr,
-            v_dot_ptr=v_dot_ptr,
-            o_ptr=o_ptr,
-            o_dot_ptr=o_dot_ptr,
-            lse_ptr=lse_ptr,
-            stride_q_n=stride_q_n,
-            stride_k_n=stride_k_n,
-            stride_v_n=stride_v_n,
-            stride_q_dot_n=stride_q_dot_n,
-            stride_k_dot_n=stride_k_dot_n,
-            stride_v_dot_n=stride_v_dot_n,
-            scale=scale,
-            scale_log2=scale_log2,
-            batch=batch,
-            head=head,
-            start_m=start_m,
-            N_q=N_q,
-            N_kv=N_kv,
-            H=H,
-            D=D,
-            D_MAIN=D_MAIN,
-            D_TAIL=D_TAIL,
-            CAUSAL=CAUSAL,
-            MASK_N=MASK_N,
-            LONG_HEAD=LONG_HEAD,
-            DUAL=True,
-            PRECISION=PRECISION,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
+        sweep(
+            (q, k, v),
+            (q_dot, k_dot, v_dot),
+            o_ptr,
+            o_dot_ptr,
+            lse_ptr,
+            scale,
+            scale_log2,
+            batch,
+            head,
+            start_m,
+            N_q,
+            N_kv,
+            H,
+            D,
+            D_MAIN,
+            D_TAIL,
+            CAUSAL,
+            MASK_N,
+            LONG_HEAD,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
         )
     else:
-        _sweep(
-            q_ptr=q_ptr,
-            k_ptr=k_ptr,
-            v_ptr=v_ptr,
-            q_dot_ptr=None,
-            k_dot_ptr=None,
-            v_dot_ptr=None,
-            o_ptr=o_ptr,
-            o_dot_ptr=None,
-            lse_ptr=lse_ptr,
-            stride_q_n=stride_q_n,
-            stride_k_n=stride_k_n,
-            stride_v_n=stride_v_n,
-            stride_q_dot_n=0,
-            stride_k_dot_n=0,
-            stride_v_dot_n=0,
-            scale=scale,
-            scale_log2=scale_log2,
-            batch=batch,
-            head=head,
-            start_m=start_m,
-            N_q=N_q,
-            N_kv=N_kv,
-            H=H,
-            D=D,
-            D_MAIN=D_MAIN,
-            D_TAIL=D_TAIL,
-            CAUSAL=CAUSAL,
-            MASK_N=MASK_N,
-            LONG_HEAD=LONG_HEAD,
-            DUAL=False,
-            PRECISION=PRECISION,
-            BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N,
+        sweep(
+            (q, k, v),
+            (),
+            o_ptr,
+            None,
+            lse_ptr,
+            scale,
+            scale_log2,
+            batch,
+            head,
+            start_m,
+            N_q,
+            N_kv,
+            H,
+            D,
+            D_MAIN,
+            D_TAIL,
+            CAUSAL,
+            MASK_N,
+            LONG_HEAD,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
         )
 
 
@@ -388,54 +278,6 @@ def require_supported(q: Tensor, k: Tensor, scale: float) -> None:
     reason = unsupported(q, k, scale)
     if reason is not None:
         raise ValueError(reason)
-
-
-def vector_width(dtype: torch.dtype) -> int:
-    return 16 // dtype.itemsize
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x itself where its rows load 16 bytes at a time and a block of them spans 32 bits, else a contiguous copy."""
-    width = vector_width(x.dtype)
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    aligned = x.storage_offset() % width == 0 and all(stride % width == 0 for stride in strides)
-    if x.stride(-1) == 1 and aligned and x.stride(1) < 2**23:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def row_strides(**tensors: Tensor | None) -> dict[str, int]:
-    """`stride_<name>_b`, `_n` and `_h`: of batch, token and head, in 16-byte vectors, so that D = 72 stays aligned.
-
-    Of an argument Triton knows at most that 16 divides it, and `tl.multiple_of` adds nothing there (3.6): with plain
-    strides D = 72 loads 2 bytes at a time. A dimension of one has no stride (torch leaves any number there), and None
-    has none either.
-    """
-    strides = {}
-    for name, x in tensors.items():
-        for i, axis in enumerate("bnh"):
-            stride = x.stride(i) // vector_width(x.dtype) if x is not None and x.shape[i] > 1 else 0
-            strides[f"stride_{name}_{axis}"] = stride
-    return strides
-
-
-def shape_arguments(q: Tensor, k: Tensor) -> dict[str, int]:
-    """The sizes that every kernel here takes."""
-    D_MAIN, D_TAIL = split_head_dim(q.shape[3])
-    return {
-        "N_q": q.shape[1],
-        "N_kv": k.shape[1],
-        "H": q.shape[2],
-        "GROUP": q.shape[2] // k.shape[2],
-        "D": q.shape[3],
-        "D_MAIN": D_MAIN,
-        "D_TAIL": D_TAIL,
-        "ALIGN": vector_width(q.dtype),
-    }
-
-
-def long_head(*tensors: Tensor | None) -> bool:
-    return any(x is not None and x.shape[1] * x.stride(1) >= 2**31 for x in tensors)
 
 
 def forward_launch(

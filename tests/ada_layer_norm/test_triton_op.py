@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE, assert_compiles, assert_forward_mode
 
 from mfkernels import Dual, ada_layer_norm, use_backend
 from mfkernels.ada_layer_norm import op

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE
 
 from mfkernels import adaptive_squared_error, use_backend
 from mfkernels.adaptive_squared_error import op

@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.attention.backward_kernels import attention_backward
-from mfkernels.attention.kernels import attention_forward, row_strides, split_head_dim
+from mfkernels.attention.kernels import attention_forward
+from mfkernels.attention.tiles import row_strides, split_head_dim
 from mfkernels.launch import Launch, find_config, forced_config, recorded
 
 # Triton's interpreter does this itself in every loop with a runtime bound (3.6, numpy 2.3).

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import torch.autograd.forward_ad as fwAD
-from op_checks import saved_bytes
+from memory import saved_bytes
+from op_checks import forward_ad
 from test_op import oracle, packed, separate
 
 from meanflow.models import DiT, DiTBlock
@@ -66,12 +66,7 @@ def test_opcheck():
     torch.library.opcheck(op._backward.custom_op, (*saved, 0.3, True))
 
 
-def forward_mode(fn, primals, tangents):
-    with fwAD.dual_level():
-        return tuple(fwAD.unpack_dual(fn(*(fwAD.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)))))
-
-
-@pytest.mark.parametrize("transform", [torch.func.jvp, forward_mode])
+@pytest.mark.parametrize("transform", [torch.func.jvp, forward_ad])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_forward_mode_ad(transform, compiled, backend):
@@ -122,8 +117,7 @@ def test_a_block_on_duals_compiles_as_one_graph_and_gradients_reach_qkv():
 
 def test_backward_keeps_nothing_of_the_tangent():
     net, x = Attention(24, 3).to(DEVICE), torch.randn(4, 7, 24, device=DEVICE)
-
-    assert saved_bytes(lambda: net(Dual(x, torch.randn_like(x)))) == saved_bytes(lambda: net(x))
+    assert saved_bytes(lambda: net(Dual(x, torch.randn_like(x)))) == saved_bytes(lambda: net(x)) > 0
 
 
 def test_what_it_does_not_serve_is_refused_by_name():

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from op_checks import saved_bytes
+from memory import saved_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as stock_checkpoint

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE, assert_compiles, assert_forward_mode
 
 from mfkernels import Dual, gated_residual, gated_residual_ada_layer_norm, use_backend
 from mfkernels.gated_residual import op

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from both_backends import DEVICE, both, cases
-from op_checks import saved_bytes
+from memory import saved_bytes
 
 from mfkernels import Dual, layer_scale_residual
 from mfkernels.testing import assert_dual

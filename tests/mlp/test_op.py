@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_checks import saved_bytes
+from memory import saved_bytes
 from plain_mlp import make, oracle
 
 from mfkernels import Mlp, mlp

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE, assert_compiles, assert_forward_mode
 from plain_mlp import make, oracle
 
 from mfkernels import Dual, Mlp, mlp, use_backend

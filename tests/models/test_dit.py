@@ -1,6 +1,6 @@
 import pytest
 import torch
-from op_checks import saved_bytes
+from memory import saved_bytes
 from peers import PlainDiT, math_attention
 
 from meanflow.models import DiT, DiT_B_2, DiT_XL_2, create_model

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from imf_peers import PlainIMFDiT
-from op_checks import saved_bytes
+from memory import saved_bytes
 from peers import math_attention
 from torch.utils.checkpoint import checkpoint
 

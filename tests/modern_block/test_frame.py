@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from op_checks import DEVICE, assert_compiles, assert_forward_mode, saved_bytes
+from memory import saved_bytes
+from op_checks import DEVICE, assert_compiles, assert_forward_mode
 
 from mfkernels import (
     Dual,

@@ -69,18 +69,3 @@ def assert_compiles(op: Callable[..., object], inputs: Sequence[Dual | Tensor]) 
     for eager, compiled in zip(*results, strict=True):
         assert eager.abs().sum() > 0
         torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
-
-
-def saved_bytes(fn: Callable[[], object]) -> int:
-    """Bytes that the backward of `fn` keeps; one storage counts once."""
-    storages: dict[int, int] = {}
-    kept = []
-
-    def pack(a):
-        storages[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-        kept.append(a)
-        return a
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
-        kept.append(fn())
-    return sum(storages.values())
