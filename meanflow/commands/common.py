@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import tyro
-from tyro.conf import FlagCreatePairsOff
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from ..config import RUNS
 from ..errors import UsageError
@@ -20,6 +20,7 @@ from ..processes import is_first
 from ..registry import find, names
 
 Flag = FlagCreatePairsOff[bool]
+WITHOUT_PREFIX: Any = OmitArgPrefixes
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -32,9 +33,9 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def described(cls: type[Any]) -> list[tuple[str, Any, Any]]:
-    """The fields of a command's options with the lines of its docstring as their help."""
-    texts, hints = help_of(cls), get_type_hints(cls, include_extras=True)
+def described(cls: type[Any], **kinds: Any) -> list[tuple[str, Any, Any]]:
+    """The fields of a command's options with the lines of its docstring as their help, some of other types."""
+    texts, hints = help_of(cls), {**get_type_hints(cls, include_extras=True), **kinds}
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cls):
         kind: Any = Annotated[(hints[field.name], tyro.conf.arg(help=texts[field.name]))]
@@ -42,9 +43,9 @@ def described(cls: type[Any]) -> list[tuple[str, Any, Any]]:
     return fields
 
 
-def command(cls: type[Any], *more: tuple[Any, ...]) -> type[Any]:
-    """The class that the parser is given: the fields of `cls`, and more."""
-    made = dataclasses.make_dataclass(cls.__name__, [*described(cls), *more], frozen=True, kw_only=True)
+def command(cls: type[Any], *more: tuple[Any, ...], **kinds: Any) -> type[Any]:
+    """The class that the parser is given: the fields of `cls`, some of other types, and more."""
+    made = dataclasses.make_dataclass(cls.__name__, [*described(cls, **kinds), *more], frozen=True, kw_only=True)
     made.__doc__ = (cls.__doc__ or "").partition("Args:")[0].strip()
     return made
 
@@ -57,7 +58,7 @@ def given_flags(options: Iterable[Option]) -> Any:
             kind = option.flag or option.kind
             kinds[option.name] = kind if kinds.get(option.name, kind) == kind else str
     flags: Any = TypedDict("flags", kinds, total=False)  # type: ignore[misc]
-    return Annotated[flags, tyro.conf.arg(prefix_name=False)]
+    return WITHOUT_PREFIX[flags]
 
 
 # --------------------------------------------------------------------------------------------- options of the sampling
@@ -80,7 +81,7 @@ def with_sampling(cls: type[Any]) -> type[Any]:
         help = "; ".join(f"{of}: {option.help} (default: {option.default})" for of, option in several)
         kinds[name] = Annotated[kind, tyro.conf.arg(help=help, help_behavior_hint="")]
     flags: Any = TypedDict("sampling", kinds, total=False)  # type: ignore[misc]
-    return command(cls, ("sampling", Annotated[flags, tyro.conf.arg(prefix_name=False)]))
+    return command(cls, ("sampling", WITHOUT_PREFIX[flags]))
 
 
 def check_sampling(given: Mapping[str, Any], objective: Objective, source: Path) -> dict[str, Any]:

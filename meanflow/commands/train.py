@@ -22,25 +22,21 @@ from ..registry import is_code, names
 from ..training.folder import RunFolder
 from ..training.run import run_training
 from ..training.state import names_in
-from .common import Flag, command, given_flags, parse, say, say_report
+from .common import WITHOUT_PREFIX, Flag, command, given_flags, parse, say, say_report
 
 
 def _recipes() -> Any:
     """The type of a recipe's name. Not `Literal[…] | None`: tyro would take the word "None" for one."""
-    return Annotated[
-        str | None,
-        PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="{" + ",".join(names("recipes")) + "}",
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: value is None or isinstance(value, str),
-            str_from_instance=lambda value: [value or "none"],
-            choices=tuple(names("recipes")),
-        ),
-    ]
-
-
-Recipe: Any = _recipes()
+    spec = PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(names("recipes")) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [value or "none"],
+        choices=tuple(names("recipes")),
+    )
+    positional: Any = Positional
+    return positional[Annotated[str | None, spec]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Start:
         trust_code: run the function that a file, not a flag, names as the model or another component
     """
 
-    preset: Positional[Recipe] = None
+    preset: Positional[str | None] = None
     config: Path | None = None
     resume: Flag = False
     overwrite: Flag = False
@@ -129,7 +125,7 @@ def _saved_run(word: str | None, given: dict[str, Any], trust: Any, *, overwrite
 def _given(args: Sequence[str]) -> Any:
     """`Start` with the flags of every component that there is, those that `args` names as code too."""
     flags = given_flags([*_every_option(), *_options_of_code(args)])
-    return command(Start, ("settings", flags))
+    return command(Start, ("settings", flags), preset=_recipes())
 
 
 def _every_option() -> Iterator[Option]:
@@ -163,9 +159,8 @@ def _shown(config: Config) -> Any:
             text = option.help or option.name.replace("_", " ")
             options.append((option.name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
         made = dataclasses.make_dataclass(group, options, frozen=True)
-        made_of: Any = Annotated[(made, tyro.conf.arg(prefix_name=False))]
-        fields.append((group, made_of, dataclasses.field(default_factory=made)))
-    return command(Start, *fields)
+        fields.append((group, WITHOUT_PREFIX[made], dataclasses.field(default_factory=made)))
+    return command(Start, *fields, preset=_recipes())
 
 
 def _names_of(config: Config, group: str) -> set[str]:

@@ -23,32 +23,29 @@ def create_model(name: str, **config: Any) -> nn.Module:
     """A backbone by name, with any of its sizes changed, or a network of yours.
 
     "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
-    baseline "Affine" with every size given; or whatever else is registered. "package.module:function" is what that
-    function makes of the sizes, dualized (the contract: `meanflow.models.factory.model_from_factory`).
+    baseline "Affine" with every size given; whatever else is registered; or "package.module:function", which is looked
+    for in the working directory first.
+
+    `config` holds input_size (side of the square images), in_channels and num_classes, and the sizes given beside the
+    name. A network that is not this package's has a forward that takes z (B, C, H, W), r and t (B,) in [0, 1] and
+    labels y (B,), where num_classes means "no label", and returns the average velocity (B, C, H, W). It is dualized
+    unless it is dual-aware already, and gets the attribute `num_classes` if it has none.
 
     Raises:
-        ValueError: there is no model of that name.
+        ValueError: there is no model of that name, or what it makes is no such network.
     """
-    if ":" in name:
-        return model_from_factory(name, config)
-    return registry.find("models", name)(**config)
-
-
-def model_from_factory(name: str, config: dict[str, Any]) -> nn.Module:
-    """The network that `package.module:function` makes of `config`, dualized unless it is dual-aware already.
-
-    The module is looked for in the working directory first. `config` holds input_size (side of the square images),
-    in_channels and num_classes, and the sizes given beside the name. The network's forward takes z (B, C, H, W), r and
-    t (B,) in [0, 1] and labels y (B,), where num_classes means "no label", and returns the average velocity
-    (B, C, H, W). It gets the attribute `num_classes` if it has none.
-
-    Raises:
-        ValueError: the name leads to no such function, or what it returns is no such network.
-    """
+    if ":" not in name:
+        net = registry.find("models", name)(**config)
+        return net if hasattr(net, "config") else _adopted(net, name, config)
     with registry.working_directory_first():  # what the function itself imports as well
         function = _function(name)
         _check_takes(function, name, config)
         net = function(**config)
+    return _adopted(net, name, config)
+
+
+def _adopted(net: Any, name: str, config: dict[str, Any]) -> nn.Module:
+    """Somebody's network as one of ours, which remembers what it was made of."""
     if not isinstance(net, nn.Module):
         raise ValueError(f"name: expected {name} to return a torch.nn.Module, got {type(net).__name__}")
     try:

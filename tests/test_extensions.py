@@ -1,0 +1,142 @@
+"""Components from outside the package, as CONTRIBUTING.md shows them: trained, resumed, sampled and evaluated."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from meanflow import cli, registry
+from meanflow.config import Config
+from meanflow.errors import UsageError
+from meanflow.training import load_network
+from meanflow.training.log import read_log
+
+TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+MODULES = ("my_objective", "my_backbone", "my_data")
+FLAGS = "--device cpu --threads 1 --log-every 1 --checkpoint-every 2"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, and what is registered or imported in the test forgotten after it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_known", {kind: dict(known) for kind, known in registry._known.items()})
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield tmp_path
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+
+
+def write_modules(folder: Path) -> None:
+    for name in MODULES:
+        (source,) = re.findall(rf"```python\n(# {name}\.py.*?)```", TEXT, re.DOTALL)
+        (folder / f"{name}.py").write_text(source)
+
+
+@pytest.fixture
+def package(here, monkeypatch):
+    """The package of CONTRIBUTING.md, installed."""
+    for kind in registry._HOMES:
+        registry.names(kind)
+    site = here / "site"
+    info = site / "my_methods-1.0.dist-info"
+    info.mkdir(parents=True)
+    write_modules(site)
+    (points,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
+    (info / "entry_points.txt").write_text(points.replace('project.entry-points."', "").replace('"', ""))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(site))
+    return here
+
+
+def run(line: str) -> int:
+    return cli.main(line.split())
+
+
+def test_an_installed_package_adds_an_objective_a_backbone_a_data_source_and_a_recipe(package, capsys):
+    assert run(f"train checkers --width 8 --scale 0.5 --count 32 --ratio 0.5 --time-std 2 {FLAGS}") == 0
+    saved = yaml.safe_load(Path("runs/checkers/config.yaml").read_text())
+    assert saved["objective"]["name"] == "pseudo-huber"
+    assert (saved["objective"]["scale"], saved["objective"]["time_sampler"]["std"]) == (0.5, 2.0)
+    assert (saved["model"], saved["data"]["count"]) == ({"name": "Conv", "width": 8}, 32)
+    assert run("train --resume --name checkers --steps 6") == 0
+    rows = read_log(Path("runs/checkers/log.jsonl"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "squared_error"} < row.keys() for row in rows)
+
+    loaded = load_network(Path("runs/checkers"))
+    assert (type(loaded.objective).__name__, loaded.objective.scale) == ("PseudoHuber", 0.5)
+    assert loaded.class_names == ("even", "odd")
+    assert run("sample checkers --labels odd --count 3 --steps 2 --out x.npy") == 0
+    assert np.load("x.npy").shape == (3, 1, 8, 8)
+    assert run("evaluate checkers") == 0
+    report = json.loads(Path("runs/checkers/report.json").read_text())
+    assert (report["objective"], report["model"], report["data"]) == ("pseudo-huber", "Conv", "checkers")
+    assert report["frechet_distance"] >= 0
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run("train checkers --help")
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "error at which the loss turns from a square to a norm (default: 1.0)" in text
+    assert run("train digits --scale 2") == 2
+    assert "scale: expected only with objective pseudo-huber, got objective meanflow" in capsys.readouterr().err
+
+
+def test_a_resumed_run_of_its_own_objective_has_the_curve_of_one_that_was_not_stopped(package):
+    line = f"train checkers {FLAGS} --no-evaluate --name"
+    assert run(f"{line} whole") == 0
+    assert run(f"{line} parts --steps 2") == 0
+    assert run("train --resume --name parts --steps 4") == 0
+    whole, parts = ([row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")] for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_a_module_in_the_working_directory_needs_no_package(here, capsys):
+    write_modules(here)
+    named = "--objective my_objective:PseudoHuber --model my_backbone:Conv --data my_data:Checkers"
+    line = f"train {named} --scale 3 --steps 2 --batch-size 8 --name mine {FLAGS}"
+    assert run(line) == 0
+    assert run("train --resume --name mine --steps 3") == 2
+    assert "--trust-code" in capsys.readouterr().err
+    assert run("sample mine") == 2
+    assert run("sample mine --labels 0 --count 1 --out x.npy --trust-code") == 0
+    assert run("train --resume --name mine --steps 3 --trust-code") == 0
+    assert load_network(Path("runs/mine"), trust_code=True).objective.scale == 3.0
+
+
+def test_the_objective_is_what_it_says(package):
+    objective = Config.of(objective="pseudo-huber", scale=0.5, label_dropout=0.0).objective
+    net = registry.find("models", "Conv")(input_size=8, in_channels=1, num_classes=2).double()
+    net.num_classes = 2
+    x, y = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 2
+    t, r = torch.rand(2, 6, dtype=torch.float64).sort(dim=0).values.flip(0)
+    e = torch.randn_like(x)
+    out = objective.loss_at(net, x=x, noise=e, t=t, r=r, y=y)
+    z, h = (1 - t.view(-1, 1, 1, 1)) * x + t.view(-1, 1, 1, 1) * e, 1e-5
+
+    def u(s):  # along the flow
+        return net(z + s * (e - x), r, t + s, y)
+
+    target = (e - x) - (t - r).view(-1, 1, 1, 1) * (u(h) - u(-h)) / (2 * h)
+    expected = ((u(0.0) - target).square().sum((1, 2, 3)) + 0.25).sqrt() - 0.5
+    torch.testing.assert_close(out.per_sample, expected.detach(), rtol=1e-7, atol=0)
+
+
+def test_names_are_unique_and_kinds_are_known(here):
+    with pytest.raises(ValueError, match="objectives has another component of the name 'meanflow'"):
+        registry.register("objectives", "meanflow")(object)
+    with pytest.raises(ValueError, match="kind: expected one of codecs, data"):
+        registry.register("objective", "x")
+    with pytest.raises(UsageError, match=r"objective: expected one of .*meanflow.*, got 'meanflw'"):
+        Config.of(objective="meanflw")
+    with pytest.raises(UsageError, match="objective: cannot import nothing of 'nothing:Here'"):
+        Config.of(objective="nothing:Here")
