@@ -149,6 +149,6 @@ def test_the_fuzzer_sees_other_values_and_code_that_runs(fuzzer, tmp_path, monke
     assert found("ema.safetensors", flip) == ["refused", "same", "refused"]
     assert found("state.json", name_a_function)[:2] == ["refused", "refused"]
     monkeypatch.setattr("meanflow.training.network.check_files", lambda *args: None)
-    monkeypatch.setattr("meanflow.training.network.check_trusted", lambda *args: None)
+    monkeypatch.setattr("meanflow.training.network.check_code", lambda *args: None)
     assert found("ema.safetensors", flip)[0] == "fault: load_network loaded other values"
     assert found("state.json", name_a_function)[-1] == "fault: code was executed"
