@@ -240,11 +240,13 @@ def build(
     prefix: str = "",
     *,
     chosen: bool = False,
+    default: Any = None,
 ) -> Any:
     """An instance of a class: what `values` says by flat name, else what `base` has, else the default.
 
     A component whose name is another than that of `base` starts from its own defaults. `used` gets the names of
-    `values` that had a place. None for an option of a component, where it has no None, is its default.
+    `values` that had a place. None for an option of a component, where it has no None, is its default there, as in the
+    instance `default`.
 
     Raises:
         UsageError: a value is of another type, out of its bounds, or missing.
@@ -253,7 +255,8 @@ def build(
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name = prefix + field.name
-        before = default_of(field) if base is None else getattr(base, field.name)
+        usual = default_of(field) if default is None else getattr(default, field.name)
+        before = usual if base is None else getattr(base, field.name)
         given = values.get(name)
         if name in values and not (is_group(field) and "kind" not in field.metadata):
             used.add(name)
@@ -263,13 +266,19 @@ def build(
                 inner = field.metadata["find"](typed(name, given, str, "str"))
                 before = before if inner is type(before) else None
             arguments[field.name] = build(
-                inner, before, values, used, prefix + field.metadata["prefix"], chosen=chosen or component
+                inner,
+                before,
+                values,
+                used,
+                prefix + field.metadata["prefix"],
+                chosen=chosen or component,
+                default=usual if type(usual) is inner else None,
             )
         elif field.init:
             if name in values:
                 kind = hints[field.name]
                 if given is None and chosen and NoneType not in get_args(kind):
-                    before = default_of(field)
+                    before = usual
                 else:
                     before = typed(name, given, kind, str(field.type))
             if before is not MISSING:

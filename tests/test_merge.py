@@ -158,3 +158,24 @@ def test_a_runs_own_values_as_a_file_start_a_run_like_it(configured, preset, ext
     assert configured("", text) == first
     assert configured(preset, yaml.safe_dump(first.values())) == first
     assert configured("--model m:f", text).model == Config.of(model="m:f").model
+
+
+def test_none_is_the_default_of_its_place():
+    """As in the flat config.yaml of earlier runs, which has every option of every component."""
+    for objective, mean in (("flow_matching", 0.0), ("meanflow", -0.4)):
+        config = Config.of(objective=objective, time_sampler="logit_normal", time_mean=None, norm_p=None)
+        assert config.objective == Config.of(objective=objective).objective
+        assert config.objective.time_sampler.mean == mean
+    flat = {
+        "preset": "digits", "data": "digits", "image_size": 32, "grey": False, "skip_unreadable": False, "model": "DiT",
+        "hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 4, "aux_head_depth": None, "prefix_tokens": None,
+        "objective": "flow_matching", "ratio": None, "omega": 1.0, "kappa": 0.0, "guidance_interval": [0.0, 1.0],
+        "cfg_beta": 1.0, "omega_max": 8.0, "norm_p": None, "time_sampler": "logit_normal", "time_mean": None,
+        "time_std": 1.0, "steps": 8, "warmup_steps": 50, "sample_omega": 2.0, "sample_interval": [0.0, 1.0],
+    }  # fmt: skip
+    Path("old.yaml").write_text(yaml.safe_dump(flat))
+    sizes = {"model": "DiT", "hidden_size": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
+    expected = Config.of(data="digits", objective="flow_matching", steps=8, **sizes)
+    config, preset = read_config(Path("old.yaml"))
+    assert (config.objective, config.model, config.data) == (expected.objective, expected.model, expected.data)
+    assert (config.optim.warmup_steps, preset) == (50, "digits")
