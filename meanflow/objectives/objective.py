@@ -153,9 +153,10 @@ class Objective(Options, ABC):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        check_batch(x, y)
+        check_batch(net, x, y)
         self.check_network(net)
-        return self.evaluate(net, x, y, self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype), nets)
+        draws = self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return self._output(net, x, y, draws, nets)
 
     def draw(
         self,
@@ -189,6 +190,8 @@ class Objective(Options, ABC):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
+        check_batch(net, x, y)
+        check_draws(x, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
         terms, order = self._terms(net, x, y, draws, nets)
         back = order.argsort()
         return Loss(
@@ -199,6 +202,11 @@ class Objective(Options, ABC):
 
     def evaluate(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None = None) -> Any:
         """The same with prediction, derivative and target."""
+        check_batch(net, x, y)
+        check_draws(x, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
+        return self._output(net, x, y, draws, nets)
+
+    def _output(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None) -> Any:
         terms, order = self._terms(net, x, y, draws, nets)
         back = order.argsort()
         du_dt = terms.u.new_zeros(terms.u.shape)
@@ -244,7 +252,7 @@ class Objective(Options, ABC):
         if set(conditions) != set(self.conditions):
             expected = ", ".join(f"{name}=" for name in self.conditions) or "no further argument"
             raise TypeError(f"conditions: expected {expected}, got {', '.join(conditions) or 'none'}")
-        check_batch(x, y)
+        check_batch(net, x, y)
         check_draws(x, noise, t=t, r=r, drop=drop, **conditions)
         check_times(t, r)
         check_finite("noise", noise)
@@ -252,7 +260,7 @@ class Objective(Options, ABC):
         self.check_network(net)
         moved = r != t  # [B]
         draws = Draws(noise=noise, t=t, r=r, moved=moved, rows=int(moved.sum()), drop=drop, conditions=conditions)
-        return self.evaluate(net, x, y, draws, nets)
+        return self._output(net, x, y, draws, nets)
 
     def sample(self, net: Net, noise: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Images of labels y (B,) from noise (B, C, H, W): as `sampling` says, with other values for its options.
@@ -275,10 +283,6 @@ class Objective(Options, ABC):
 
     def _terms(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None) -> tuple[Terms, Tensor]:
         """The formulas on the rows in their order (B,), those with r ≠ t first."""
-        check_batch(x, y)
-        check_label_range(y, net)
-        check_finite("x", x)
-        check_draws(x, draws.noise, t=draws.t, r=draws.r, drop=draws.drop, **draws.conditions)
         order = draws.order
         x, e, t, r, y = (a[order] for a in (x, draws.noise, draws.t, draws.r, y))
         drop = None if draws.drop is None else draws.drop[order]  # [B]
@@ -303,14 +307,16 @@ def check_time_sampler(sampler: Any) -> None:
         raise TypeError(f"time_sampler: expected a TimeSampler, such as LogitNormal() or Uniform(), got {sampler!r}")
 
 
-def check_batch(x: Tensor, y: Tensor) -> None:
-    """Raise unless x is a batch of floating-point samples and y has an integer label for each."""
+def check_batch(net: Net, x: Tensor, y: Tensor) -> None:
+    """Raise unless x is a batch of finite floating-point samples, and y has a label that `net` knows for each."""
     check_floating("x", x)
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"x: expected (B, …) with at least one sample, got shape {tuple(x.shape)}")
     check_labels(y, x.shape[0], "x")
     if y.device != x.device:
         raise ValueError(f"y: expected the device of x, {x.device}, got {y.device}")
+    check_label_range(y, net)
+    check_finite("x", x)
 
 
 def check_draws(x: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: Tensor, **others: Tensor) -> None:

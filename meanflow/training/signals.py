@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop reads between two steps."""
+"""Ctrl-C and SIGTERM as a flag that the training loop reads between two steps."""
 
 from __future__ import annotations
 
