@@ -113,7 +113,7 @@ def check_backend() -> None:
     try:
         requested_backend()
     except ValueError as error:
-        raise UsageError(str(error), field="backend") from error
+        raise UsageError(str(error)) from error
 
 
 def check_device(name: str) -> None:

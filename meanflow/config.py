@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .objectives import MeanFlow, Objective
 from .options import Options, build, choice, group, option, options_of, owners_of, tree_of, values_of
 
 RUNS = Path("runs")
+Trust = bool | str | Collection[str]  # of code that only a file names: all of it, none, or what has these names
 # One flag of the command line for several options.
 TOGETHER = {
     "prefix_tokens": ("num_class_tokens", "num_time_tokens", "num_cfg_tokens", "num_interval_tokens"),
@@ -108,7 +109,7 @@ class Run(Options):
     keep_checkpoints: int = option(2, low=1)
     tensorboard: bool = False
     evaluate: bool = True
-    evaluator: Evaluator = choice("evaluators", PixelStatistics)
+    evaluator: Evaluator = choice("evaluators", PixelStatistics, methods=("titles", "refusal", "evaluate"))
 
     def __post_init__(self) -> None:
         if self.checkpoint_blocks != "all" and self.checkpoint_blocks < 0:
@@ -132,10 +133,10 @@ class Config:
             (ODE)
     """
 
-    data: DataSource = choice("data", ImageFolder)
-    codec: Codec = choice("codecs", Pixels)
+    data: DataSource = choice("data", ImageFolder, methods=("load", "located"), kept=("flip", "held_out", "workers"))
+    codec: Codec = choice("codecs", Pixels, methods=("latent_shape", "encode", "decode"))
     model: ModelOptions = choice("models", default_model, find=model_options, name=lambda model: model.name)
-    objective: Objective = choice("objectives", MeanFlow)
+    objective: Objective = choice("objectives", MeanFlow, methods=("terms", "draw", "loss"))
     optim: Optim = group(Optim)
     run: Run = group(Run)
 
@@ -198,9 +199,11 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(several, list | tuple) or len(several) != len(names):
                 raise UsageError(f"expected {len(names)} numbers, got {shown(several)}", field=short)
             out = {**dict(zip(names, several, strict=True)), **out}
-    word = out.get("data")
-    if isinstance(word, str | Path) and not registry.is_code(str(word)) and word not in registry.names("data"):
-        out |= {"data": "folder", "folder": str(word)}
+    if "data" in out and isinstance(out["data"], str | int | Path):
+        word = str(out["data"])
+        named = word in registry.names("data") and (word != "folder" or "folder" in out)
+        if not named and (not registry.is_code(word) or Path(word).is_dir()):
+            out |= {"data": "folder", "folder": word}
     return out
 
 
@@ -236,6 +239,7 @@ def merged(
         for name in given:
             if name not in used:
                 _refuse(config, name, given[name], asked=name in flags)
+        _refuse_collisions(config)
         optim = config.optim
         chosen = "warmup_steps" in flags or ("warmup_steps" in file and "steps" not in flags)
         if chosen and not saved and optim.warmup_steps >= optim.steps:
@@ -261,8 +265,21 @@ def _without_replaced(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict
         here, there = file.get(field.name), flags.get(field.name)
         if "kind" in field.metadata and here is not None and there is not None and here != there:
             own = {option.name for option in options_of(field.metadata["find"](here))}
+            if field.name != "model":  # sizes are those of one model; what two of another kind share is meant for both
+                own -= {option.name for option in options_of(field.metadata["find"](there))}
             left = {name: value for name, value in left.items() if name not in own}
     return left
+
+
+def _refuse_collisions(config: Config) -> None:
+    """Raise where two options of a configuration have one name."""
+    names = [option.name for option in options_of(Config, config)]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(
+            f"expected one option of this name, got {names.count(twice[0])}: call that of the component otherwise",
+            field=twice[0],
+        )
 
 
 def _refuse(config: Config, name: str, value: Any, *, asked: bool) -> None:
@@ -281,7 +298,16 @@ def _refuse(config: Config, name: str, value: Any, *, asked: bool) -> None:
     raise UsageError(f"expected only with {where} {words}, got {where} {config.values().get(where)}", field=name)
 
 
-def check_code(names: Iterable[str], source: Path, trust: bool | str | Collection[str]) -> None:
+def words_in(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Every word in a tree of plain values, such as a file may give: any of them may name a component."""
+    for value in tree.values():
+        if isinstance(value, Mapping):
+            yield from words_in(value)
+        elif isinstance(value, str):
+            yield value
+
+
+def check_code(names: Iterable[str], source: Path, trust: Trust) -> None:
     """Raise where `source`, a file, names code that is not to be run.
 
     Args:

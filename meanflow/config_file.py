@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import Config, check_code, merged
+from .config import Config, Trust, check_code, merged, words_in
 from .errors import UsageError
 from .files import is_text, read_text, shown
 from .options import flattened
@@ -18,7 +17,7 @@ _DEEPEST = 4  # groups within groups
 PRESET = "preset"  # the one key that is no option: the name of the recipe that the values started from
 
 
-def read_values(path: Path, trust: bool | str | Collection[str] = False) -> dict[str, Any]:
+def read_values(path: Path, trust: Trust = False) -> dict[str, Any]:
     """The values in a YAML file by their flat names; keys may have dashes for underscores, and stand in groups.
 
     Args:
@@ -34,21 +33,12 @@ def read_values(path: Path, trust: bool | str | Collection[str] = False) -> dict
         raise UsageError(f"cannot read {path}: {error}", field="config") from error
     try:
         values = _values(node)
-        check_code(_names(values), path, trust)
+        check_code(words_in(values), path, trust)
         return flattened(Config, values)
     except UsageError as error:
         raise error if error.field is None else UsageError(f"{path}: {error}", field="config") from error
     except ValueError as error:
         raise UsageError(f"{path}: {error}", field="config") from error
-
-
-def _names(values: Mapping[str, Any]) -> Iterator[str]:
-    """Names of components in a tree of values."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _names(value)
-        elif isinstance(value, str) and (key == "name" or key in Config.__dataclass_fields__):
-            yield value
 
 
 def _composed(text: str) -> yaml.Node | None:
@@ -119,7 +109,7 @@ def _plain(key: str) -> str:
     return key.replace("-", "_")
 
 
-def read_config(path: Path, trust: bool | str | Collection[str] = False) -> tuple[Config, str | None]:
+def read_config(path: Path, trust: Trust = False) -> tuple[Config, str | None]:
     """The configuration in the config.yaml of a run, and the recipe that its values started from.
 
     Raises:

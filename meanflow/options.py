@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass
 from functools import partial
@@ -58,6 +58,8 @@ def choice(
     prefix: str = "",
     find: Callable[[str], type[Any]] | None = None,
     name: Callable[[Any], str] | None = None,
+    methods: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> Any:
     """A field that holds a component of a kind of the registry, chosen by its name.
 
@@ -65,12 +67,28 @@ def choice(
         prefix: of the flat names of its options.
         find: the class of a name, and
         name: the name of a component, where they are not what the registry says.
+        methods: what a component has to have.
+        kept: fields that keep their values where another component is chosen, if it has them.
     """
-    find = partial(registry.find, kind) if find is None else find
+    find = partial(_component, kind, methods) if find is None else find
     name = (lambda component: registry.name_of(kind, type(component))) if name is None else name
     return dataclasses.field(
-        default_factory=default, metadata={"kind": kind, "prefix": prefix, "find": find, "name": name}
+        default_factory=default, metadata={"kind": kind, "prefix": prefix, "find": find, "name": name, "kept": kept}
     )
+
+
+def _component(kind: str, methods: Sequence[str], name: str) -> type[Any]:
+    """The class of that name.
+
+    Raises:
+        UsageError: there is none, or it is no frozen dataclass with these methods.
+    """
+    found = registry.find(kind, name)
+    lacks = [method for method in methods if not hasattr(found, method)]
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found) or lacks:
+        expected = f"a frozen dataclass with {', '.join(methods)}" if methods else "a frozen dataclass"
+        raise UsageError(f"expected {expected}, got {name}, {type(found).__name__}", field=registry.field_of(kind))
+    return found
 
 
 class Options:
@@ -85,7 +103,7 @@ class Options:
 
 
 def _check_bounds(field: Field[Any], value: Any, bounds: Bounds) -> None:
-    words = str(field.type)
+    words = words_of(field)
     if isinstance(value, bool) or not isinstance(value, int | float):
         if words in ("int", "float"):
             raise TypeError(f"{field.name}: expected a number, got {type(value).__name__}")
@@ -136,6 +154,11 @@ def is_group(field: Field[Any]) -> bool:
     return "prefix" in field.metadata
 
 
+def words_of(field: Field[Any]) -> str:
+    """The type of a field as it is written."""
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+
+
 def default_of(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
@@ -162,8 +185,18 @@ def options_of(cls: type[Any], base: Any = None, prefix: str = "") -> Iterator[O
         if is_group(field):
             yield from options_of(type(value), value, prefix + field.metadata["prefix"])
         elif field.init:
-            words = str(field.type)
+            words = words_of(field)
             yield Option(name, hints[field.name], value, text, words, flag=field.metadata.get("flag"))
+
+
+def finders_of(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Callable[[str], type[Any]], str]]:
+    """(flat name, what finds a component by its name, prefix of its options) of every choice, all at their defaults."""
+    for field in dataclasses.fields(cls):
+        inner = prefix + field.metadata.get("prefix", "")
+        if "kind" in field.metadata:
+            yield prefix + field.name, field.metadata["find"], inner
+        if is_group(field):
+            yield from finders_of(type(default_of(field)), inner)
 
 
 def choices_of(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str, type[Any]]]:
@@ -205,12 +238,18 @@ def tree_of(base: Any) -> dict[str, Any]:
     return tree
 
 
-def flattened(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a tree as of `tree_of`, by flat name. What is no group stays as it is."""
+def flattened(cls: type[Any], tree: Mapping[str, Any], prefix: str = "", within: str = "") -> dict[str, Any]:
+    """The values of a tree as of `tree_of`, by flat name. What is no group stays as it is.
+
+    Raises:
+        UsageError: a group has an option that is none of its, or an option is there twice.
+    """
     values: dict[str, Any] = {}
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in tree.items():
         field = fields.get(key)
+        if field is None and within:
+            raise UsageError(f"expected one of {', '.join(fields)}, got {shown(key)}", field=within)
         if not isinstance(value, Mapping) or field is None or not is_group(field):
             _put(values, prefix + key, value)
             continue
@@ -221,7 +260,7 @@ def flattened(cls: type[Any], tree: Mapping[str, Any], prefix: str = "") -> dict
                 raise UsageError(f"expected a name, got {shown(word)}", field=prefix + key)
             _put(values, prefix + key, word)
             inner = field.metadata["find"](word)
-        for name, one in flattened(inner, rest, prefix + field.metadata["prefix"]).items():
+        for name, one in flattened(inner, rest, prefix + field.metadata["prefix"], key).items():
             _put(values, name, one)
     return values
 
@@ -262,9 +301,15 @@ def build(
             used.add(name)
         if is_group(field):
             inner, component = type(before), "kind" in field.metadata
+            if component and name in values and given is None:
+                raise UsageError("expected a name, got null", field=name)
             if component and given is not None:
                 inner = field.metadata["find"](typed(name, given, str, "str"))
-                before = before if inner is type(before) else None
+                if inner is not type(before):
+                    own = {field.name for field in dataclasses.fields(inner)}
+                    kept = {key: getattr(before, key) for key in field.metadata["kept"] if key in own}
+                    values = {**{f"{prefix}{field.metadata['prefix']}{key}": a for key, a in kept.items()}, **values}
+                    before = None
             arguments[field.name] = build(
                 inner,
                 before,
@@ -280,7 +325,7 @@ def build(
                 if given is None and chosen and NoneType not in get_args(kind):
                     before = usual
                 else:
-                    before = typed(name, given, kind, str(field.type))
+                    before = typed(name, given, kind, words_of(field))
             if before is not MISSING:
                 arguments[field.name] = before
     try:

@@ -27,11 +27,7 @@ _HOMES = {
     "recipes": "meanflow.recipes",
     "time_samplers": "meanflow.objectives",
 }
-_OPTIONS = {
-    "codecs": "codec",
-    "models": "model",
-    "objectives": "objective",
-}  # the flags that name them, if not the kind
+_OPTIONS = {"data": "data", "recipes": "preset"}  # that name components, where it is not the singular of the kind
 _known: dict[str, dict[str, Any]] = {kind: {} for kind in _HOMES}
 T = TypeVar("T")
 
@@ -64,13 +60,18 @@ def names(kind: str) -> list[str]:
     return list(dict.fromkeys([*_known[kind], *entry_points(group=f"meanflow.{kind}").names]))
 
 
+def field_of(kind: str) -> str:
+    """The option that names components of a kind."""
+    return _OPTIONS.get(kind, kind.removesuffix("s"))
+
+
 def find(kind: str, name: str) -> Any:
     """The component of that name; what "package.module:Name" stands for is imported, so a file's has to be trusted.
 
     Raises:
         UsageError: there is none; it has the field that names components of this kind.
     """
-    field = _OPTIONS.get(kind, kind)
+    field = field_of(kind)
     if is_code(name):
         return _imported(name, field)
     if name not in names(kind):
@@ -96,9 +97,7 @@ def name_of(kind: str, component: Any) -> str:
             return name
     name = f"{component.__module__}:{component.__qualname__}"
     if not is_code(name) or component.__module__ == "__main__":
-        raise UsageError(
-            f"{name} has no name; register it (meanflow.registry.register)", field=_OPTIONS.get(kind, kind)
-        )
+        raise UsageError(f"{name} has no name; register it (meanflow.registry.register)", field=field_of(kind))
     return name
 
 

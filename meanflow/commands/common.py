@@ -91,12 +91,13 @@ def check_sampling(given: Mapping[str, Any], objective: Objective, source: Path)
         UsageError: its objective has no such option.
     """
     own: Any = objective.sampling
+    known = [field.name for field in dataclasses.fields(own)]
     for name in given:
-        if name not in own.__dataclass_fields__:
+        if name not in known:
             others = " or ".join(other for other, _ in sampling_options()[name])
             raise UsageError(
                 f"expected only with a network trained with --objective {others}; {source} is of another objective and "
-                f"takes {', '.join(own.__dataclass_fields__)}",
+                f"takes {', '.join(known)}",
                 field=name,
             )
     return dict(given)

@@ -13,15 +13,14 @@ import tyro
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..config import GROUPS, TOGETHER, Config, check_code, merged
+from ..config import GROUPS, TOGETHER, Config, check_code, merged, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
-from ..options import Option, choices_of, flattened, options_of
+from ..options import Option, choices_of, finders_of, flattened, options_of
 from ..recipes import recipe, variant
 from ..registry import is_code, names
 from ..training.folder import RunFolder
 from ..training.run import run_training
-from ..training.state import names_in
 from .common import WITHOUT_PREFIX, Flag, command, given_flags, parse, say, say_report
 
 
@@ -84,7 +83,7 @@ def train(args: Sequence[str]) -> int:
     if {"-h", "--help"} & set(args):  # shows the values that all the rest of the line gives
         parse(_shown(config), ["--help"], prog="train")
     folder = RunFolder.named(config.run.name)
-    check_code(names_in(config.to_dict()), asked.config or folder.config, trust)
+    check_code(words_in(config.to_dict()), asked.config or folder.config, trust)
     result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
     if result.signal is not None:
         say(
@@ -138,10 +137,13 @@ def _every_option() -> Iterator[Option]:
 
 
 def _options_of_code(args: Sequence[str]) -> Iterator[Option]:
-    for flag, word in itertools.pairwise(args):
-        field = Config.__dataclass_fields__.get(flag.lstrip("-"))
-        if field is not None and is_code(word):
-            yield from options_of(field.metadata["find"](word))
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    choices = {name: (find, prefix) for name, find, prefix in finders_of(Config)}
+    for flag, word in itertools.pairwise(words):
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in choices and is_code(word):
+            find, prefix = choices[name]
+            yield from options_of(find(word), prefix=prefix)
 
 
 def _shown(config: Config) -> Any:

@@ -135,6 +135,7 @@ class IMFDiT(nn.Module):
     """
 
     outputs = ("u", "v")
+    not_options = ("v_head",)  # training needs it
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ def _fields(name: str) -> list[dataclasses.Field[Any]]:
     fields = []
     for parameter in inspect.signature(make).parameters.values():
         kind = hints.get(parameter.name)
-        if parameter.name in OF_DATA or kind not in _SIMPLE:
+        if parameter.name in (*OF_DATA, *getattr(cls, "not_options", ())) or kind not in _SIMPLE:
             continue
         field = _sized(parameter.name, MISSING if parameter.default is parameter.empty else parameter.default)
         field.name, field.type = parameter.name, _SIMPLE[kind]

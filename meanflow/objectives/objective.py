@@ -212,13 +212,15 @@ class Objective(Options, ABC):
         du_dt = terms.u.new_zeros(terms.u.shape)
         if terms.du_dt is not None:
             du_dt = torch.cat([terms.du_dt, du_dt[len(terms.du_dt) :].to(terms.du_dt.dtype)])  # [B, …]
-        rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, **terms.metrics, **terms.others}
+        rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, "squared_error": terms.per_sample.detach()}
+        rows |= {**terms.metrics, **terms.others}
+        known = {field.name for field in dataclasses.fields(self.Output)}
         return self.Output(
             loss=terms.per_sample.mean(),
             per_sample=terms.per_sample.detach()[back],
             t=draws.t,
             r=draws.r,
-            **{name: a[back] for name, a in rows.items()},
+            **{name: a[back] for name, a in rows.items() if name in known},
         )
 
     def loss_at(

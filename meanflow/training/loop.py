@@ -150,7 +150,9 @@ class Trainer:
         x = torch.zeros(4, *self.shape, device=device)  # [4, C, H, W]
         y = torch.zeros(4, dtype=torch.long, device=device)
         try:
-            loss = self.objective(self.model, x, y, generator=torch.Generator(device)).loss
+            self.objective.check_network(self.model)
+            draws = self.objective.draw(x.shape, generator=torch.Generator(device), device=device)
+            loss = self.objective.loss(self.model, x, y, draws).loss
             if is_sharded(self.config, self.accelerator):
                 loss.backward()
                 self.optimizer.zero_grad()

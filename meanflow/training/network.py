@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, Pixels
-from ..config import check_code
+from ..config import Trust, check_code, words_in
 from ..data import Stream, generator_for
 from ..errors import UsageError
 from ..files import parse_json, reason, shown
@@ -30,7 +30,7 @@ from .checkpoint import (
     load_tensors,
     load_weights,
 )
-from .state import check_files, check_model, load_state, names_in, objective_for, saved_codec, saved_objective
+from .state import check_files, check_model, load_state, objective_for, saved_codec, saved_objective
 
 CHUNK = 500  # images per network evaluation
 
@@ -73,9 +73,10 @@ class LoadedNetwork:
             UsageError: there is no such option, or a value is out of its range.
         """
         own: Any = self.objective.sampling
-        unknown = [name for name in options if name not in own.__dataclass_fields__]
+        known = [field.name for field in dataclasses.fields(own)]
+        unknown = [name for name in options if name not in known]
         if unknown:
-            raise UsageError(f"expected {', '.join(own.__dataclass_fields__)}, got {unknown[0]}", field="sampling")
+            raise UsageError(f"expected {', '.join(known)}, got {unknown[0]}", field="sampling")
         sampling: Sampling = dataclasses.replace(own, **options)
         return sampling
 
@@ -107,7 +108,7 @@ class LoadedNetwork:
 
 
 def load_network(
-    source: Path, weights: Literal["ema", "raw"] = "ema", device: str = "cpu", *, trust_code: bool | str = False
+    source: Path, weights: Literal["ema", "raw"] = "ema", device: str = "cpu", *, trust_code: Trust = False
 ) -> LoadedNetwork:
     """The network of a run folder (its newest checkpoint), of one checkpoint folder, or of a safetensors file.
 
@@ -116,7 +117,7 @@ def load_network(
         weights: averaged ones, or those of the last step.
         device: where to put it.
         trust_code: whether a function "package.module:function" that the file names as its network's may be imported
-            and called; or the name of the one that may. It runs as any code of yours.
+            and called; or the name of the one that may, or names of those that may. It runs as any code of yours.
 
     Raises:
         UsageError: there is none, it is damaged, or names a function that is not trusted; the message says which.
@@ -147,7 +148,7 @@ def load_network(
     )
 
 
-def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: bool | str) -> LoadedNetwork:
+def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: Trust) -> LoadedNetwork:
     path = find_checkpoint(folder)
     source = path / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
     try:
@@ -157,7 +158,7 @@ def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: bool | s
     except UsageError as error:
         cure = "" if path == folder else cure_for_damage(path.parent, path)
         raise UsageError(f"{error}{cure}") from error
-    check_code(names_in(state), source, trust_code)
+    check_code(words_in(state), source, trust_code)
     return LoadedNetwork(
         _network(state["model"], tensors, source, trust_code).to(device).eval(),
         saved_objective(state),
@@ -168,9 +169,7 @@ def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: bool | s
     )
 
 
-def _network(
-    model: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path, trust_code: bool | str
-) -> nn.Module:
+def _network(model: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path, trust_code: Trust) -> nn.Module:
     """The network that a file names, with its weights."""
     name, config = model["name"], model["config"]
     check_code([name], source, trust_code)

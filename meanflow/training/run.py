@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from ..config import Config
+from ..config import Config, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
 from ..files import write_text
@@ -32,7 +32,6 @@ from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import save_loss_curve
 from .report import evaluate_network, figures_by_sweep, save_samples
-from .state import names_in
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
@@ -50,10 +49,11 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
     for name in ("data", *config.data.located(), "codec", "objective", "init"):
         if name in changes:
             now, then = changes[name]
-            moved = ", or write the new place of the same images into its config.yaml" if name != "objective" else ""
+            of_data = name == "data" or name in config.data.located()
+            moved = ", or write the new place of the same images into its config.yaml" if of_data else ""
             raise UsageError(
                 f"expected the resumed run's own, {then}, got {now}; start another run with --name{moved}",
-                field="data" if name in config.data.located() else name,
+                field="data" if of_data else name,
             )
     return changes
 
@@ -107,7 +107,7 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
 def _run_training(config: Config, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
     started = time.perf_counter()
     folder = RunFolder.named(config.run.name)
-    code = set(names_in(config.to_dict()))  # that the caller has named
+    code = set(words_in(config.to_dict()))  # that the caller has named
     if resume and config.run.precision == "auto" and folder.config.is_file():  # its own, on any device
         saved = read_values(folder.config, code)
         config = config.replace(precision=saved.get("precision", "auto"))
@@ -149,7 +149,7 @@ def _run_owned(
 ) -> TrainResult:
     report, changes = {}, {}
     if checkpoint is not None:  # damage is told before anything is written
-        saved, preset = read_config(folder.config, set(names_in(config.to_dict())))
+        saved, preset = read_config(folder.config, set(words_in(config.to_dict())))
         report = folder.read_report(config.run.evaluator.titles)
         read_log(folder.log)
         changes = changed_values(config, saved)
@@ -270,7 +270,7 @@ def _say_start(trainer: Trainer, changes: Mapping[str, tuple[Any, Any]]) -> None
 def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
     """samples.png and report.json, from the last checkpoint: just what `meanflow sample` and `evaluate` would give."""
     config, data, folder, device = trainer.config, trainer.data, trainer.folder, trainer.accelerator.device
-    loaded = load_network(folder.path, device=str(device), trust_code=True)  # all of it has run already
+    loaded = load_network(folder.path, device=str(device), trust_code=set(words_in(config.to_dict())))
     save_samples(loaded, folder.samples, seed=config.run.seed, device=device)
     if not config.run.evaluate:
         return

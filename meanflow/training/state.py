@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import registry
 from ..codecs import Codec
-from ..config import Config, merged
+from ..config import Config, merged, words_in
 from ..errors import UsageError
 from ..files import check_regular, parse_json, read_text, shown
 from ..models.options import model_options
@@ -208,7 +208,7 @@ def _check_together(state: Mapping[str, Any]) -> None:
         raise ValueError(
             f"class_names: expected {config['num_classes']}, num_classes of the model, got {len(state['class_names'])}"
         )
-    if any(map(registry.is_code, names_in(state))):
+    if any(map(registry.is_code, words_in(state))):
         return
     if "codec" in state:
         saved_codec(state)
@@ -216,15 +216,6 @@ def _check_together(state: Mapping[str, Any]) -> None:
         outputs, objective = model_options(name).outputs, saved_objective(state)
         if outputs is not None and outputs != objective.outputs:
             raise ValueError(f"objective: expected one of a network that returns {', '.join(outputs)}, such as {name}")
-
-
-def names_in(state: Mapping[str, Any]) -> Iterator[str]:
-    """Names of components in a tree of plain values, such as a file may give."""
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            yield from names_in(value)
-        elif isinstance(value, str) and key in ("name", "objective"):
-            yield value
 
 
 def saved_objective(state: Mapping[str, Any]) -> Objective:
@@ -248,6 +239,8 @@ def objective_for(net: nn.Module) -> Objective:
     outputs = getattr(net, "outputs", ("u",))
     names = sorted(registry.names("objectives"), key=lambda name: name != "meanflow")
     fitting = [name for name in names if registry.find("objectives", name).outputs == outputs]
+    if not fitting:
+        raise UsageError(f"no objective is of a network that returns ({', '.join(outputs)})", field="objective")
     config = Config().replace(objective=fitting[0])
     return config.replace(sample_omega=1.0).objective if "sample_omega" in config.values() else config.objective
 

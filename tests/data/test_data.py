@@ -11,12 +11,12 @@ from PIL import Image
 
 import meanflow.data.folder as folder_module
 from meanflow.data import (
+    Digits,
+    ImageFolder,
     StepOrder,
     StepSampler,
-    load_data,
     load_digits_data,
     load_folder,
-    located,
     micro_batches,
     shard,
 )
@@ -171,7 +171,7 @@ def test_an_image_that_breaks_later_is_named_by_workers_too(tmp_path, monkeypatc
 
 def test_folders_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(UsageError, match="no folder"):
-        load_data(str(tmp_path / "none"), image_size=8, grey=False, held_out=0.0)
+        ImageFolder(folder=str(tmp_path / "none"), image_size=8).load()
     with pytest.raises(UsageError, match="no sub-folders"):
         load_folder(tmp_path, image_size=8)
     Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
@@ -183,7 +183,7 @@ def test_folders_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(UsageError, match=r"no images in .*empty"):
         load_folder(tmp_path, image_size=8)
     with pytest.raises(UsageError, match="meanflow train digits"):
-        load_data("", image_size=8, grey=False, held_out=0.0)
+        ImageFolder().load()
 
 
 def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
@@ -238,5 +238,5 @@ def test_classes_are_compared_in_their_order():
 
 def test_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert located("pets") == str(tmp_path / "pets")
-    assert located("digits") == "digits"
+    assert ImageFolder(folder="pets").located() == {"folder": str(tmp_path / "pets")}
+    assert Digits().located() == {}

@@ -283,7 +283,7 @@ def test_a_run_that_an_image_ended_goes_on_without_it(tmp_path, monkeypatch, cap
 def test_the_digits_have_no_such_images(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "digits", "--skip-unreadable"]) == 2
-    assert "skip_unreadable: expected only with a folder of images" in capsys.readouterr().err
+    assert "skip_unreadable: expected only with data folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
