@@ -18,6 +18,7 @@ from meanflow.errors import UsageError
 from meanflow.objectives import FlowMatching, MeanFlow
 from meanflow.training import (
     EMA,
+    RunFolder,
     Trainer,
     graphs,
     list_checkpoints,
@@ -34,7 +35,7 @@ OBJECTIVES = {
     "meanflow, guided": {},
     "meanflow, guided without labels": {"kappa": 0.0, "omega": 2.0, "label_dropout": 0.0},
     "imf": IMF,
-    "flow_matching": {"objective": "flow_matching", "kappa": 0.0},
+    "flow_matching": {"objective": "flow_matching"},
     "nothing clipped or averaged": {"grad_clip": 0.0, "ema_decay": 0.0},
 }
 every_objective = pytest.mark.parametrize("values", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -150,7 +151,7 @@ def test_dropout_in_a_recorded_step_draws_anew_at_every_replay(recordings, monke
     monkeypatch.syspath_prepend(".")
     monkeypatch.setattr(Recording, "draws", True)
     sizes = dict.fromkeys(("hidden_size", "depth", "num_heads", "patch_size"))
-    values = {"model": "with_dropout:net", "objective": "flow_matching", "kappa": 0.0, **sizes}
+    values = {"model": "with_dropout:net", "objective": "flow_matching", **sizes}
     trained("eager", **values)
     assert not recordings  # a network of the user's own
     trained("recorded", cuda_graphs=True, **values)
@@ -161,7 +162,7 @@ def test_dropout_in_a_recorded_step_draws_anew_at_every_replay(recordings, monke
 def stepped(values):
     """A trainer after its first step, and the arguments of the next update."""
     config = TINY.replace(**values)
-    folder = Path("runs/direct")
+    folder = RunFolder(Path("runs/direct"))
     trainer = Trainer(config, load_digits_data(), folder, make_accelerator(config, folder))
     taken = []
     trainer.update = lambda *given: taken.append(given) or trainer._update(*given)
@@ -212,7 +213,7 @@ VIOLATIONS = {
 
 @pytest.mark.parametrize(("violation", "words"), VIOLATIONS.values(), ids=VIOLATIONS)
 def test_what_a_graph_cannot_hold_is_found(recordings, violation, words):
-    trainer, (x, y, draws) = stepped({"objective": "flow_matching", "kappa": 0.0})
+    trainer, (x, y, draws) = stepped({"objective": "flow_matching"})
     planted = Planted(trainer.model, violation)
     trainer.loss_of = lambda x, y, draws: FlowMatching().evaluate(planted, x, y, draws)
     with Recordable(), pytest.raises(NotRecordable, match=words):
@@ -220,7 +221,7 @@ def test_what_a_graph_cannot_hold_is_found(recordings, violation, words):
 
 
 def test_what_a_graph_cannot_hold_is_found_in_the_backward(recordings):
-    trainer, (x, y, draws) = stepped({"objective": "flow_matching", "kappa": 0.0})
+    trainer, (x, y, draws) = stepped({"objective": "flow_matching"})
     net = trainer.model
     net.final_layer.linear.register_forward_hook(lambda layer, args, out: ReadsInBackward.apply(out))
     with Recordable(), pytest.raises(NotRecordable, match="reads a value"):
@@ -249,7 +250,7 @@ def test_no_tensor_of_an_update_is_on_the_host(values):
     """On the meta device, of whose values there are none: what is on the CPU there would be on the CPU beside a GPU."""
     config = TINY.replace(**values)
     net, objective = config.network(load_digits_data()).to("meta"), config.objective
-    ema = EMA(net, config.ema_decay, recordable=True)
+    ema = EMA(net, config.optim.ema_decay, recordable=True)
     x, y = torch.zeros(8, 1, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     draws = objective.draw(x.shape, spread=True).map(lambda a: a.to("meta"))
     ema.set_step(0)
@@ -386,10 +387,10 @@ def test_graphs_on_the_command_line_and_in_a_file(monkeypatch, flags, file, expe
     asked = []
 
     def stop(config, **options):
-        asked.append(config.cuda_graphs)
+        asked.append(config.run.cuda_graphs)
         raise UsageError("far enough")
 
-    monkeypatch.setattr("meanflow.training.run.run_training", stop)
+    monkeypatch.setattr("meanflow.commands.train.run_training", stop)
     Path("values.yaml").write_text(file)
     assert main(["train", "digits", "--config", "values.yaml", *flags]) == 2
     assert asked == [expected]
