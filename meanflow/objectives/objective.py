@@ -212,15 +212,16 @@ class Objective(Options, ABC):
         du_dt = terms.u.new_zeros(terms.u.shape)
         if terms.du_dt is not None:
             du_dt = torch.cat([terms.du_dt, du_dt[len(terms.du_dt) :].to(terms.du_dt.dtype)])  # [B, …]
-        rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, "squared_error": terms.per_sample.detach()}
-        rows |= {**terms.metrics, **terms.others}
-        known = {field.name for field in dataclasses.fields(self.Output)}
+        error = terms.metrics.get("squared_error", terms.per_sample.detach())  # [B]
+        rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, "squared_error": error}
+        if self.Output is not ObjectiveOutput:
+            rows |= {**terms.metrics, **terms.others}
         return self.Output(
             loss=terms.per_sample.mean(),
             per_sample=terms.per_sample.detach()[back],
             t=draws.t,
             r=draws.r,
-            **{name: a[back] for name, a in rows.items() if name in known},
+            **{name: a[back] for name, a in rows.items()},
         )
 
     def loss_at(

@@ -347,7 +347,9 @@ def test_the_precision_is_bf16_on_a_gpu_that_has_it_and_float32_elsewhere(monkey
 def test_a_run_names_its_precision_and_a_resumed_one_keeps_it(any_precision, monkeypatch, capsys):
     auto = TINY.replace(precision="auto", evaluate=True)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("meanflow.training.loop.settled", lambda config, device: config.replace(precision="bf16"))
+        for module in ("accelerator", "loop"):
+            settled = f"meanflow.training.{module}.settled"
+            elsewhere.setattr(settled, lambda config, device: config.replace(precision="bf16"))
         run_training(auto.replace(steps=3))
     assert "; cpu, precision bf16 (auto); runs/tiny" in capsys.readouterr().err
     run_training(auto, resume=True)  # where auto would be float32
@@ -492,7 +494,7 @@ def test_accelerates_own_sharding_is_refused(monkeypatch):
 @pytest.mark.parametrize(("backend", "words"), [("tritn", "expected one of"), ("cuda", "cuda backend")])
 def test_a_backend_that_cannot_serve_the_run_is_named_before_anything_is_written(monkeypatch, backend, words):
     monkeypatch.setattr("mfkernels.backend._requested", backend)
-    with pytest.raises(UsageError, match=f"backend: .*{words}"):
+    with pytest.raises(UsageError, match=f"(backend|BACKEND): .*{words}"):
         run_training(TINY)
     assert not Path("runs").exists()
 
