@@ -46,7 +46,7 @@ class Session:
 
     @staticmethod
     def _train(config, **how):
-        handle = os.open(f"{config.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        handle = os.open(f"{config.run.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         try:
