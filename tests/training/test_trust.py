@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from damage import CANARY, HOSTILE, seal
-from forged import PLAIN, SHARES, fails, forge_model, meanflow, newest
+from forged import PLAIN, SHARES, fails, forge, forge_model, meanflow, newest
 from safetensors.torch import load_file, save_file
 
 from meanflow.errors import UsageError
@@ -50,6 +51,31 @@ def test_a_function_that_a_configuration_names_is_not_run(here, capsys, line):
     path.write_text(path.read_text().replace("name: DiT", "name: canary:fire"))
     fails(f"train {line}", capsys, "config.yaml names the function 'canary:fire'", "--trust-code", "--model")
     assert not Path("runs/new").exists()
+    assert "canary" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "canary:fire",
+        {"name": "canary:fire"},
+        {"name": "meanflow", "time_sampler": {"name": "canary:fire"}},
+        {"name": "meanflow", "time_sampler": "canary:fire"},
+        {"name": "meanflow", "data": "canary:fire"},
+        {"name": "meanflow", "evaluator": "canary:fire"},
+    ],
+)
+def test_no_word_of_a_file_is_imported(here, capsys, objective):
+    config = yaml.safe_load((PLAIN / "config.yaml").read_text())
+    Path("hostile.yaml").write_text(yaml.safe_dump({**config, "objective": objective}))
+    fails("train --config hostile.yaml --name new", capsys, "hostile.yaml names the function 'canary:fire'")
+    forge(PLAIN, objective=objective)
+    fails("sample plain", capsys, "names the function 'canary:fire'", "--trust-code")
+    (PLAIN / "report.json").unlink(missing_ok=True)
+    fails("train --resume --name plain --evaluate", capsys, "names the function 'canary:fire'", "--trust-code")
+    (PLAIN / "config.yaml").write_text(Path("hostile.yaml").read_text())
+    fails("evaluate plain", capsys, "names the function 'canary:fire'")
+    fails("train --resume --name plain --steps 3", capsys, "config.yaml names the function 'canary:fire'")
     assert "canary" not in sys.modules
 
 
