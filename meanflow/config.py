@@ -289,13 +289,14 @@ def _refuse(config: Config, name: str, value: Any, *, asked: bool) -> None:
         known = {option.name for option in options_of(Config, config)}
         close = difflib.get_close_matches(name, known, n=1)
         raise UsageError(f"unknown option{f'; is it {close[0]}?' if close else ''}", field=name)
-    others = [(where, word, option) for where, word, option in owners if config.values().get(where) != word]
+    values = config.values()
+    others = [(where, word, option) for where, word, option in owners if values.get(where) != word]
     defaults = [option.default for _, _, option in others]
     if not asked and (value is None or value in defaults or (isinstance(value, list) and tuple(value) in defaults)):
         return  # a file may be a whole configuration, which asks for what differs
     where = others[-1][0]  # the innermost
     words = " or ".join(dict.fromkeys(word for place, word, _ in others if place == where))
-    raise UsageError(f"expected only with {where} {words}, got {where} {config.values().get(where)}", field=name)
+    raise UsageError(f"expected only with {where} {words}, got {where} {values.get(where)}", field=name)
 
 
 def words_in(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ def loaded_after(code: str, *modules: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()[1:]
 
 
-@pytest.mark.parametrize("line", ["--help", "--version", "nonsense", ""])
+@pytest.mark.parametrize("line", ["--help", "--version", "nonsense", "", "data check --help"])
 def test_help_comes_without_pytorch(line):
     code = f"from meanflow import cli\ntry: cli.main({line.split()!r})\nexcept SystemExit: pass"
     assert loaded_after(code, "torch", "matplotlib", "accelerate", "numpy") == []

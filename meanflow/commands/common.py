@@ -6,18 +6,21 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
-from ..config import RUNS
 from ..errors import UsageError
-from ..evaluation import Evaluator
-from ..objectives import Objective
 from ..options import Option, help_of, options_of
 from ..processes import is_first
 from ..registry import find, names
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluator
+    from ..objectives import Objective
+
+# PyTorch takes two seconds, which a command's help has no use for: what needs it is imported where it is used.
 
 Flag = FlagCreatePairsOff[bool]
 WITHOUT_PREFIX: Any = OmitArgPrefixes
@@ -115,6 +118,8 @@ def check_at_least(least: int, options: Any, *fields: str) -> None:
 
 def source_of(text: str) -> Path:
     """A run folder, checkpoint or file at that path, or else the run of that name under runs/."""
+    from ..config import RUNS
+
     path = Path(text)
     there = path.is_file() or (path / "checkpoints").is_dir() or (path / "state.json").is_file()
     return RUNS / text if not there and (RUNS / text).is_dir() else path

@@ -9,8 +9,6 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from ..data import ImageFolder
-from ..data.check import check_folder
 from .common import Flag, check_at_least, command, say
 
 
@@ -22,12 +20,12 @@ class DataCheck:
 
     Args:
         folder: one sub-folder per class
-        image_size: side in pixels that images are scaled to
+        image_size: side in pixels that images are scaled to; None: as `meanflow train` scales them
         grey: one grey channel instead of RGB
     """
 
     folder: Positional[Path]
-    image_size: int = ImageFolder.image_size
+    image_size: int | None = None
     grey: Flag = False
 
 
@@ -36,8 +34,14 @@ def data(args: Sequence[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict(
         {"check": command(DataCheck)}, args=list(args), prog="meanflow data", description=data.__doc__
     )
-    check_at_least(1, options, "image_size")
-    found = check_folder(options.folder.expanduser(), image_size=options.image_size, grey=options.grey)
+    from ..data import ImageFolder
+    from ..data.check import check_folder
+
+    size = ImageFolder.image_size
+    if options.image_size is not None:
+        check_at_least(1, options, "image_size")
+        size = options.image_size
+    found = check_folder(options.folder.expanduser(), image_size=size, grey=options.grey)
     for line in found.lines():
         say(line)
     return 1 if found.unreadable else 0

@@ -67,8 +67,7 @@ def evaluate(args: Sequence[str]) -> int:
     evaluator = config.run.evaluator
     if options.data is not None:
         channels, side, _ = loaded.image_shape
-        kept = {name: config.values()[name] for name in ("held_out", "workers")}
-        config = config.replace(data=options.data, **kept)
+        config = config.replace(data=options.data)
         of_network = {"image_size": side, "grey": channels == 1}
         config = config.replace(**{name: value for name, value in of_network.items() if name in config.values()})
     data = config.data.load()

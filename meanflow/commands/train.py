@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from ..config import GROUPS, TOGETHER, Config, check_code, merged, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
-from ..options import Option, choices_of, finders_of, flattened, options_of
+from ..options import Option, choices_of, finders_of, flattened, options_of, owners_of
 from ..recipes import recipe, variant
 from ..registry import is_code, names
 from ..training.folder import RunFolder
@@ -132,8 +132,8 @@ def _every_option() -> Iterator[Option]:
     for _, _, prefix, component in choices_of(Config):
         yield from options_of(component, prefix=prefix)
     for short, several in TOGETHER.items():
-        number: Any = int if short == "prefix_tokens" else float
-        yield Option(short, tuple.__class_getitem__((number,) * len(several)), None, "", "")
+        kind = owners_of(Config, several[0])[0][2].kind
+        yield Option(short, tuple.__class_getitem__((kind,) * len(several)), None, "", "")
 
 
 def _options_of_code(args: Sequence[str]) -> Iterator[Option]:
