@@ -1,14 +1,12 @@
 """What a dual pass promises beside its numbers: refusals by name and line, randomness, hooks, memory, wrappers."""
 
 import copy
-import dataclasses
 import gc
 import pickle
 import re
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mfkernels
-from mfkernels import Dual, dual_aware, dualize, jvp, linear_map
+from mfkernels import Dual, dualize, jvp
 from mfkernels.testing import relative_error
 
 
@@ -487,45 +485,6 @@ def test_inference_mode():
     torch.testing.assert_close(out_dot, expected[1], rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("dualized", [False, True])
-def test_more_rows_than_samples(dualized):
-    x, v = torch.randn(2, 6, 4).double()
-    net = Wrapped(lambda x: x.sin().repeat_interleave(2, 0))
-    _, out_dot = jvp(dualize(net) if dualized else net, (x,), (v,), rows=3)
-    torch.testing.assert_close(out_dot, (x.cos() * v)[:3].repeat_interleave(2, 0))
-
-
-class Results(list):
-    """No pytree node: PyTorch's functions take it for a leaf."""
-
-
-@pytest.mark.parametrize("dualized", [False, True])
-@pytest.mark.parametrize("kind", [Results, tuple, lambda parts: OrderedDict(enumerate(parts))])
-def test_collections_of_any_type_keep_their_tangents_and_their_type(kind, dualized):
-    x, v = torch.randn(2, 4, 3).double()
-
-    def forward(x):
-        return kind([x.sin(), 2 * x])
-
-    net = dualize(Wrapped(forward)) if dualized else dual_aware(lambda x: kind([linear_map(torch.neg, x), 2 * x]))
-    out, out_dot = jvp(net, (x,), (v,), rows=3)
-    assert type(out) is type(out_dot) is type(forward(x))
-    assert torch.equal(out_dot[1], 2 * v[:3])
-
-
-def test_dataclasses_are_taken_apart():
-    @dataclasses.dataclass
-    class Output:
-        sample: torch.Tensor
-        extra: int
-
-    x, v = torch.randn(2, 6, 4).double()
-    out, out_dot = jvp(dualize(Wrapped(lambda x: Output(x.sin(), 3))), (x,), (v,), rows=3)
-    assert torch.equal(out.sample, x.sin())
-    assert out.extra == 3
-    torch.testing.assert_close(out_dot.sample, (x.cos() * v)[:3])
-
-
 def test_what_all_threads_share_is_set_back_by_the_last_pass():
     compiled, runs = torch.compile(torch.sin, backend=lambda graph, _: runs.append(1) or graph), []
     torch._dynamo.reset()
@@ -596,18 +555,6 @@ def test_a_compiled_pass_follows_flags_and_numbers():
         dual.scale, dual.kind = scale, kind
         for got, expected in zip(step(x, v), jvp(dual, (x,), (v,), rows=2), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-14)
-
-
-def test_several_batches_one_after_the_other_keep_every_tangent():
-    (x,) = duals((6, 3))
-    out = dualize(Wrapped(lambda x: torch.cat([x.sin(), x.cos()])))(x)
-    x_dot = torch.cat([x.tangent, torch.zeros(4, 3, dtype=torch.float64)])
-    torch.testing.assert_close(out.tangent, torch.cat([x.primal.cos() * x_dot, -x.primal.sin() * x_dot]))
-
-
-def test_a_result_with_its_samples_elsewhere_is_refused():
-    with pytest.raises(ValueError, match="with them in dimension 1"):
-        dualize(Wrapped(lambda x: x.transpose(0, 1)))(*duals((4, 4, 3)))
 
 
 @pytest.mark.parametrize("dim", [1, 2])
