@@ -57,7 +57,7 @@ def is_code(name: str) -> bool:
 def names(kind: str) -> list[str]:
     """The names that there are: this package's, then those of installed packages."""
     importlib.import_module(_HOMES[kind])
-    return list(dict.fromkeys([*_known[kind], *entry_points(group=f"meanflow.{kind}").names]))
+    return list(dict.fromkeys([*_known[kind], *sorted(entry_points(group=f"meanflow.{kind}").names)]))
 
 
 def field_of(kind: str) -> str:

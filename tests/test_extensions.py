@@ -14,11 +14,13 @@ import yaml
 from meanflow import cli, registry
 from meanflow.config import Config
 from meanflow.errors import UsageError
-from meanflow.training import load_network
+from meanflow.objectives import Networks
+from meanflow.training import list_checkpoints, load_checkpoint, load_network
+from meanflow.training.checkpoint import Checkpoint
 from meanflow.training.log import read_log
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
-MODULES = ("my_objective", "my_backbone", "my_data")
+MODULES = ("my_objective", "my_weight", "my_backbone", "my_data")
 FLAGS = "--device cpu --threads 1 --log-every 1 --checkpoint-every 2"
 
 
@@ -57,6 +59,10 @@ def package(here, monkeypatch):
     return here
 
 
+def newest(name: str) -> Checkpoint:
+    return load_checkpoint(list_checkpoints(Path("runs") / name / "checkpoints")[-1])
+
+
 def run(line: str) -> int:
     return cli.main(line.split())
 
@@ -88,7 +94,8 @@ def test_an_installed_package_adds_an_objective_a_backbone_a_data_source_and_a_r
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "error at which the loss turns from a square to a norm (default: 1.0)" in text
     assert run("train digits --scale 2") == 2
-    assert "scale: expected only with objective pseudo-huber, got objective meanflow" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "scale: expected only with objective pseudo-huber or weighted, got objective meanflow" in said
 
 
 def test_a_resumed_run_of_its_own_objective_has_the_curve_of_one_that_was_not_stopped(package):
@@ -98,6 +105,42 @@ def test_a_resumed_run_of_its_own_objective_has_the_curve_of_one_that_was_not_st
     assert run("train --resume --name parts --steps 4") == 0
     whole, parts = ([row["loss"] for row in read_log(Path("runs") / name / "log.jsonl")] for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_what_an_objective_learns_is_trained_saved_and_resumed(package, capsys):
+    line = f"train checkers --objective weighted {FLAGS} --no-evaluate --name"
+    assert run(f"{line} whole") == 0
+    assert run(f"{line} parts --steps 2") == 0
+    (first,) = list_checkpoints(Path("runs/parts/checkpoints"))
+    assert run("train --resume --name parts --steps 4") == 0
+    whole, parts = newest("whole"), newest("parts")
+    for of in ("model", "ema", "optimizer", "learned"):
+        saved, resumed = getattr(whole, of), getattr(parts, of)
+        assert saved.keys() == resumed.keys()
+        assert all(torch.equal(saved[name], resumed[name]) for name in saved), of
+    assert {"learned|of_time.weight|exp_avg", "out.weight|exp_avg"} < whole.optimizer.keys()
+    assert whole.learned.keys() == {"of_time.weight", "of_time.bias"}
+    assert all((whole.learned[name] != load_checkpoint(first).learned[name]).all() for name in whole.learned)
+    assert run("sample parts --count 1 --out x.npy") == 0
+
+    (list_checkpoints(Path("runs/parts/checkpoints"))[-1] / "learned.safetensors").unlink()
+    capsys.readouterr()
+    assert run("train --resume --name parts --steps 5") == 2
+    said = capsys.readouterr().err
+    assert "cannot read runs/parts/checkpoints/step_00000004/learned.safetensors" in said
+    assert f"{first} is intact" in said
+
+
+def test_what_an_objective_learns_is_asked_for_where_no_trainer_hands_it_over(package):
+    objective = Config.of(objective="weighted", model="Conv").objective
+    net = registry.find("models", "Conv")(input_size=8, in_channels=1, num_classes=2)
+    net.num_classes = 2
+    x, y = torch.randn(6, 1, 8, 8), torch.arange(6) % 2
+    with pytest.raises(TypeError, match=r"nets: expected Networks\(learned=…\), what learned_module\(\) of Weighted"):
+        objective(net, x, y)
+    learned = objective.learned_module()
+    objective(net, x, y, nets=Networks(learned=learned)).loss.backward()
+    assert learned.of_time.weight.grad.abs().sum() > 0
 
 
 def test_a_module_in_the_working_directory_needs_no_package(here, capsys):

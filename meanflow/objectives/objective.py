@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_finite, check_floating, check_label_range, check_labels, check_takes, no_label_of
 from ..options import Options
@@ -34,11 +34,13 @@ class Loss(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """Other copies of the network, for the objectives that need them.
+    """What an objective evaluates beside the network in training, if it needs any of it.
 
-    ema: averaged weights; frozen: a pretrained one; weak: a worse one, for autoguidance.
+    learned: the module that `Objective.learned_module` makes, trained with the network.
+    ema, frozen, weak: other copies of the network: averaged, pretrained, and a worse one for autoguidance.
     """
 
+    learned: nn.Module | None = None
     ema: Net | None = None
     frozen: Net | None = None
     weak: Net | None = None
@@ -123,6 +125,14 @@ class Objective(Options, ABC):
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """The paper's formulas. Nothing random, no read on the host: a compiler takes them whole."""
 
+    def learned_module(self) -> nn.Module | None:
+        """A new module of the objective's own parameters, such as a log-variance of its weight; None: it has none.
+
+        The trainer puts it into the optimiser and the checkpoints and hands it to `terms` as `nets.learned`, which
+        calls it as a module. Its parameters have one dimension at least, so that FSDP2 can shard them.
+        """
+        return None
+
     def draw_conditions(
         self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
@@ -148,13 +158,14 @@ class Objective(Options, ABC):
             x: (B, C, H, W) data; any shape (B, …) that the network takes.
             y: (B,) integer labels.
             generator: source of the draws, on the device of `x`; default: PyTorch's global one.
-            nets: other copies of the network, for the objectives that need them.
+            nets: what the objective evaluates beside the network, if it needs any of it.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         check_batch(net, x, y)
         self.check_network(net)
+        self._check_learned(nets)
         draws = self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self._output(net, x, y, draws, nets)
 
@@ -246,7 +257,7 @@ class Objective(Options, ABC):
             t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.
             y: (B,) integer labels.
             drop: (B,) bool, True where the label is dropped; default: nowhere.
-            nets: other copies of the network, for the objectives that need them.
+            nets: what the objective evaluates beside the network, if it needs any of it.
             conditions: (B,) further draws, by the names in the attribute `conditions`.
 
         Raises:
@@ -261,6 +272,7 @@ class Objective(Options, ABC):
         check_finite("noise", noise)
         self.check_conditions(conditions)
         self.check_network(net)
+        self._check_learned(nets)
         moved = r != t  # [B]
         draws = Draws(noise=noise, t=t, r=r, moved=moved, rows=int(moved.sum()), drop=drop, conditions=conditions)
         return self._output(net, x, y, draws, nets)
@@ -280,6 +292,13 @@ class Objective(Options, ABC):
         """Raise a NetworkError unless `net` takes what the objective gives it."""
         if self.ratio > 0 or self.keywords:
             check_takes(net, "y", *self.conditions, *self.keywords)
+
+    def _check_learned(self, nets: Networks | None) -> None:
+        own = type(self).learned_module is not Objective.learned_module
+        if own and (nets is None or nets.learned is None):
+            raise TypeError(
+                f"nets: expected Networks(learned=…), what learned_module() of {type(self).__name__} returns, got none"
+            )
 
     def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Raise unless given draws by the names in `conditions` have values in their ranges, which are read."""

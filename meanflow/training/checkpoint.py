@@ -3,9 +3,10 @@
     checkpoints/step_00001000/model.safetensors       weights
                               ema.safetensors         averaged weights, float32
                               optimizer.safetensors   AdamW's moments, one tensor per parameter and moment
-                              shares/                 under FSDP2, instead of optimizer.safetensors: weights, averages
-                                                      and moments, written by torch.distributed.checkpoint, each
-                                                      process's pieces in a file of its own
+                              learned.safetensors     parameters of the objective, if it has any
+                              shares/                 under FSDP2, instead of the last two: all of these tensors,
+                                                      written by torch.distributed.checkpoint, each process's pieces in
+                                                      a file of its own
                               state.json              step, model, timing, checksums of the others; written last
 
 Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and all draws are functions of (seed,
@@ -37,12 +38,14 @@ from ..errors import UsageError
 from ..files import check_regular, reason, remove_folder
 from . import shares as shared
 from .parallel import own_piece, spread_like, whole
-from .state import check_files, checksum, load_state, save_state
+from .state import check_files, checksum, has_file, load_state, save_state
 
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
 T = TypeVar("T")
-_SHARED = ("model", "ema", "optimizer")  # parts that FSDP2 spreads over the processes
+_SHARED = ("model", "ema", "optimizer", "learned")  # parts that FSDP2 spreads over the processes
+_WHOLE = ("model", "ema")  # those that are written whole all the same: a network can be sampled from them
+_NETWORK, _LEARNED = "net.", "learned."  # where parameters are in a `TrainingLoss`
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,7 +89,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     if checkpoint.spread:
         PartialState().wait_for_everyone()  # for the folder
         checksums = shared.save_shares(partial / shared.FOLDER, checkpoint.shares)
-    for name in ("model", "ema") if checkpoint.spread else _SHARED:
+    for name in _WHOLE if checkpoint.spread else _SHARED:
+        if not getattr(checkpoint, name):
+            continue
         tensors: dict[str, Tensor] = {}
         places = set()
         for key, value in getattr(checkpoint, name).items():
@@ -197,10 +203,11 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     if (path / shared.FOLDER).is_dir():
         shares = shared.load_shares(path, state, held)
     else:
-        check_files(path, state, [f"{part}.safetensors" for part in _SHARED])
+        written = _written(path, state)
+        check_files(path, state, [f"{part}.safetensors" for part in written])
         shares = {
             f"{part}{_SEPARATOR}{name}": value
-            for part in _SHARED
+            for part in written
             for name, value in load_tensors(path / f"{part}.safetensors").items()
         }
         for key, value in shares.items():
@@ -213,6 +220,14 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
             raise UsageError(f"{path}: expected tensors of {', '.join(_SHARED)}, got {key}")
         parts[part][name] = value
     return Checkpoint(step=int(state["step"]), state=state, **parts)
+
+
+def _written(path: Path, state: Mapping[str, Any]) -> list[str]:
+    """The parts of a checkpoint that are files of their own."""
+    if (path / shared.FOLDER).is_dir():
+        return list(_WHOLE)
+    learned = has_file(path, state, "learned.safetensors")
+    return [part for part in _SHARED if part != "learned" or learned]
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:
@@ -229,12 +244,10 @@ def _is_intact(path: Path) -> bool:
     """Whether all files are there, as long as they should be, and those that were saved."""
     try:
         state = load_state(path, "seconds", "class_names", "model", "objective")
-        names = [f"{name}.safetensors" for name in ("model", "ema")]
+        names = [f"{part}.safetensors" for part in _written(path, state)]
         if (path / shared.FOLDER).is_dir():
             metadata = shared.read_metadata(path / shared.FOLDER)  # the files must be as long as it says
             check_files(path, state, [f"{shared.FOLDER}/{shared.METADATA}", *shared.files_of(metadata)])
-        else:
-            names.append("optimizer.safetensors")
         for name in names:
             load_metadata(path / name)  # reads the header, which must fit the file's length
         check_files(path, state, names)
@@ -314,27 +327,40 @@ def parameter_of(key: str) -> str:
     return key.rpartition(_SEPARATOR)[0]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _in_file(name: str) -> str:
+    """The name in a checkpoint of a parameter of a `TrainingLoss`: the network's own, or "learned|…"."""
+    if name.startswith(_LEARNED):
+        return f"learned{_SEPARATOR}{name.removeprefix(_LEARNED)}"
+    return name.removeprefix(_NETWORK)
+
+
+def optimizer_tensors(loss_of: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, spread as the parameters are.
 
     Every process takes part. Where no step has been made it is filled in with placeholders.
+
+    Args:
+        loss_of: the `TrainingLoss` whose parameters it steps, or a wrapper of it.
     """
-    state: Any = get_optimizer_state_dict(model, optimizer).get("state", {})
+    state: Any = get_optimizer_state_dict(loss_of, optimizer).get("state", {})
     return {
-        f"{name}{_SEPARATOR}{moment}": value for name, moments in state.items() for moment, value in moments.items()
+        f"{_in_file(name)}{_SEPARATOR}{moment}": value
+        for name, moments in state.items()
+        for moment, value in moments.items()
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(loss_of: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; hyper-parameters stay as the optimiser has them."""
-    groups: Any = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    groups: Any = get_optimizer_state_dict(loss_of, optimizer)["param_groups"]
     # a parameter that never had a gradient has no moments; torch 2.6 asks for its name all the same
     state: dict[str, dict[str, Tensor]] = {name: {} for group in groups for name in group["params"]}
+    of_file = {_in_file(name): name for name in state}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(_SEPARATOR)
-        state.setdefault(name, {})[moment] = value
+        state[of_file[name]][moment] = value
     set_optimizer_state_dict(
-        model,
+        loss_of,
         optimizer,
         {"state": state, "param_groups": groups},  # type: ignore[dict-item]
     )

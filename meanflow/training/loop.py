@@ -21,7 +21,7 @@ from ..data import ImageData, StepOrder, Stream, generator_for, micro_batches
 from ..data.order import mix, shard
 from ..errors import NetworkError, TrainingError, UsageError
 from ..models import config_of
-from ..objectives import Draws
+from ..objectives import Draws, Networks
 from .checkpoint import (
     Checkpoint,
     check_tensors,
@@ -105,8 +105,9 @@ class Trainer:
             in_bfloat16(self.model)
         checkpoint_blocks(self.model, config.run.checkpoint_blocks)
         self._check_parts()
-        self.loss_of = training_loss(self.model, self.objective, config, accelerator)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.learned = self.objective.learned_module()
+        self.loss_of = training_loss(self.model, self.objective, config, accelerator, self.learned)
+        self.parameters = [p for p in self.loss_of.parameters() if p.requires_grad]
         self.recorded = is_recorded(config, accelerator)
         self.update: Step = self._update  # or a recording of it, within `run`
         # wherever a step can be recorded, so that it is the same one with and without
@@ -152,7 +153,7 @@ class Trainer:
         try:
             self.objective.check_network(self.model)
             draws = self.objective.draw(x.shape, generator=torch.Generator(device), device=device)
-            loss = self.objective.loss(self.model, x, y, draws).loss
+            loss = self.objective.loss(self.model, x, y, draws, Networks(learned=self.learned)).loss
             if is_sharded(self.config, self.accelerator):
                 loss.backward()
                 self.optimizer.zero_grad()
@@ -197,7 +198,10 @@ class Trainer:
             raise UsageError(f"{path / 'optimizer.safetensors'}: expected moments of this model, got {unknown[0]}")
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
-        load_optimizer_tensors(self.model, self.optimizer.optimizer, saved.optimizer)
+        if self.learned is not None:
+            check_tensors(saved.learned, held.learned, path / "learned.safetensors")
+            self.learned.load_state_dict(saved.learned)
+        load_optimizer_tensors(self.loss_of, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
             check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -212,7 +216,7 @@ class Trainer:
         """
         saved = self._held(seconds)
         averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
-        bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.optimizer})
+        bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.learned, **saved.optimizer})
         if bad:  # a step whose loss and gradient were finite can still lead there
             raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.spread or self.accelerator.is_main_process:
@@ -242,7 +246,8 @@ class Trainer:
             step=self.step,
             model=self.model.state_dict(),
             ema=self._averaged_state(),
-            optimizer=optimizer_tensors(self.model, self.optimizer.optimizer),
+            optimizer=optimizer_tensors(self.loss_of, self.optimizer.optimizer),
+            learned={} if self.learned is None else self.learned.state_dict(),
             state=state,
         )
 

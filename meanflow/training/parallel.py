@@ -16,7 +16,7 @@ from mfkernels._torch import tree_map_only
 
 from ..config import Config, Run
 from ..errors import UsageError
-from ..objectives import Draws, Loss, Objective
+from ..objectives import Draws, Loss, Networks, Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,28 +28,33 @@ BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
 
 
 class TrainingLoss(nn.Module):
-    """The objective of a network as one module: what DDP wraps, and what the compiler takes whole."""
+    """The objective of a network as one module: what DDP wraps, and what the compiler takes whole.
 
-    def __init__(self, net: nn.Module, objective: Objective) -> None:
+    learned: the objective's own module, see `Objective.learned_module`.
+    """
+
+    def __init__(self, net: nn.Module, objective: Objective, learned: nn.Module | None = None) -> None:
         super().__init__()
-        self.net, self.objective = net, objective
+        self.net, self.objective, self.learned = net, objective, learned
 
     def forward(self, x: Tensor, y: Tensor, draws: Draws) -> Loss:
-        return self.objective.loss(self.net, x, y, draws)
+        return self.objective.loss(self.net, x, y, draws, Networks(learned=self.learned))
 
 
 class ShardedLoss(TrainingLoss):
-    """`TrainingLoss` of a network under FSDP2, with the `no_sync` that DDP has."""
+    """`TrainingLoss` of modules under FSDP2, with the `no_sync` that DDP has."""
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes in here keep their gradients whole in each process; the next one outside shares the sum."""
-        net = cast("FSDPModule", self.net)
-        net.set_requires_gradient_sync(False)
+        modules = [cast("FSDPModule", module) for module in (self.net, self.learned) if module is not None]
+        for module in modules:
+            module.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            net.set_requires_gradient_sync(True)
+            for module in modules:
+                module.set_requires_gradient_sync(True)
 
 
 def settled(config: Config, device: torch.device) -> Config:
@@ -106,8 +111,16 @@ def in_bfloat16(model: nn.Module) -> None:
     model.forward = rounded
 
 
-def training_loss(model: nn.Module, objective: Objective, config: Config, accelerator: Accelerator) -> nn.Module:
+def training_loss(
+    model: nn.Module,
+    objective: Objective,
+    config: Config,
+    accelerator: Accelerator,
+    learned: nn.Module | None = None,
+) -> nn.Module:
     """(x, y, draws) -> Loss over all processes, `model` on its device and in the run's precision.
+
+    `learned` is the objective's own module, which stays in float32.
 
     DDP wraps the whole objective, so that it exchanges gradients once a step whatever the objective evaluates. FSDP2
     gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway, they are
@@ -119,11 +132,13 @@ def training_loss(model: nn.Module, objective: Objective, config: Config, accele
     sharded = is_sharded(config, accelerator)
     # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself
     accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
+    if learned is not None and not sharded:
+        learned.to(accelerator.device)
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *([] if learned is None else learned.named_parameters())):
             if parameter.ndim == 0:
                 raise UsageError(
                     f"strategy: fsdp cuts parameters along their first dimension, and {name} is a single number; make "
@@ -142,8 +157,10 @@ def training_loss(model: nn.Module, objective: Objective, config: Config, accele
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False))
-        return ShardedLoss(model, objective)
-    loss = TrainingLoss(model, objective)
+        if learned is not None:
+            fully_shard(learned, mesh=mesh)
+        return ShardedLoss(model, objective, learned)
+    loss = TrainingLoss(model, objective, learned)
     if config.run.compile:
         compile_forward(loss, config.run)
     if accelerator.num_processes == 1:

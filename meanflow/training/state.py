@@ -72,6 +72,11 @@ def check_files(path: Path, state: Mapping[str, Any], names: Iterable[str]) -> N
             )
 
 
+def has_file(path: Path, state: Mapping[str, Any], name: str) -> bool:
+    """Whether the file `name` was saved in the checkpoint `path` with `state`."""
+    return name in state[_CHECKSUMS] if _CHECKSUMS in state else (path / name).exists()
+
+
 def load_state(path: Path, *names: str) -> dict[str, Any]:
     """state.json of a checkpoint, which has these names besides step and format.
 

@@ -25,6 +25,7 @@ from meanflow.errors import UsageError
 from meanflow.training import list_checkpoints, load_checkpoint, load_network, run_training
 from meanflow.training.checkpoint import cure_for_damage
 from meanflow.training.log import read_log
+from mfkernels.testing import relative_error
 
 TINY = tiny_runs.TINY.replace(norm_p=0.5, warmup_steps=0, schedule="constant", threads=1)
 
@@ -169,6 +170,54 @@ def net(input_size, in_channels, num_classes):
     _, said = launch("torchrun", 2, config.replace(strategy="fsdp"), "--resume", "--model", "noisy:net")
     assert said.count("strategy: noisy:net has no blocks, so fsdp gathers all of it at once") == 1
     assert [drawn(rank)[-1] for rank in range(2)] == straight
+
+
+@needs_sharding
+def test_what_an_objective_learns_is_one_whatever_the_processes_and_the_strategy_are():
+    Path("weighted.py").write_text(
+        """
+from dataclasses import dataclass
+
+from torch import nn
+
+from meanflow.objectives import MeanFlow
+
+
+class LogVariance(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_time = nn.Linear(1, 3)
+
+    def forward(self, t):
+        return self.of_time(t[:, None]).mean(1)
+
+
+@dataclass(frozen=True)
+class Weighted(MeanFlow):
+    def learned_module(self):
+        return LogVariance()
+
+    def terms(self, b, nets):
+        terms = super().terms(b, nets)
+        log_variance = nets.learned(b.t)
+        return terms._replace(per_sample=terms.per_sample / log_variance.exp() + log_variance)
+"""
+    )
+    config = TINY.replace(objective="weighted:Weighted", ratio=0.5, kappa=0.3, steps=4, warmup_steps=0)
+    run_training(config.replace(name="one"))
+    many = config.replace(name="many", checkpoint_every=10)
+    launch("torchrun", 2, many.replace(steps=1, accumulate=2), "--trust-code")
+    launch("torchrun", 2, many.replace(steps=2, accumulate=2, strategy="fsdp"), "--resume", "--trust-code")
+    launch("torchrun", 4, many.replace(steps=3, strategy="fsdp"), "--resume", "--trust-code")  # more than its 3 numbers
+    run_training(many, resume=True)
+    for column in ("loss", "grad_norm"):
+        assert curve("many", column) == pytest.approx(curve("one", column), rel=4e-7)
+    one, several = (
+        load_checkpoint(list_checkpoints(Path("runs") / name / "checkpoints")[-1]) for name in ("one", "many")
+    )
+    assert several.learned.keys() == {"of_time.weight", "of_time.bias"}
+    for name, value in one.learned.items():
+        assert relative_error(several.learned[name], value) <= 4e-7
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
