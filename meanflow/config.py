@@ -174,7 +174,7 @@ class Config:
         needed, found = self.objective.outputs, self.model.outputs
         if found is None or needed == found:
             return
-        fitting = [name for name in registry.names("models") if model_options(name).outputs == needed]
+        fitting = [name for name, model in registry.available("models", model_options) if model.outputs == needed]
         example = f", such as {fitting[0]}" if fitting else ""
         raise UsageError(
             f"{self.values()['objective']} trains a network that returns ({', '.join(needed)}){example}; got model "

@@ -204,8 +204,7 @@ def choices_of(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str
     for field in dataclasses.fields(cls):
         inner = prefix + field.metadata.get("prefix", "")
         if "kind" in field.metadata:
-            for word in registry.names(field.metadata["kind"]):
-                component = field.metadata["find"](word)
+            for word, component in registry.available(field.metadata["kind"], field.metadata["find"]):
                 yield prefix + field.name, word, inner, component
                 yield from choices_of(component, inner)
         elif is_group(field):

@@ -7,6 +7,7 @@ A package adds its own through entry points of the group "meanflow.KIND", such a
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -29,6 +30,8 @@ _HOMES = {
 }
 _OPTIONS = {"data": "data", "recipes": "preset"}  # that name components, where it is not the singular of the kind
 _known: dict[str, dict[str, Any]] = {kind: {} for kind in _HOMES}
+_warned: set[tuple[str, str]] = set()  # kinds and names
+_log = logging.getLogger("meanflow")
 T = TypeVar("T")
 
 
@@ -81,9 +84,25 @@ def find(kind: str, name: str) -> Any:
         (entry,) = entry_points(group=f"meanflow.{kind}", name=name)
         try:
             register(kind, name)(entry.load())
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever the import of a package raises
             raise UsageError(f"cannot import {entry.value}, which {name} is: {error}", field=field) from error
     return _known[kind][name]
+
+
+def available(kind: str, look_up: Callable[[str], Any] | None = None) -> Iterator[tuple[str, Any]]:
+    """The names of a kind and what `look_up` (by default `find`) gives for each.
+
+    A component that cannot be used, such as one of a package that does not import, is left out with a warning.
+    """
+    for name in names(kind):
+        try:
+            component = find(kind, name) if look_up is None else look_up(name)
+        except UsageError as error:
+            if (kind, name) not in _warned:
+                _warned.add((kind, name))
+                _log.warning("%s %s is left out: %s", kind, name, error.message)
+            continue
+        yield name, component
 
 
 def name_of(kind: str, component: Any) -> str:

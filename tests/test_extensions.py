@@ -28,6 +28,9 @@ FLAGS = "--device cpu --threads 1 --log-every 1 --checkpoint-every 2"
 def here(tmp_path, monkeypatch):
     """An empty folder, and what is registered or imported in the test forgotten after it."""
     monkeypatch.chdir(tmp_path)
+    for kind in registry._HOMES:
+        registry.names(kind)  # what is this package's own stays
+    monkeypatch.setattr(registry, "_warned", set())
     monkeypatch.setattr(registry, "_known", {kind: dict(known) for kind, known in registry._known.items()})
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -46,8 +49,6 @@ def write_modules(folder: Path) -> None:
 @pytest.fixture
 def package(here, monkeypatch):
     """The package of CONTRIBUTING.md, installed."""
-    for kind in registry._HOMES:
-        registry.names(kind)
     site = here / "site"
     info = site / "my_methods-1.0.dist-info"
     info.mkdir(parents=True)
@@ -154,6 +155,33 @@ def test_a_module_in_the_working_directory_needs_no_package(here, capsys):
     assert run("sample mine --labels 0 --count 1 --out x.npy --trust-code") == 0
     assert run("train --resume --name mine --steps 3 --trust-code") == 0
     assert load_network(Path("runs/mine"), trust_code=True).objective.scale == 3.0
+    # the options of what a saved run or a file names are flags too
+    assert run("train --resume --name mine --steps 4 --scale 5 --trust-code") == 0
+    assert load_network(Path("runs/mine"), trust_code=True).objective.scale == 5.0
+    Path("mine.yaml").write_text("{objective: 'my_objective:PseudoHuber', model: DiT, data: digits, name: file}")
+    assert run(f"train --config mine.yaml --scale 7 --trust-code --steps 0 {FLAGS}") == 2
+    assert "steps: expected at least 1, got 0" in capsys.readouterr().err
+    assert run("train --config mine.yaml --scale 7") == 2
+    assert "mine.yaml names the function 'my_objective:PseudoHuber'" in capsys.readouterr().err
+
+
+def test_an_installed_package_that_does_not_import_is_left_out_and_named(package, capsys, caplog):
+    Path("site/my_objective.py").write_text("1 / 0")
+    with pytest.raises(SystemExit):
+        run("train digits --help")
+    assert "--norm-p" in capsys.readouterr().out
+    assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
+        f"objectives {name} is left out: cannot import {module}, which {name} is: division by zero"
+        for name, module in (("pseudo-huber", "my_objective:PseudoHuber"), ("weighted", "my_weight:Weighted"))
+    ]
+    assert run("train digits --objective pseudo-huber") == 2
+    assert "objective: cannot import my_objective:PseudoHuber" in capsys.readouterr().err
+
+
+def test_a_files_preset_is_checked_where_a_flag_has_another(here, capsys):
+    Path("a.yaml").write_text("preset: [digits]\n")
+    assert run("train digits --config a.yaml") == 2
+    assert "a.yaml: preset: expected one of" in capsys.readouterr().err
 
 
 def test_the_objective_is_what_it_says(package):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,10 @@ import tyro
 from tyro.conf import Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..config import GROUPS, TOGETHER, Config, check_code, merged, words_in
+from ..config import GROUPS, TOGETHER, Config, Trust, check_code, merged, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
+from ..files import shown
 from ..options import Option, choices_of, finders_of, flattened, options_of, owners_of
 from ..recipes import recipe, variant
 from ..registry import is_code, names
@@ -63,16 +64,23 @@ class Start:
 
 def train(args: Sequence[str]) -> int:
     """Train a network"""
-    asked = parse(_given(args), [a for a in args if a not in ("-h", "--help")], prog="train")
-    named = {word for word in asked.settings.values() if isinstance(word, str) and is_code(word)}
-    trust = asked.trust_code or named
-    file = read_values(asked.config, trust) if asked.config else {}
-    word = asked.preset or file.get(PRESET)
-    if word and word not in names("recipes"):
+    flags = dict(_words(args))
+    trust: Trust = "trust_code" in flags or {word for word in flags.values() if is_code(word)}
+    file = read_values(Path(flags["config"]), trust) if flags.get("config") else {}
+    preset = file.pop(PRESET, None)
+    if preset is not None and preset not in names("recipes"):
         raise UsageError(
-            f"{asked.config}: {PRESET}: expected one of {', '.join(names('recipes'))}, got {word!r}", field="config"
+            f"{flags['config']}: {PRESET}: expected one of {', '.join(names('recipes'))}, got {shown(preset)}",
+            field="config",
         )
-    file.pop(PRESET, None)
+    named = {**file, **flags}  # components that may be code, whose options are flags too
+    if "resume" in flags:
+        word = next((arg for arg in args if arg in names("recipes")), preset)
+        folder = _folder(named, word)
+        if folder.config.is_file():
+            named = {**read_config(folder.config, trust)[0].values(), **named}
+    asked = parse(_given(named), [a for a in args if a not in ("-h", "--help")], prog="train")
+    word = asked.preset or preset
     given = {**file, **asked.settings}
     if asked.resume:
         base, preset = _saved_run(word, given, trust, overwrite=asked.overwrite)
@@ -104,10 +112,15 @@ def train(args: Sequence[str]) -> int:
     return 0
 
 
+def _folder(given: Mapping[str, Any], word: str | None) -> RunFolder:
+    """Of the run that is named, or of the one that the recipe `word` names."""
+    usual = recipe(variant(word, given.get("objective"))) if word else Config()
+    return RunFolder.named(given.get("name") or usual.run.name)
+
+
 def _saved_run(word: str | None, given: dict[str, Any], trust: Any, *, overwrite: bool) -> tuple[Config, str | None]:
     """What the run to resume was started with, and its recipe; `word` is the one that was asked for."""
-    name = given.get("name") or (recipe(variant(word, given.get("objective"))) if word else Config()).run.name
-    folder = RunFolder.named(name)
+    folder = _folder(given, word)
     folder.prepare(resume=True, overwrite=overwrite)
     config, preset = read_config(folder.config, trust)
     if word and PRESET in read_values(folder.config, trust) and variant(word, config.values()["objective"]) != preset:
@@ -121,9 +134,17 @@ def _saved_run(word: str | None, given: dict[str, Any], trust: Any, *, overwrite
 # ---------------------------------------------------------------------------------------------------------- the parser
 
 
-def _given(args: Sequence[str]) -> Any:
-    """`Start` with the flags of every component that there is, those that `args` names as code too."""
-    flags = given_flags([*_every_option(), *_options_of_code(args)])
+def _words(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags by their names, with the words that follow them; what is wrong with them the parser says."""
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    for flag, word in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if flag.startswith("--"):
+            yield flag.removeprefix("--").replace("-", "_"), word
+
+
+def _given(named: Mapping[str, Any]) -> Any:
+    """`Start` with the flags of every component that there is, and of those that are named as code."""
+    flags = given_flags([*_every_option(), *_options_of_code(named)])
     return command(Start, ("settings", flags), preset=_recipes())
 
 
@@ -136,13 +157,10 @@ def _every_option() -> Iterator[Option]:
         yield Option(short, tuple.__class_getitem__((kind,) * len(several)), None, "", "")
 
 
-def _options_of_code(args: Sequence[str]) -> Iterator[Option]:
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    choices = {name: (find, prefix) for name, find, prefix in finders_of(Config)}
-    for flag, word in itertools.pairwise(words):
-        name = flag.removeprefix("--").replace("-", "_")
-        if name in choices and is_code(word):
-            find, prefix = choices[name]
+def _options_of_code(named: Mapping[str, Any]) -> Iterator[Option]:
+    for name, find, prefix in finders_of(Config):
+        word = named.get(name)
+        if isinstance(word, str) and is_code(word):
             yield from options_of(find(word), prefix=prefix)
 
 
@@ -160,6 +178,12 @@ def _shown(config: Config) -> Any:
             value = value is not False if option.flag is bool else value
             text = option.help or option.name.replace("_", " ")
             options.append((option.name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
+        for short, several in TOGETHER.items():
+            if set(several) <= _names_of(config, group):
+                default = tuple(values[name] for name in several)
+                kind = tuple.__class_getitem__((type(default[0]),) * len(several))
+                text = f"{', '.join(several)}, all at once"
+                options.append((short, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=default)))
         made = dataclasses.make_dataclass(group, options, frozen=True)
         fields.append((group, WITHOUT_PREFIX[made], dataclasses.field(default_factory=made)))
     return command(Start, *fields, preset=_recipes())

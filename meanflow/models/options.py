@@ -61,7 +61,7 @@ def model_options(name: str) -> type[ModelOptions]:
         UsageError: there is no model of that name.
     """
     if registry.is_code(name):
-        every = {field.name: field for other in registry.names("models") for field in _fields(other)}
+        every = {field.name: field for _, fields in registry.available("models", _fields) for field in fields}
         sizes = [(field.name, f"{field.type} | None", _sized(field.name, None)) for field in every.values()]
         return _made(name, sizes, None, "A network of yours.")
     make = registry.find("models", name)

@@ -242,8 +242,8 @@ def saved_codec(state: Mapping[str, Any]) -> Codec:
 def objective_for(net: nn.Module) -> Objective:
     """An objective that samples from a network of which only the weights are known, without guidance of its own."""
     outputs = getattr(net, "outputs", ("u",))
-    names = sorted(registry.names("objectives"), key=lambda name: name != "meanflow")
-    fitting = [name for name in names if registry.find("objectives", name).outputs == outputs]
+    fitting = [name for name, objective in registry.available("objectives") if objective.outputs == outputs]
+    fitting.sort(key=lambda name: name != "meanflow")
     if not fitting:
         raise UsageError(f"no objective is of a network that returns ({', '.join(outputs)})", field="objective")
     config = Config().replace(objective=fitting[0])
