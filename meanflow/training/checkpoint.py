@@ -4,8 +4,8 @@
                               ema.safetensors         averaged weights, float32
                               optimizer.safetensors   AdamW's moments, one tensor per parameter and moment
                               learned.safetensors     parameters of the objective, if it has any
-                              shares/                 under FSDP2, instead of the last two: all of these tensors,
-                                                      written by torch.distributed.checkpoint, each process's pieces in
+                              shards/                 under FSDP2, instead of the last two: all of these tensors,
+                                                      written by torch.distributed.checkpoint, each process's shards in
                                                       a file of its own
                               state.json              step, model, timing, checksums of the others; written last
 
@@ -36,21 +36,21 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import UsageError
 from ..files import check_regular, reason, remove_folder
-from . import shares as shared
-from .parallel import own_piece, spread_like, whole
+from . import shards
+from .parallel import distribute_like, full_tensor, local_shard
 from .state import check_files, checksum, has_file, load_state, save_state
 
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
 T = TypeVar("T")
-_SHARED = ("model", "ema", "optimizer", "learned")  # parts that FSDP2 spreads over the processes
-_WHOLE = ("model", "ema")  # those that are written whole all the same: a network can be sampled from them
+_PARTS = ("model", "ema", "optimizer", "learned")  # of a checkpoint
+_WHOLE = ("model", "ema")  # those that are written as whole tensors in any case, so that a network can be loaded
 _NETWORK, _LEARNED = "net.", "learned."  # where parameters are in a `TrainingLoss`
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved: everything that the next step depends on. Tensors may be spread over the processes (FSDP2)."""
+    """What is saved: everything that the next step depends on. Tensors may be sharded over the processes (FSDP2)."""
 
     step: int
     model: Mapping[str, Tensor]
@@ -60,14 +60,14 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def spread(self) -> bool:
-        """Whether every process holds a piece only; then every process takes part in saving and loading."""
+    def sharded(self) -> bool:
+        """Whether each process holds its shards only; then every process takes part in saving and loading."""
         return any(isinstance(value, DTensor) for value in self.model.values())
 
     @property
-    def shares(self) -> dict[str, Tensor]:
-        """What may be spread, by part and name."""
-        return {f"{part}{_SEPARATOR}{name}": value for part in _SHARED for name, value in getattr(self, part).items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by "part|name"."""
+        return {f"{part}{_SEPARATOR}{name}": value for part in _PARTS for name, value in getattr(self, part).items()}
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
     It is written beside its place and renamed when every byte is on disk: a crash leaves the previous ones whole. What
     is not kept goes first, so that the disk needs room for `keep`, but for two where that is one: the last whole
-    checkpoint stays until the new one is. The main process calls this, or all do where the checkpoint is spread.
+    checkpoint stays until the new one is. The main process calls this, or all do where the checkpoint is sharded.
     """
     main = PartialState().is_main_process
     final = folder / f"step_{checkpoint.step:08d}"
@@ -86,16 +86,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         _remove_older(folder, final, keep=max(1, keep - 1))
         partial.mkdir()
     checksums = {}
-    if checkpoint.spread:
+    if checkpoint.sharded:
         PartialState().wait_for_everyone()  # for the folder
-        checksums = shared.save_shares(partial / shared.FOLDER, checkpoint.shares)
-    for name in _WHOLE if checkpoint.spread else _SHARED:
+        checksums = shards.save_shards(partial / shards.FOLDER, checkpoint.tensors)
+    for name in _WHOLE if checkpoint.sharded else _PARTS:
         if not getattr(checkpoint, name):
             continue
         tensors: dict[str, Tensor] = {}
         places = set()
         for key, value in getattr(checkpoint, name).items():
-            value = whole(value.detach())
+            value = full_tensor(value.detach())
             if main:
                 value = value.cpu().contiguous()
                 # safetensors takes no memory twice, and tied parameters have two names
@@ -192,42 +192,43 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
 
     Args:
         path: its folder.
-        like: what this run holds now: tensors of its names and shapes come back spread over the processes as its are.
-            Default: every tensor whole.
+        like: what this run holds now: tensors of its names and shapes come back sharded as its are. Default: every
+            tensor whole.
 
     Raises:
         UsageError: it is missing or damaged; the message names the file.
     """
     state = load_state(path)
-    held = like.shares if like else {}
-    if (path / shared.FOLDER).is_dir():
-        shares = shared.load_shares(path, state, held)
+    held = like.tensors if like else {}
+    folder = shards.folder_of(path)
+    if folder is not None:
+        tensors = shards.load_shards(folder, state, held)
     else:
         written = _written(path, state)
         check_files(path, state, [f"{part}.safetensors" for part in written])
-        shares = {
+        tensors = {
             f"{part}{_SEPARATOR}{name}": value
             for part in written
             for name, value in load_tensors(path / f"{part}.safetensors").items()
         }
-        for key, value in shares.items():
+        for key, value in tensors.items():
             if key in held and held[key].shape == value.shape:
-                shares[key] = spread_like(value, held[key])
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _SHARED}
-    for key, value in shares.items():
+                tensors[key] = distribute_like(value, held[key])
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    for key, value in tensors.items():
         part, _, name = key.partition(_SEPARATOR)
         if part not in parts:
-            raise UsageError(f"{path}: expected tensors of {', '.join(_SHARED)}, got {key}")
+            raise UsageError(f"{path}: expected tensors of {', '.join(_PARTS)}, got {key}")
         parts[part][name] = value
     return Checkpoint(step=int(state["step"]), state=state, **parts)
 
 
 def _written(path: Path, state: Mapping[str, Any]) -> list[str]:
     """The parts of a checkpoint that are files of their own."""
-    if (path / shared.FOLDER).is_dir():
+    if shards.folder_of(path) is not None:
         return list(_WHOLE)
     learned = has_file(path, state, "learned.safetensors")
-    return [part for part in _SHARED if part != "learned" or learned]
+    return [part for part in _PARTS if part != "learned" or learned]
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:
@@ -245,9 +246,10 @@ def _is_intact(path: Path) -> bool:
     try:
         state = load_state(path, "seconds", "class_names", "model", "objective")
         names = [f"{part}.safetensors" for part in _written(path, state)]
-        if (path / shared.FOLDER).is_dir():
-            metadata = shared.read_metadata(path / shared.FOLDER)  # the files must be as long as it says
-            check_files(path, state, [f"{shared.FOLDER}/{shared.METADATA}", *shared.files_of(metadata)])
+        folder = shards.folder_of(path)
+        if folder is not None:
+            metadata = shards.read_metadata(folder)  # the files must be as long as it says
+            check_files(path, state, [f"{folder.name}/{shards.METADATA}", *shards.files_of(folder, metadata)])
         for name in names:
             load_metadata(path / name)  # reads the header, which must fit the file's length
         check_files(path, state, names)
@@ -257,7 +259,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Load weights that must be this very model's; every process takes part where they are spread.
+    """Load weights that must be this very model's; every process takes part where they are sharded.
 
     Raises:
         UsageError: names, shapes or kinds differ, or a parameter is not finite; the message says which.
@@ -305,9 +307,9 @@ def check_finite(tensors: Mapping[str, Tensor], source: Path) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of those with NaN or infinity; every process takes part where they are spread."""
-    bad = [name for name, value in tensors.items() if not own_piece(value.detach()).isfinite().all()]
-    return shared.from_all(bad) if any(isinstance(value, DTensor) for value in tensors.values()) else bad
+    """Names of those with NaN or infinity; every process takes part where they are sharded."""
+    bad = [name for name, value in tensors.items() if not local_shard(value.detach()).isfinite().all()]
+    return shards.from_all(bad) if any(isinstance(value, DTensor) for value in tensors.values()) else bad
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
@@ -335,7 +337,7 @@ def _in_file(name: str) -> str:
 
 
 def optimizer_tensors(loss_of: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name, spread as the parameters are.
+    """The optimiser's state by parameter name, sharded as the parameters are.
 
     Every process takes part. Where no step has been made it is filled in with placeholders.
 

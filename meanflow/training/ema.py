@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .parallel import own_piece
+from .parallel import local_shard
 
 
 def ema_decay_at(step: int, decay: float) -> float:
@@ -19,7 +19,7 @@ def ema_decay_at(step: int, decay: float) -> float:
 class EMA:
     """Averaged parameters in float32, w̄ ← d·w̄ + (1 − d)·w with d = `ema_decay_at(step, decay)`.
 
-    Where the model is spread over processes (FSDP2), each averages its own pieces.
+    Where the model is sharded over processes (FSDP2), each averages its own shards.
 
     Args:
         model: whose `named_parameters` are averaged.
@@ -31,7 +31,7 @@ class EMA:
         self.decay = decay
         self.weights = {name: p.detach().float().clone() for name, p in _parameters(model)}
         self._now = decay
-        self._share = next(iter(self.weights.values())).new_zeros(()) if recordable else None
+        self._weight = next(iter(self.weights.values())).new_zeros(()) if recordable else None
 
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimiser step `step` (counted from 0)."""
@@ -41,19 +41,19 @@ class EMA:
     def set_step(self, step: int) -> None:
         """Make ready for the weights after step `step`."""
         self._now = ema_decay_at(step, self.decay)
-        if self._share is not None:
-            self._share.fill_(1.0 - self._now)
+        if self._weight is not None:
+            self._weight.fill_(1.0 - self._now)
 
     @torch.no_grad()
     def take(self, model: nn.Module) -> None:
         """Take in the weights of the step that was set; reads nothing on the host."""
-        averages = [own_piece(average) for average in self.weights.values()]
-        current = [own_piece(p.detach()).float() for _, p in _parameters(model)]
-        if self._share is None:
+        averages = [local_shard(average) for average in self.weights.values()]
+        current = [local_shard(p.detach()).float() for _, p in _parameters(model)]
+        if self._weight is None:
             get_ema_multi_avg_fn(self._now)(averages, current, None)
             return
         for average, weights in zip(averages, current, strict=True):
-            average.lerp_(weights, self._share)
+            average.lerp_(weights, self._weight)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

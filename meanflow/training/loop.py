@@ -40,7 +40,7 @@ from .ema import EMA
 from .folder import RunFolder
 from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
-from .parallel import checkpoint_blocks, in_bfloat16, is_sharded, settled, training_loss, whole
+from .parallel import checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
 from .schedule import learning_rate
 from .signals import StopSignals
 from .state import check_scaler, load_state
@@ -219,7 +219,7 @@ class Trainer:
         bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.learned, **saved.optimizer})
         if bad:  # a step whose loss and gradient were finite can still lead there
             raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
-        if saved.spread or self.accelerator.is_main_process:
+        if saved.sharded or self.accelerator.is_main_process:
             try:
                 save_checkpoint(self.folder.checkpoints, saved, keep=self.config.run.keep_checkpoints)
             except OSError as error:  # a full disk
@@ -263,7 +263,7 @@ class Trainer:
             net = self.config.network(self.data).to(self.accelerator.device).eval()
         into = {} if net is None else net.state_dict()
         for name, average in self._averaged_state().items():
-            value = whole(average)
+            value = full_tensor(average)
             if net is not None:
                 into[name].copy_(value)
         return net
@@ -433,7 +433,7 @@ class Trainer:
             means = [out.loss.detach().float(), *(a.mean().float() for a in out.metrics.values())]
             norm = torch.zeros_like(means[0])
             if accelerator.sync_gradients:
-                norm = whole(
+                norm = full_tensor(
                     accelerator.clip_grad_norm_(self.parameters, self.config.optim.grad_clip or math.inf)
                 ).float()
             self.optimizer.step()

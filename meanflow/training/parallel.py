@@ -1,4 +1,4 @@
-"""How the processes of a run share the network: DDP keeps a copy in each, FSDP2 a piece of every tensor in each."""
+"""How the processes of a run hold the network: DDP keeps a copy in each, FSDP2 a shard of every tensor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ShardedLoss(TrainingLoss):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backward passes in here keep their gradients whole in each process; the next one outside shares the sum."""
+        """Backward passes in here add up gradients in each process; the next one outside reduces the sum over all."""
         modules = [cast("FSDPModule", module) for module in (self.net, self.learned) if module is not None]
         for module in modules:
             module.set_requires_gradient_sync(False)
@@ -66,7 +66,7 @@ def settled(config: Config, device: torch.device) -> Config:
 
 
 def is_sharded(config: Config, accelerator: Accelerator) -> bool:
-    """Whether the network is spread by FSDP2. One process has nothing to share: there either strategy is plain."""
+    """Whether FSDP2 shards the network; with one process either strategy is none."""
     return config.run.strategy == "fsdp" and accelerator.num_processes > 1
 
 
@@ -130,7 +130,7 @@ def training_loss(
     block.
     """
     sharded = is_sharded(config, accelerator)
-    # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the pieces to the device itself
+    # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the shards to the device itself
     accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
     if learned is not None and not sharded:
         learned.to(accelerator.device)
@@ -174,8 +174,8 @@ def compile_forward(module: nn.Module, run: Run) -> None:
     module.forward = torch.compile(module.forward, fullgraph=True, mode=run.compile_mode)
 
 
-def is_spread(value: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is spread over the processes."""
+def is_distributed(value: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is sharded over the processes."""
     if type(value) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor  # takes a second
@@ -183,19 +183,19 @@ def is_spread(value: Tensor) -> TypeGuard[DTensor]:
     return isinstance(value, DTensor)
 
 
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor that may be spread over the processes; every process takes part."""
-    return value.full_tensor() if is_spread(value) else value
+def full_tensor(value: Tensor) -> Tensor:
+    """All of a tensor that may be sharded over the processes; every process takes part."""
+    return value.full_tensor() if is_distributed(value) else value
 
 
-def own_piece(value: Tensor) -> Tensor:
-    """This process's piece of a tensor that may be spread over the processes; it shares the memory."""
-    return value.to_local() if is_spread(value) else value
+def local_shard(value: Tensor) -> Tensor:
+    """This process's shard of a tensor that may be sharded, in the same memory."""
+    return value.to_local() if is_distributed(value) else value
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, spread over the processes as `like` is; every process takes part."""
-    if not is_spread(like):
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded over the processes as `like` is; every process takes part."""
+    if not is_distributed(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 

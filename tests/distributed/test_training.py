@@ -101,7 +101,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     _, logged = launch("torchrun", 4, sharded.replace(steps=4), "--resume")  # DDP's checkpoint, FSDP2
     assert logged.count("many: step 4/4") == 1
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
-    assert len(list((checkpoint / "shares").glob("*.distcp"))) == 4
+    assert len(list((checkpoint / "shards").glob("*.distcp"))) == 4
     launch("accelerate", 2, sharded.replace(steps=5, accumulate=2), "--resume")  # four's pieces for two
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
     whole = load_checkpoint(checkpoint)  # the pieces, put together by one process without a group
@@ -115,7 +115,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     for column in ("loss", "grad_norm"):
         assert curve("many", column) == pytest.approx(curve("one", column), rel=4e-7)  # measured 1e-7 and 2e-7
 
-    (piece, *_) = sorted((checkpoint / "shares").glob("*.distcp"))
+    (piece, *_) = sorted((checkpoint / "shards").glob("*.distcp"))
     shutil.rmtree(Path("runs/many/checkpoints/step_00000006"))
     shutil.copytree(checkpoint, checkpoint.with_name("step_00000001"))
     written = piece.read_bytes()
@@ -123,7 +123,7 @@ def test_one_curve_whatever_the_processes_the_strategy_and_the_launcher_are_from
     with pytest.raises(UsageError, match=rf"cannot read .*{piece.name}: it is damaged: expected the checksum"):
         load_checkpoint(checkpoint)
     os.truncate(piece, piece.stat().st_size // 2)
-    with pytest.raises(UsageError, match=r"cannot read .*step_00000005/shares"):
+    with pytest.raises(UsageError, match=r"cannot read .*step_00000005/shards"):
         load_checkpoint(checkpoint)
     cure = cure_for_damage(checkpoint.parent, checkpoint)
     assert f"step_00000001 is intact: remove {checkpoint} to" in cure

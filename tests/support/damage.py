@@ -36,7 +36,7 @@ from meanflow import cli
 from meanflow.errors import UsageError
 from meanflow.models import config_of
 from meanflow.training import list_checkpoints, load_checkpoint, load_network, run_training
-from meanflow.training.shares import save_shares
+from meanflow.training.shards import save_shards
 from meanflow.training.state import checksum, save_state
 
 TINY = tiny_runs.TINY.replace(name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1)
@@ -75,20 +75,20 @@ def quiet(folder: Path) -> Iterator[io.StringIO]:
 
 
 def make_runs(folder: Path) -> None:
-    """In `folder`: runs/plain, runs/shares (as FSDP2 writes it), a weight file, a module that fires when imported."""
+    """In `folder`: runs/plain, runs/shards (as FSDP2 writes it), a weight file, a module that fires when imported."""
     (folder / "canary.py").write_text(HOSTILE)
     with quiet(folder):
         run_training(TINY)
         plain = Path("runs/plain")
         figures = {"class_accuracy": 0.5, "frechet_distance": None, "seconds": 3.0, "training_seconds": 2.0, "steps": 2}
         (plain / "report.json").write_text(json.dumps(figures))
-        shutil.copytree(plain, "runs/shares")
-        for path in list_checkpoints(Path("runs/shares/checkpoints")):
+        shutil.copytree(plain, "runs/shards")
+        for path in list_checkpoints(Path("runs/shards/checkpoints")):
             saved = load_checkpoint(path)
             (path / "optimizer.safetensors").unlink()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # there is no process group
-                save_shares(path / "shares", saved.shares)
+                save_shards(path / "shards", saved.tensors)
             seal(path, saved.state)
         newest = list_checkpoints(plain / "checkpoints")[-1]
         model = json.loads((newest / "state.json").read_text())["model"]
@@ -269,7 +269,7 @@ def hostile_config(rng: random.Random, path: Path) -> None:
 
 
 def hostile_metadata(rng: random.Random, path: Path) -> None:
-    """A shares/.metadata that runs code, or lists what is not there."""
+    """A shards/.metadata that runs code, or lists what is not there."""
     metadata = pickle.loads(path.read_bytes())
     name, index = rng.choice(sorted(metadata.state_dict_metadata)), rng.choice(list(metadata.storage_data))
     place, tensor = metadata.storage_data[index], metadata.state_dict_metadata[name]
@@ -339,7 +339,7 @@ EDITABLE = ("config.yaml", "report.json", "log.jsonl")  # a user may write other
 
 def damage(rng: random.Random, folder: Path) -> tuple[list[Path], str, bool]:
     """Damage files in `folder`; returns them, what was done, and whether that must be told where they are read."""
-    run = rng.choice(["plain", "shares", "shares", "file"])
+    run = rng.choice(["plain", "shards", "shards", "file"])
     if run == "file":
         path = folder / "ours.safetensors"
     else:
@@ -471,7 +471,7 @@ class Fuzzer:
         make_runs(folder / "healthy")
         with quiet(folder / "healthy"):
             self.values = {
-                f"{run} {name}": contents(load(run)) for run in ("plain", "shares") for name, load in LOADS.items()
+                f"{run} {name}": contents(load(run)) for run in ("plain", "shards") for name, load in LOADS.items()
             }
             self.values[" load_network file"] = contents(load_network(Path("ours.safetensors")))
 

@@ -8,7 +8,7 @@ from damage import seal
 from meanflow import cli
 from meanflow.training import list_checkpoints
 
-PLAIN, SHARES = Path("runs/plain"), Path("runs/shares")
+PLAIN, SHARDS = Path("runs/plain"), Path("runs/shards")
 
 
 def newest(run: Path) -> Path:

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from damage import Fuzzer, outcomes, seal
-from forged import PLAIN, SHARES, fails, forge, meanflow, newest
+from forged import PLAIN, SHARDS, fails, forge, meanflow, newest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from meanflow.config import Config
 from meanflow.errors import UsageError
-from meanflow.training import load_checkpoint, load_network, run_training
+from meanflow.training import list_checkpoints, load_checkpoint, load_network, run_training
 
 
-@pytest.mark.parametrize("run", [PLAIN, SHARES])
+@pytest.mark.parametrize("run", [PLAIN, SHARDS])
 def test_a_flipped_bit_anywhere_is_told_and_an_older_checkpoint_is_named(here, capsys, run):
     path = newest(run)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    assert len(files) == 5 if run == SHARES else 4
+    assert len(files) == 5 if run == SHARDS else 4
     for file in files:
         before = file.read_bytes()
         middle = len(before) * 3 // 4
@@ -41,7 +41,7 @@ def test_a_flipped_bit_anywhere_is_told_and_an_older_checkpoint_is_named(here, c
 
 
 def test_a_checkpoint_without_checksums_loads(here):
-    for run in (PLAIN, SHARES):
+    for run in (PLAIN, SHARDS):
         path = newest(run)
         state = json.loads((path / "state.json").read_text())
         assert state["checksums"].keys() == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
@@ -49,9 +49,19 @@ def test_a_checkpoint_without_checksums_loads(here):
         del state["checksums"]
         (path / "state.json").write_text(json.dumps(state))
         again = load_checkpoint(path)
-        assert all(torch.equal(again.shares[key], value) for key, value in whole.shares.items())
+        assert all(torch.equal(again.tensors[key], value) for key, value in whole.tensors.items())
         assert load_network(run).step == 2
         assert meanflow(f"train --resume --name {run.name} --steps 3") == 0
+
+
+def test_a_checkpoint_of_before_has_its_shards_in_shares(here):
+    before = load_checkpoint(newest(SHARDS))
+    for path in list_checkpoints(SHARDS / "checkpoints"):
+        (path / "shards").rename(path / "shares")
+        seal(path, json.loads((path / "state.json").read_text()))
+    saved = load_checkpoint(newest(SHARDS))
+    assert all(torch.equal(saved.tensors[key], value) for key, value in before.tensors.items())
+    assert meanflow(f"train --resume --name {SHARDS.name} --steps 3") == 0
 
 
 def test_a_newest_checkpoint_without_its_state_is_not_passed_over(here, capsys):

@@ -108,7 +108,7 @@ def test_what_killed_processes_had_begun_to_write_goes(monkeypatch):
         run_training(TINY)
     for name in (".log.7.partial.jsonl", ".config.7.partial.yaml", ".report.12.partial.json", ".samples.9.partial.png"):
         Path("runs/tiny", name).write_text("half")
-    (Path("runs/tiny/checkpoints/.step_00000099.partial") / "shares").mkdir(parents=True)
+    (Path("runs/tiny/checkpoints/.step_00000099.partial") / "shards").mkdir(parents=True)
     Path("runs/tiny/.mine.7.partial.png").write_text("somebody else's")
     run_training(TINY, resume=True)
     hidden = [path.name for path in Path("runs/tiny").rglob(".*")]

@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 from damage import CANARY, HOSTILE, seal
-from forged import PLAIN, SHARES, fails, forge, forge_model, meanflow, newest
+from forged import PLAIN, SHARDS, fails, forge, forge_model, meanflow, newest
 from safetensors.torch import load_file, save_file
 
 from meanflow.errors import UsageError
 from meanflow.training import load_checkpoint, load_network
 from meanflow.training.checkpoint import cure_for_damage
-from meanflow.training.shares import read_metadata
+from meanflow.training.shards import read_metadata
 
 
 @pytest.mark.parametrize("name", ["os:system", "canary:fire"])
-@pytest.mark.parametrize("run", [PLAIN, SHARES])
+@pytest.mark.parametrize("run", [PLAIN, SHARDS])
 def test_a_function_that_a_checkpoint_names_is_not_run(here, capsys, name, run):
     forge_model(run, name, command=f"touch {CANARY}")
     for weights in ("ema", "raw"):
@@ -112,9 +112,9 @@ class Fires:
 
 
 def change_metadata(change) -> Path:
-    path = newest(SHARES)
-    metadata = pickle.loads((path / "shares/.metadata").read_bytes())
-    (path / "shares/.metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
+    path = newest(SHARDS)
+    metadata = pickle.loads((path / "shards/.metadata").read_bytes())
+    (path / "shards/.metadata").write_bytes(pickle.dumps(change(metadata) or metadata))
     seal(path, json.loads((path / "state.json").read_text()))
     return path
 
@@ -155,23 +155,23 @@ METADATA = [
     (lambda m: setattr(first(m), "transform_descriptors", ["zstd"]), "got transforms ['zstd']"),
     (lambda m: setattr(first(m), "offset", 10**30), "expected sizes, got"),
     (lambda m: setattr(first(m), "length", 2**62), "bytes long, and should have"),
-    (lambda m: setattr(tensor(m), "size", HUGE), "its pieces do not make a tensor of size"),
+    (lambda m: setattr(tensor(m), "size", HUGE), "its shards do not make a tensor of size"),
     (lambda m: setattr(tensor(m), "size", (1e30,)), "expected sizes, got (1e+30,)"),
     (huge, "model|x_embedder.proj.weight: expected (1099511627776, 1, 4, 4) of torch.float32"),
-    (lambda m: setattr(tensor(m), "chunks", tensor(m).chunks * 2), "its pieces do not make"),
-    (lambda m: setattr(tensor(m), "chunks", []), "its pieces do not make"),
+    (lambda m: setattr(tensor(m), "chunks", tensor(m).chunks * 2), "its shards do not make"),
+    (lambda m: setattr(tensor(m), "chunks", []), "its shards do not make"),
     (lambda m: m.state_dict_metadata.update({"other": tensor(m)}), "other: expected"),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), METADATA)
-def test_the_list_of_shares_runs_nothing_and_is_checked(here, capsys, change, words):
+def test_the_list_of_shards_runs_nothing_and_is_checked(here, capsys, change, words):
     path = change_metadata(change)
     with pytest.raises(UsageError) as error:
         load_checkpoint(path)
     assert words in str(error.value)
-    assert "shares" in str(error.value)
-    fails("train --resume --name shares --steps 3", capsys, "shares", "step_00000001 is intact: remove")
+    assert "shards" in str(error.value)
+    fails("train --resume --name shards --steps 3", capsys, "shards", "step_00000001 is intact: remove")
     other = path.with_name("step_00000009")  # the search for an intact one meets it too
     shutil.copytree(path, other)
     (path.with_name("step_00000001") / "state.json").unlink()
@@ -179,22 +179,22 @@ def test_the_list_of_shares_runs_nothing_and_is_checked(here, capsys, change, wo
 
 
 @pytest.mark.parametrize("deeper", [b"\x85", b"K\x01\x86", b"q\x01h\x01\x85"], ids=["one", "two", "remembered"])
-def test_a_list_of_shares_that_is_too_deep_to_compare_is_refused(here, deeper):
+def test_a_list_of_shards_that_is_too_deep_to_compare_is_refused(here, deeper):
     """Python's C code would run out of stack at the hash of the key, and end the process."""
-    path = newest(SHARES)
-    (path / "shares/.metadata").write_bytes(b"\x80\x04})" + deeper * 1_000_000 + b"K\x01s.")
+    path = newest(SHARDS)
+    (path / "shards/.metadata").write_bytes(b"\x80\x04})" + deeper * 1_000_000 + b"K\x01s.")
     seal(path, json.loads((path / "state.json").read_text()))
     with pytest.raises(UsageError, match="expected at most 10000 objects in each other"):
         load_checkpoint(path)
 
 
-def test_tensors_of_shares_run_nothing(here):
-    path = newest(SHARES)
-    (file,) = (path / "shares").glob("*.distcp")
+def test_tensors_of_shards_run_nothing(here):
+    path = newest(SHARDS)
+    (file,) = (path / "shards").glob("*.distcp")
     for hostile in (pickle.dumps(Fires()), _saved(Fires())):
         file.write_bytes(hostile + file.read_bytes()[len(hostile) :])
         seal(path, json.loads((path / "state.json").read_text()))
-        with pytest.raises(UsageError, match=r"cannot read .*shares"):
+        with pytest.raises(UsageError, match=r"cannot read .*shards"):
             load_checkpoint(path)
 
 
@@ -209,9 +209,9 @@ def test_a_pickle_changes_no_class_of_pytorch(here):
     from torch.distributed.checkpoint.metadata import Metadata
 
     name = b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
-    (newest(SHARES) / "shares/.metadata").write_bytes(b"\x80\x02" + name + b"N}X\x06\x00\x00\x00marked\x88s\x86b.")
+    (newest(SHARDS) / "shards/.metadata").write_bytes(b"\x80\x02" + name + b"N}X\x06\x00\x00\x00marked\x88s\x86b.")
     with pytest.raises(UsageError, match=r"cannot read .*\.metadata"):
-        read_metadata(newest(SHARES) / "shares")
+        read_metadata(newest(SHARDS) / "shards")
     assert not hasattr(Metadata, "marked")
 
 

@@ -1,8 +1,8 @@
-"""The shares/ of a checkpoint: tensors that are spread over processes, each process's pieces in a file of its own.
+"""The shards/ of a checkpoint: tensors that are sharded over processes, each process's shards in a file of its own.
 
-torch.distributed.checkpoint writes and reads them. Its list of them, shares/.metadata, is a pickle, which can run any
-code: it is read here by an unpickler that makes plain records of it, is checked, and PyTorch's reader is given the
-result. The tensors themselves PyTorch reads with `weights_only=True`.
+torch.distributed.checkpoint writes and reads them. Its index, shards/.metadata, is a pickle, which can run any code: an
+unpickler here makes plain records of it, which are checked and given to PyTorch's reader. PyTorch reads the tensors
+with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from ..files import check_regular, reason, shown
 from .state import check_files, checksum
 
 T = TypeVar("T")
-FOLDER = "shares"
+FOLDER = "shards"
+OLDER = "shares"  # its name in checkpoints of before
 METADATA = ".metadata"
-_LARGEST = 2**30  # bytes of .metadata: about 5 million pieces
+_LARGEST = 2**30  # bytes of .metadata: about 5 million shards
 _DEEPEST = 10_000  # a list or dict counts one more for each thousand items
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a piece is; the attributes that PyTorch's reader asks for."""
+    """Where a shard is; the attributes that PyTorch's reader asks for."""
 
     relative_path: str
     offset: int
@@ -53,7 +54,12 @@ class Place:
     transform_descriptors: None = None
 
 
-def save_shares(path: Path, shares: dict[str, Tensor]) -> dict[str, str]:
+def folder_of(path: Path) -> Path | None:
+    """The folder of shards in the checkpoint `path`; None where there is none."""
+    return next((path / name for name in (FOLDER, OLDER) if (path / name).is_dir()), None)
+
+
+def save_shards(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Write tensors into the folder `path`, by all processes; returns the files' checksums.
 
     Each process reads back what it has written itself, which on a network file system it still has in memory.
@@ -62,12 +68,12 @@ def save_shares(path: Path, shares: dict[str, Tensor]) -> dict[str, str]:
         OSError: that cannot be done.
     """
     try:
-        dcp.save(shares, checkpoint_id=path)
+        dcp.save(tensors, checkpoint_id=path)
     except CheckpointException as error:
         raise OSError(f"cannot write {path}: {_cause(error)}") from error
     rank, _ = _process()
     sums = dict(from_all([(file.name, checksum(file)) for file in path.glob(f"__{rank}_*")]))
-    if rank == 0:  # the list, and what PyTorch may name otherwise
+    if rank == 0:  # the index, and what PyTorch may name otherwise
         sums |= {file.name: checksum(file) for file in path.iterdir() if file.name not in sums}
     return {f"{path.name}/{name}": value for name, value in sums.items()}
 
@@ -89,43 +95,43 @@ def from_all(own: list[T]) -> list[T]:
     return [item for items in lists for item in items]
 
 
-def load_shares(path: Path, state: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors in the shares/ of a checkpoint, by all processes.
+def load_shards(path: Path, state: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in a checkpoint's folder of shards, read by all processes.
 
     Args:
-        path: the checkpoint's folder.
-        state: its state.json.
-        held: tensors that are spread over the processes; those of the same name and shape come back spread alike.
+        path: the folder of shards.
+        state: the checkpoint's state.json.
+        held: tensors that are sharded over the processes; those of the same name and shape come back sharded alike.
 
     Raises:
         UsageError: they are missing or damaged.
     """
-    metadata = _check_shares(path, state)
-    shares: dict[str, Any] = {}
+    metadata = _check_shards(path, state)
+    tensors: dict[str, Any] = {}
     for key, saved in metadata.state_dict_metadata.items():
         assert isinstance(saved, TensorStorageMetadata)
         dtype = saved.properties.dtype
         if key in held and held[key].shape == saved.size and held[key].is_floating_point() == dtype.is_floating_point:
-            shares[key] = torch.empty_like(held[key])
+            tensors[key] = torch.empty_like(held[key])
         else:
-            shares[key] = torch.empty(saved.size, dtype=dtype)
+            tensors[key] = torch.empty(saved.size, dtype=dtype)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # a single process: that is meant
-            dcp.load(shares, storage_reader=_Reader(path / FOLDER, metadata))
+            dcp.load(tensors, storage_reader=_Reader(path, metadata))
     except CheckpointException as error:
-        raise UsageError(f"cannot read {path / FOLDER}: {_cause(error)}") from error
-    return shares
+        raise UsageError(f"cannot read {path}: {_cause(error)}") from error
+    return tensors
 
 
-def _check_shares(path: Path, state: Mapping[str, Any]) -> Metadata:
-    """The list of the shares, if the files are those that were saved: each process reads some, and all raise alike."""
-    check_files(path, state, [f"{FOLDER}/{METADATA}"])
-    metadata = read_metadata(path / FOLDER)
+def _check_shards(path: Path, state: Mapping[str, Any]) -> Metadata:
+    """The index, if the files are those that were saved: each process reads some of them, and all raise alike."""
+    check_files(path.parent, state, [f"{path.name}/{METADATA}"])
+    metadata = read_metadata(path)
     rank, world = _process()
     damage = []
     try:
-        check_files(path, state, files_of(metadata)[rank::world])
+        check_files(path.parent, state, files_of(path, metadata)[rank::world])
     except UsageError as error:
         damage.append(str(error))
     for words in from_all(damage):
@@ -133,9 +139,9 @@ def _check_shares(path: Path, state: Mapping[str, Any]) -> Metadata:
     return metadata
 
 
-def files_of(metadata: Metadata) -> list[str]:
-    """The files that hold the pieces, as the checksums name them."""
-    return sorted({f"{FOLDER}/{place.relative_path}" for place in metadata.storage_data.values()})
+def files_of(path: Path, metadata: Metadata) -> list[str]:
+    """The files of the folder `path`, as the checksums name them."""
+    return sorted({f"{path.name}/{place.relative_path}" for place in metadata.storage_data.values()})
 
 
 class _Reader(dcp.FileSystemReader):
@@ -156,10 +162,10 @@ def _cause(error: CheckpointException) -> str:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What shares/.metadata in the folder `path` says, without running any of it.
+    """The index of the folder of shards `path`, without running any of it.
 
     Raises:
-        UsageError: it is missing, damaged or no list of tensors, or the files are shorter than it says.
+        UsageError: it is missing, damaged or no index of tensors, or the files are shorter than it says.
     """
     file = path / METADATA
     try:
@@ -285,7 +291,7 @@ def _size_of(path: Path) -> int:
 
 
 def _place(index: Any, record: Any) -> tuple[MetadataIndex, Place]:
-    """A piece and where it is."""
+    """A shard and where it is."""
     of, fields = _fields(index, "MetadataIndex"), _fields(record, "_StorageInfo")
     name, file = of.get("fqn"), fields.get("relative_path")
     if not isinstance(name, str):
@@ -299,25 +305,25 @@ def _place(index: Any, record: Any) -> tuple[MetadataIndex, Place]:
 
 
 def _tensor(name: Any, record: Any, places: Mapping[MetadataIndex, Place]) -> TensorStorageMetadata:
-    """A tensor whose pieces are in files, as long as they must be, and make all of it."""
+    """A tensor whose shards are in files, as long as they must be, and make all of it."""
     if not isinstance(name, str):
         raise ValueError(f"expected a tensor's name, got {shown(name)}")
     fields = _fields(record, "TensorStorageMetadata")  # what else there may be, PyTorch would unpickle
-    size, properties, pieces = _size(fields.get("size")), fields.get("properties"), fields.get("chunks")
+    size, properties, shards = _size(fields.get("size")), fields.get("properties"), fields.get("chunks")
     state = properties.state if isinstance(properties, _Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(dtype, torch.dtype) or not isinstance(pieces, list):
-        raise ValueError(f"{name}: expected a dtype and pieces, got {shown(dtype)} and {shown(pieces)}")
+    if not isinstance(dtype, torch.dtype) or not isinstance(shards, list):
+        raise ValueError(f"{name}: expected a dtype and shards, got {shown(dtype)} and {shown(shards)}")
     chunks = []
-    for piece in pieces:
-        of = _fields(piece, "ChunkStorageMetadata")
+    for shard in shards:
+        of = _fields(shard, "ChunkStorageMetadata")
         offsets, sizes = _size(of.get("offsets")), _size(of.get("sizes"))
         place = places.get(MetadataIndex(name, offsets))
         if place is None or place.length < math.prod(sizes) * dtype.itemsize:
             raise ValueError(f"{name}: expected {sizes} of {dtype} at {offsets}, got {place}")
         chunks.append((offsets, sizes))
     if not _make(size, chunks):
-        raise ValueError(f"{name}: its pieces do not make a tensor of size {size}")
+        raise ValueError(f"{name}: its shards do not make a tensor of size {size}")
     return TensorStorageMetadata(
         properties=TensorProperties(dtype=dtype),
         size=torch.Size(size),
@@ -325,10 +331,10 @@ def _tensor(name: Any, record: Any, places: Mapping[MetadataIndex, Place]) -> Te
     )
 
 
-def _make(size: tuple[int, ...], pieces: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether pieces (offsets, sizes), cut along the first dimension as FSDP2 does, make a tensor of this size."""
+def _make(size: tuple[int, ...], shards: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether shards (offsets, sizes), cut along the first dimension as FSDP2 does, make a tensor of this size."""
     end = 0
-    for offsets, sizes in sorted(pieces):
+    for offsets, sizes in sorted(shards):
         first, length = (offsets[0], sizes[0]) if size and offsets and sizes else (0, 1)
         if len(offsets) != len(size) or first != end or any(offsets[1:]) or sizes[1:] != size[1:]:
             return False
