@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from . import __version__
 from .errors import TrainingError, UsageError
-from .output import survives_its_readers
+from .output import handling_broken_pipes
 from .processes import world_size
 
 # Each is a function of that name in a module of that name in meanflow.commands.
@@ -36,8 +36,8 @@ LESS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 training failed (or `data check` found something), 2 a mistake
-    to mend, 130 after Ctrl-C, 141 where nobody reads the output any more.
+    """Run a command; returns the exit code: 0 done, 1 training failed (or `data check` found something), 2 a usage
+    error, 130 after Ctrl-C, 141 where stdout is closed.
 
     One of several processes (torchrun, accelerate launch) whose program this is (`argv` is None) ends here.
     """
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    with survives_its_readers():
+    with handling_broken_pipes():
         return _command(argv)
 
 

@@ -21,7 +21,7 @@ from .objectives import MeanFlow, Objective
 from .options import Options, build, choice, group, option, options_of, owners_of, tree_of, values_of
 
 RUNS = Path("runs")
-Trust = bool | str | Collection[str]  # of code that only a file names: all of it, none, or what has these names
+Trust = bool | str | Collection[str]  # whether code that only a file names may be imported, or the names that may
 # One flag of the command line for several options.
 TOGETHER = {
     "prefix_tokens": ("num_class_tokens", "num_time_tokens", "num_cfg_tokens", "num_interval_tokens"),
@@ -36,7 +36,7 @@ class Optim(Options):
     Args:
         steps: optimiser steps
         batch_size: samples of one optimiser step, over all processes and accumulated parts
-        accumulate: parts into which each process cuts its share of a batch, to save memory
+        accumulate: micro-batches into which each process cuts its part of a batch, to save memory
         lr: peak learning rate of AdamW
         warmup_steps: steps of linear warm-up
         schedule: after the warm-up: stay, or fall to zero at the last step

@@ -26,8 +26,8 @@ MAX_REAL = 10_000  # real images that are compared with, evenly spaced in the da
 class Evaluator(Protocol):
     """What measures generated images.
 
-    titles: the figures that are told at the end, by their names in report.json; each may have a reference value, of
-        held-out real images, under "held_out_" and its name.
+    titles: of the figures that are printed at the end, by their names in report.json; each may have a reference value,
+        of held-out real images, under "held_out_" and its name.
     """
 
     titles: ClassVar[dict[str, str]]

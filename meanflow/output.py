@@ -1,4 +1,4 @@
-"""What becomes of a command whose output nobody reads any more, as in `meanflow info | head -1`."""
+"""Broken pipes: a command whose output is no longer read, as in `meanflow info | head -1`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
-CODE = 141  # what a shell says of a program that SIGPIPE ended
+CODE = 141  # a shell's, of a program that SIGPIPE ended
 
 
 @contextmanager
-def survives_its_readers() -> Iterator[None]:
-    """Context of a command. Once stderr has no reader, progress is dropped and the work goes on; a result that stdout's
-    reader does not want any more ends the command without a word, with exit code 141.
+def handling_broken_pipes() -> Iterator[None]:
+    """Context of a command: after a broken stderr its output is dropped; a broken stdout ends the command with code 141.
 
     Raises:
-        SystemExit: the reader of stdout has left.
+        SystemExit: stdout is closed.
     """
     with redirect_stderr(_Guarded(sys.stderr, lambda: None)), redirect_stdout(_Guarded(sys.stdout, _leave)):
         try:
@@ -31,29 +30,29 @@ def _leave() -> None:
 
 
 class _Guarded:
-    """The text stream `stream`. When its reader has left, it leads nowhere from then on, and `left` is called."""
+    """The text stream `stream`. Once it is closed at the other end, output is dropped and `closed` is called."""
 
-    def __init__(self, stream: Any, left: Callable[[], None]) -> None:
-        self._stream, self._left = stream, left
+    def __init__(self, stream: Any, closed: Callable[[], None]) -> None:
+        self._stream, self._closed = stream, closed
 
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
         except BrokenPipeError:
-            self._to_nowhere()
+            self._drop()
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except BrokenPipeError:
-            self._to_nowhere()
+            self._drop()
 
-    def _to_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # Python flushes what is left once more at its end
-        os.close(nowhere)
-        self._left()
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())  # Python flushes what is left once more at its end
+        os.close(null)
+        self._closed()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate launch) says in the environment of the processes that it starts."""
+"""The environment variables that a launcher (torchrun, accelerate launch) sets for its processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def world_size() -> int:
     """Number of processes that the launcher started; 1 without one.
 
     Raises:
-        UsageError: WORLD_SIZE is no such number, or it says several and which of them this is stands nowhere.
+        UsageError: WORLD_SIZE is no such number, or it is several and RANK or LOCAL_RANK is not set.
     """
     words = os.environ.get("WORLD_SIZE", "1")
     if not words.isdecimal() or int(words) < 1:
@@ -26,5 +26,5 @@ def world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all: the first of several, or the only one."""
+    """Whether this process prints for all: the first of several, or the only one."""
     return os.environ.get("RANK", "0") in ("0", "") or os.environ.get("WORLD_SIZE", "1") in ("1", "")

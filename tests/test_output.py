@@ -11,7 +11,7 @@ from tiny_runs import TINY, losses
 from tqdm import tqdm
 
 from meanflow import cli
-from meanflow.output import survives_its_readers
+from meanflow.output import handling_broken_pipes
 
 
 def run(line: str, *, unread: tuple[str, ...], unbuffered: bool) -> tuple[int, str]:
@@ -55,7 +55,7 @@ def unread():
 
 def test_progress_that_nobody_reads_is_dropped(unread, monkeypatch):
     monkeypatch.setattr(sys, "stderr", unread)
-    with survives_its_readers():
+    with handling_broken_pipes():
         for _ in range(2):
             print("step 1", file=sys.stderr, flush=True)
         tqdm.write("step 2", file=sys.stderr)
@@ -66,7 +66,7 @@ def test_progress_that_nobody_reads_is_dropped(unread, monkeypatch):
 
 def test_a_result_that_nobody_reads_ends_the_command(unread, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", unread)
-    with pytest.raises(SystemExit) as stop, survives_its_readers():
+    with pytest.raises(SystemExit) as stop, handling_broken_pipes():
         print("class accuracy", flush=True)
     assert stop.value.code == 141
     assert cli.main(["sample", "nothing"]) == 2  # says nothing on stdout
@@ -74,5 +74,5 @@ def test_a_result_that_nobody_reads_ends_the_command(unread, monkeypatch, capsys
 
 
 def test_a_broken_pipe_elsewhere_is_an_error_like_others():
-    with pytest.raises(BrokenPipeError), survives_its_readers():
+    with pytest.raises(BrokenPipeError), handling_broken_pipes():
         raise BrokenPipeError

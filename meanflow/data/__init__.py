@@ -1,4 +1,4 @@
-"""What a training step is fed."""
+"""Data sources, their images, and the batches of a training step."""
 
 from .digits import load_digits_data
 from .folder import load_folder, read_image

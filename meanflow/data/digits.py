@@ -9,7 +9,7 @@ from .images import ImageData, TensorImages, stratified_split
 
 
 def load_digits_data(held_out: float = 0.2) -> ImageData:
-    """The digits as (1, 8, 8) images in [-1, 1], a share of each class kept apart.
+    """The digits as (1, 8, 8) images in [-1, 1], a share of each class held out.
 
     The images are UCI's optical recognition set (E. Alpaydin, C. Kaynak, 1998), as `sklearn.datasets.load_digits` has
     them: 17 grey levels, 0 to 16.

@@ -206,7 +206,7 @@ def _has_images(folder: Path) -> bool:
 def load_folder(
     folder: Path, *, image_size: int, grey: bool = False, held_out: float = 0.0, skip_unreadable: bool = False
 ) -> ImageData:
-    """The images of a folder, a share of each class kept apart.
+    """The images of a folder, a share of each class held out.
 
     Up to 1 GiB of pixels is decoded once, here, and kept in memory; more is decoded as training goes.
 

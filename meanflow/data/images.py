@@ -114,7 +114,7 @@ class ImageData:
 
 
 def stratified_split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices to keep apart: `share` of each class (rounded), ascending.
+    """Indices to train on and indices to hold out: `share` of each class (rounded), ascending.
 
     The split depends on `seed` alone; every run of a data set uses the default, so that their reports compare.
     """

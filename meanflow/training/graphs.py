@@ -23,7 +23,7 @@ Step = Callable[[Tensor, Tensor, Draws], Tensor]
 
 
 def conflict(config: Config, accelerator: Accelerator) -> str | None:
-    """What in this run keeps a step from being recorded, in words; None where nothing does."""
+    """Why a step of this run cannot be recorded; None where it can."""
     if accelerator.device.type != "cuda":
         return f"device: expected a CUDA GPU, got {accelerator.device}"
     if accelerator.num_processes > 1:
@@ -57,7 +57,7 @@ def is_recorded(config: Config, accelerator: Accelerator) -> bool:
 
 
 def described(config: Config, accelerator: Accelerator) -> str:
-    """What is said of it when a run begins."""
+    """In words, for the line that a run begins with."""
     if is_recorded(config, accelerator):
         return "steps as a CUDA graph"
     if config.run.cuda_graphs is False:
@@ -83,7 +83,7 @@ class CudaGraph:
         return result
 
     def record(self, fn: Callable[[], Tensor]) -> Tensor:
-        """Take down what `fn` does, and do nothing of it; returns where its result will be."""
+        """Record what `fn` does without running it; returns the tensor that replays will fill."""
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # comes back to it, which a recording that fails does not
             # thread_local: the loader's thread may allocate pinned memory meanwhile
@@ -92,7 +92,7 @@ class CudaGraph:
             return fn()
 
     def replay(self) -> None:
-        """Do it."""
+        """Run what was recorded."""
         self.graph.replay()
 
 

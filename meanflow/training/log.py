@@ -1,4 +1,4 @@
-"""What a run says while it trains: log.jsonl, TensorBoard and a progress bar. Only the main process writes."""
+"""The log of a run: log.jsonl, TensorBoard and a progress bar. Only the main process writes."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Trainer:
             )
 
     def _check_backends(self) -> None:
-        """Four samples through the loss and its gradient, so that a backend that cannot serve an op says so now."""
+        """Run four samples through the loss and its gradient, so that a backend that cannot serve an op raises now."""
         check_backend()
         device = self.accelerator.device
         x = torch.zeros(4, *self.shape, device=device)  # [4, C, H, W]
@@ -354,7 +354,7 @@ class Trainer:
         )
 
     def _first_signal(self, name: str) -> str:
-        """What the first of the processes says at once when it is asked to stop."""
+        """The main process's message after the first signal; "" in the others."""
         if not self.accelerator.is_main_process:
             return ""
         alone = self.accelerator.num_processes == 1
@@ -362,7 +362,7 @@ class Trainer:
         return f"{name}: the run stops after {when} and saves a checkpoint. Once more: it stops at once, unsaved"
 
     def _second_signal(self, name: str, saved_at: int) -> str:
-        """What is lost when it stops at once."""
+        """The message after the second signal: what is lost."""
         path = self.folder.newest()
         lost = f"step {self.step} is" if self.step == saved_at + 1 else f"steps {saved_at + 1} to {self.step} are"
         if self.step == saved_at:
@@ -372,7 +372,7 @@ class Trainer:
 
     @contextmanager
     def naming_lost_processes(self) -> Iterator[None]:
-        """Context in which the failure of a collective tells that another process of the run is gone.
+        """Context in which a failed collective is reported as the loss of another process.
 
         Raises:
             TrainingError: it is.
@@ -422,9 +422,9 @@ class Trainer:
         return figures
 
     def _update(self, x: Tensor, y: Tensor, part: Draws) -> Tensor:
-        """A part of a step, and after the last one new weights and averages; returns its share of the figures.
+        """One micro-batch, and after the last one the optimiser step; returns its part of the metrics.
 
-        It reads nothing on the host, and what it keeps stays in the same memory: it can be recorded as a CUDA graph.
+        It reads nothing on the host and keeps its state in the same memory, so that it can be recorded as a CUDA graph.
         """
         accelerator = self.accelerator
         with accelerator.accumulate(self.loss_of):
@@ -443,8 +443,8 @@ class Trainer:
         return torch.stack([*(mean / self.config.optim.accumulate for mean in means), norm])
 
     def _draws(self) -> Draws:
-        """The draws of this step's whole batch: a function of (seed, step), so that a resumed run makes the same ones
-        and any number of processes and parts shares the same."""
+        """The draws of this step's whole batch: a function of (seed, step), so that they are the same in a resumed run
+        and for any number of processes and micro-batches."""
         device = self.accelerator.device
         generator = generator_for(self.config.run.seed, Stream.DRAWS, self.step, device=device)
         shape = (self.config.optim.batch_size, *self.shape)

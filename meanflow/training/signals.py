@@ -16,8 +16,8 @@ class StopSignals:
     """Context in which the first SIGINT or SIGTERM is noted in `received`; a second one interrupts at once.
 
     Args:
-        first: what to say at the first one, from its name; "" for nothing.
-        second: what the KeyboardInterrupt of the second one says, from its name.
+        first: message of the first one, from its name; "" for none.
+        second: message of the KeyboardInterrupt that the second one raises, from its name.
     """
 
     def __init__(self, first: Callable[[str], str], second: Callable[[str], str]) -> None:

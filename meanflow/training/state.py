@@ -207,7 +207,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
 
 
 def _check_together(state: Mapping[str, Any]) -> None:
-    """Raise unless classes, objective and codec go with the model. What is code of others is not looked at."""
+    """Raise unless classes, objective and codec fit the model. Components that are named as code are not checked."""
     name, config = state["model"]["name"], state["model"]["config"]
     if "class_names" in state and len(state["class_names"]) != config["num_classes"]:
         raise ValueError(
