@@ -13,7 +13,7 @@ CODE = 141  # a shell's, of a program that SIGPIPE ended
 
 @contextmanager
 def handling_broken_pipes() -> Iterator[None]:
-    """Context of a command: after a broken stderr its output is dropped; a broken stdout ends the command with code 141.
+    """Context of a command: a broken stderr loses its output, a broken stdout ends the command with exit code 141.
 
     Raises:
         SystemExit: stdout is closed.
