@@ -6,6 +6,7 @@ Run on tensors it is a plain network; run on `mfkernels.Dual`s it also returns i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -147,30 +148,12 @@ class DiT(nn.Module):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
-        check_sizes(
-            input_size,
-            patch_size,
-            depth,
-            mlp_ratio,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_classes=num_classes,
-        )
+        self.config = arguments(locals())
+        check_sizes(self.config)
         if hidden_size % 4 != 0:
             raise ValueError(f"hidden_size: expected a multiple of 4, got {hidden_size}")
         if hidden_size % num_heads != 0:
             raise ValueError(f"num_heads: expected a divisor of hidden_size = {hidden_size}, got {num_heads}")
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "num_classes": num_classes,
-        }
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -255,16 +238,21 @@ def check_inputs(z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, i
     check_labels(y, B, "z")
 
 
-def check_sizes(input_size: int, patch_size: int, depth: int, mlp_ratio: float, **others: int) -> None:
-    """Raise unless a transformer of these sizes can be built; `others` are at least 1."""
-    for name, size in {"patch_size": patch_size, **others}.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+def arguments(variables: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor, from its `locals()` before it has any others."""
+    return {name: value for name, value in variables.items() if name not in ("self", "__class__")}
+
+
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raise unless a transformer of these sizes can be built."""
+    for name, size in sizes.items():
+        least = 0 if name == "depth" else 1
+        if type(size) is int and name not in ("input_size", "mlp_ratio", "aux_head_depth") and size < least:
+            raise ValueError(f"{name}: expected at least {least}, got {size}")
+    input_size, patch_size = sizes["input_size"], sizes["patch_size"]
     if input_size < patch_size or input_size % patch_size != 0:
         raise ValueError(f"input_size: expected a multiple of patch_size = {patch_size}, got {input_size}")
-    if depth < 0:
-        raise ValueError(f"depth: expected at least 0, got {depth}")
-    check_number("mlp_ratio", mlp_ratio, 0, above=True)
+    check_number("mlp_ratio", sizes["mlp_ratio"], 0, above=True)
 
 
 def _fill_positions(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -32,7 +32,7 @@ from mfkernels.checks import check_number
 from mfkernels.dual import padded_tangent, primal_of, tangent_rows
 
 from ..registry import register
-from .dit import LabelEmbedder, check_inputs, check_sizes, unpatchify
+from .dit import LabelEmbedder, arguments, check_inputs, check_sizes, unpatchify
 
 
 @dual_aware
@@ -155,38 +155,10 @@ class IMFDiT(nn.Module):
         v_head: bool = True,
     ) -> None:
         super().__init__()
-        check_sizes(
-            input_size,
-            patch_size,
-            depth,
-            mlp_ratio,
-            in_channels=in_channels,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_classes=num_classes,
-            num_class_tokens=num_class_tokens,
-            num_time_tokens=num_time_tokens,
-            num_cfg_tokens=num_cfg_tokens,
-            num_interval_tokens=num_interval_tokens,
-        )
+        self.config = arguments(locals())
+        check_sizes(self.config)
         if not 0 <= aux_head_depth <= depth:
             raise ValueError(f"aux_head_depth: expected a number in [0, {depth}] (depth), got {aux_head_depth}")
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "num_classes": num_classes,
-            "aux_head_depth": aux_head_depth,
-            "num_class_tokens": num_class_tokens,
-            "num_time_tokens": num_time_tokens,
-            "num_cfg_tokens": num_cfg_tokens,
-            "num_interval_tokens": num_interval_tokens,
-            "mlp_ratio": mlp_ratio,
-            "v_head": v_head,
-        }
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.has_v_head = num_classes, v_head
         D = hidden_size
