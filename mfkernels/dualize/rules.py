@@ -8,7 +8,7 @@ in the result, and `MixesRows` where samples would depend on each other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import views
 from .call import UNKNOWN, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
-from .elementwise import dropout, elementwise, rrelu, times, total
+from .elementwise import aten, dropout, elementwise, rrelu, times, total
 from .report import Report, refused
 from .views import broadcast, same, unknown
 
@@ -100,12 +100,6 @@ def along(call: Call, out: Any) -> list[Out]:
 # --------------------------------------------------------------------------------------------------------- contractions
 
 
-def matmul(call: Call, out: Tensor) -> list[Out]:
-    """mm, bmm, mv."""
-    call.refuse_mixing()
-    return [_product(call, call.func, *call.args)]
-
-
 def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     """The tangent of func(a, b), a product of matrices: one operand's rows stay where they are, a batch is both's."""
     slots = [x for x in (a, b) if isinstance(x, Slot)]
@@ -128,17 +122,17 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     return Out(total(first, func(p, b.tangent) if isinstance(b, Slot) else None), rows)
 
 
-def addmm(call: Call, out: Tensor) -> list[Out]:
-    """addmm, baddbmm, addmv: an addition and a product."""
+def matmul(call: Call, out: Tensor) -> list[Out]:
+    """mm, bmm, mv; and addmm, baddbmm, addmv, whose first argument is added to the product."""
     call.refuse_mixing()
-    c, a, b = call.args[:3]
+    *added, a, b = call.args[: 3 if call.name in _PRODUCTS else 2]
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
-        t, rows, _ = _product(call, _PRODUCTS[call.name], a, b)
+        t, rows, _ = _product(call, _PRODUCTS.get(call.name, call.func), a, b)
         parts.append(Out(times(t, call.kwargs.get("alpha", 1)), rows))
-    if isinstance(c, Slot):
-        t = times(c.tangent, call.kwargs.get("beta", 1))
-        parts.append(broadcast(t, out, c.from_right, c.rows))
+    for c in added:
+        if isinstance(c, Slot):
+            parts.append(broadcast(times(c.tangent, call.kwargs.get("beta", 1)), out, c.from_right, c.rows))
     if any(p.rows != parts[0].rows for p in parts):
         raise Untracked(call.name)
     return [Out(total(*(p.tangent for p in parts)), parts[0].rows)]
@@ -150,25 +144,20 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
-def _layer_norm_tangent(
-    x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
+def _layer_norm_tangent(x: Tensor, x_dot: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor) -> Tensor:
     # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
-    mask = [True, False, False]
-    x_hat_dot = torch.ops.aten.native_layer_norm_backward(
-        x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous(), None, None, mask
-    )[0]
-    return x_hat_dot if weight is None else x_hat_dot * weight
+    inputs = x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous()
+    return aten.native_layer_norm_backward(*inputs, None, None, [True, False, False])[0]
 
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
     if not call.alone():
         return unknown(call, out)
-    (x, shape, weight), (y, mean, rstd) = call.args[:3], out
+    (x, shape, weight), (_, mean, rstd) = call.args[:3], out
     _keep_apart(x, range(x.ndim - len(shape), x.ndim))
-    t = _layer_norm_tangent(x.small(), x.tangent, shape, x.small(mean), x.small(rstd), weight)
-    return [Out(t.to(y.dtype), x.rows)]
+    t = _layer_norm_tangent(x.small(), x.tangent, shape, x.small(mean), x.small(rstd))
+    return [Out(t if weight is None else t * weight, x.rows)]
 
 
 def fused_rms_norm(call: Call, out: Any) -> list[Out]:
@@ -193,25 +182,30 @@ def batch_norm(call: Call, out: Any) -> list[Out]:
         if x.rows is not None and x.rows.axis == 1:
             return unknown(call, out)
         factor = torch.rsqrt(given["running_var"] + eps) * (1 if weight is None else weight)  # [C]
-        return [Out((x.tangent * _channels(factor, x)).to(x.primal.dtype), x.rows)]
+        return [Out(x.tangent * _channels(factor, x), x.rows)]
     if x.shape[0] != 1 or (x.rows is not None and x.rows.axis != 1):
         raise MixesRows("batch statistics in training mode; use eval() or another norm")
-    # channels that are samples, as in an instance norm: a channel is one row of a layer norm
-    p, dot = (a.reshape(*a.shape[:2], -1) for a in (x.small(), x.tangent))
+    # channels that are samples, as in an instance norm
+    channels = x.tangent.shape[1]
+    p = x.small().reshape(1, channels, -1)
     _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
-    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    return [Out(t if weight is None else t * _channels(x.small(weight, 0), x), x.rows)]
+    return [_norm_of_groups(x, channels, mean, rstd, None if weight is None else x.small(weight, 0))]
 
 
 def group_norm(call: Call, out: Any) -> list[Out]:
-    """native_group_norm: a group is one row of a layer norm."""
+    """native_group_norm."""
     if not call.alone(axis=0):
         return unknown(call, out)
     x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
+    mean, rstd = (x.small(a, 0)[..., None] for a in out[1:])  # [B_t, groups, 1]
+    return [_norm_of_groups(x, groups, mean, rstd, weight)]
+
+
+def _norm_of_groups(x: Slot, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Out:
+    """A group of channels is one row of a layer norm."""
     p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
-    mean, rstd = (x.small(a, 0).reshape(len(p), groups, 1) for a in out[1:])
-    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    return [Out((t if weight is None else t * _channels(weight, x)).to(out[0].dtype), x.rows)]
+    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd).reshape(x.tangent.shape)
+    return Out(t if weight is None else t * _channels(weight, x), x.rows)
 
 
 def _channels(weight: Tensor, x: Slot) -> Tensor:
@@ -229,14 +223,13 @@ def linear(call: Call, out: Any) -> list[Out]:
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
     call.refuse_mixing()
-    if call.alone() and call.args[0].rows is not None:
-        x, weight, groups = call.args[0], call.args[1], call.args[8]
-        axis = x.rows.axis
-        if (axis == 1 and groups == 1) or (axis > 1 and weight.shape[axis] > 1):
-            raise MixesRows(f"it works along dimension {axis} of {tuple(x.shape)}, which is the batch's")
+    x, weight, _, *rest = call.args
+    groups = call.args[8]
+    if call.alone():
+        mixed = [groups == 1, *(n > 1 for n in weight.shape[2:])]  # of dimensions 1, 2 …
+        _keep_apart(x, [d for d, is_mixed in enumerate(mixed, 1) if is_mixed])
     if not call.alone(axis=0):
         return unknown(call, out)
-    x, weight, _, *rest = call.args
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
 
@@ -290,7 +283,7 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     else:
         o_dot = attention_tangent(*p, *dots, scale, is_causal, primal(mask), tangent(mask))  # type: ignore[call-arg]
     o = out[0]
-    return [broadcast(o_dot.transpose(1, 2).to(o.dtype), o, from_right, rows)]  # type: ignore[union-attr]
+    return [broadcast(o_dot.transpose(1, 2), o, from_right, rows)]  # type: ignore[union-attr]
 
 
 # Rules of operators that may put a batch together from its samples.
@@ -307,8 +300,7 @@ _TABLE: dict[Rule, str] = {
         leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
         threshold where xlogy nan_to_num copysign square""",
     along: " ".join(ALONG),
-    matmul: "mm bmm mv",
-    addmm: " ".join(_PRODUCTS),
+    matmul: "mm bmm mv " + " ".join(_PRODUCTS),
     layer_norm: "native_layer_norm",
     fused_rms_norm: "_fused_rms_norm",
     group_norm: "native_group_norm",
@@ -379,7 +371,7 @@ _SHOWN = {"_local_scalar_dense": "item"}
 
 def _out_of_place(name: str, func: Any) -> Any:
     """The operator `name` that takes what `func` takes: of the same overload name, but for transpose.int."""
-    packet = getattr(torch.ops.aten, name, None)
+    packet = getattr(aten, name, None)
     if packet is None or hasattr(packet, _torch.overload_of(func)):
         return packet and getattr(packet, _torch.overload_of(func))
     overloads, types = (getattr(packet, o) for o in packet.overloads()), _types(func)
