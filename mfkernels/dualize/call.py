@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -184,6 +185,12 @@ def differentiable(out: Any) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------------- a call
 
 
+@cache
+def _defaults(func: Any) -> dict[str, Any]:
+    """Of every argument of an operator, in order."""
+    return {a.name: a.default_value for a in _torch.schema_of(func).arguments}
+
+
 class Call:
     """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
 
@@ -222,10 +229,8 @@ class Call:
 
     def named(self) -> dict[str, Any]:
         """Every argument by its name in the operator's schema, defaults included."""
-        arguments = _torch.schema_of(self.func).arguments
-        values = {a.name: a.default_value for a in arguments}
-        values.update(zip((a.name for a in arguments), self.args, strict=False))
-        return values | dict(self.kwargs)
+        defaults = _defaults(self.func)
+        return {**defaults, **dict(zip(defaults, self.args, strict=False)), **self.kwargs}
 
     def dense(self) -> Call:
         """The same call with the tangent of every row given, zeros where there was none."""

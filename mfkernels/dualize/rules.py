@@ -41,23 +41,16 @@ def constant(call: Call, out: Any) -> list[Out]:
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-_REDUCTIONS = """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
-    cummax cummin cumprod logcumsumexp _softmax _log_softmax _safe_softmax"""
-# (position, keyword, default) of the dimensions that operators work along, and whether they are linear; None is all of
-# them.
-_ALONG: dict[tuple[int, str, Any, bool], str] = {
-    (1, "dim", None, True): "sum mean cumsum _fft_r2c _fft_c2r _fft_c2c",
-    (1, "dim", None, False): _REDUCTIONS,
-    (1, "dim", -1, False): "sort mode glu",
-    (2, "dim", None, False): "norm linalg_vector_norm",
-    (2, "dim", -1, False): "topk kthvalue",
-    (9, "dim", (-2, -1), True): "tril triu",
-    (9, "dim", (-1,), True): "view_as_complex",
-    (9, "dim", (), True): "view_as_real",
-    (1, "dims", None, True): "flip",
-    (2, "dims", None, True): "roll",
-}
-ALONG = {name: where for where, text in _ALONG.items() for name in text.split()}
+# Operators that work along the dimensions that their argument `dim` or `dims` names, which by default are all.
+LINEAR_ALONG = frozenset(
+    "sum mean cumsum flip roll tril triu view_as_complex view_as_real _fft_r2c _fft_c2r _fft_c2c".split()
+)
+NONLINEAR_ALONG = frozenset(
+    """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax cummin cumprod
+    logcumsumexp _softmax _log_softmax _safe_softmax sort mode glu norm linalg_vector_norm topk kthvalue""".split()
+)
+# of operators without such an argument
+_FIXED_DIMS = {"tril": (-2, -1), "triu": (-2, -1), "view_as_complex": (-1,), "view_as_real": ()}
 
 
 def _keep_apart(x: Slot, dims: Collection[int]) -> None:
@@ -74,17 +67,15 @@ def along(call: Call, out: Any) -> list[Out]:
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
         return unknown(call, out)
-    position, keyword, default, is_linear = ALONG[call.name]
-    if _torch.overload_of(call.func) == "stable":
-        position = 9  # sort.stable has it by keyword alone
-    dim = call.arg(position, keyword, default)
-    if dim is None or isinstance(dim, bool) or dim == []:
+    given = call.named()
+    dim = given.get("dim", given.get("dims", _FIXED_DIMS.get(call.name)))
+    if dim is None or dim == []:
         dim = range(x.ndim)
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
     _keep_apart(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
         tangents = [_softmax_tangent(x.tangent, dims[0], x.small(outs[0]))]
-    elif is_linear:
+    elif call.name in LINEAR_ALONG:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
         tangents = call.on_rows()[0].jvp()
@@ -263,10 +254,10 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
         raise MixesRows("a sequence dimension is the batch's")
-    given, whole = inner.named(), call.named()
-    if rows is not None and from_right == 3 and whole["query"].shape[1] != whole["key"].shape[1]:
+    if rows is not None and from_right == 3 and call.args[0].shape[1] != call.args[1].shape[1]:
         raise Untracked(call.name)  # heads that are samples, in groups
-    if given.get("dropout_p", 0.0) > 0:
+    given = inner.named()
+    if given["dropout_p"] > 0:
         raise NotImplementedError(
             "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"
         )
@@ -274,8 +265,8 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     q, k, v = (given[name] for name in ("query", "key", "value"))
     p = [primal(x).transpose(1, 2) for x in (q, k, v)]  # [B_t, N, H, d]
     dots = [x.tangent.transpose(1, 2) if isinstance(x, Slot) else None for x in (q, k, v)]
-    scale, is_causal = given.get("scale"), given.get("is_causal", False)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    is_causal = given["is_causal"]
+    scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     same_batch = mask is None and k.shape == v.shape and k.shape[0] == q.shape[0]
     if same_batch and (out[0].is_cuda or requested_backend("attention")):
         duals = [x if dot is None else Dual(x, dot) for x, dot in zip(p, dots, strict=True)]
@@ -299,7 +290,7 @@ _TABLE: dict[Rule, str] = {
     elementwise: """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
         leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
         threshold where xlogy nan_to_num copysign square""",
-    along: " ".join(ALONG),
+    along: " ".join(LINEAR_ALONG | NONLINEAR_ALONG),
     matmul: "mm bmm mv " + " ".join(_PRODUCTS),
     layer_norm: "native_layer_norm",
     fused_rms_norm: "_fused_rms_norm",
