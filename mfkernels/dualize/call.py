@@ -191,16 +191,17 @@ def _defaults(func: Any) -> dict[str, Any]:
     return {a.name: a.default_value for a in _torch.schema_of(func).arguments}
 
 
-class Call:
-    """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
+class Call(NamedTuple):
+    """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent.
 
-    __slots__ = ("args", "func", "jvps", "kwargs", "name")
+    jvps: the operators that went through `torch.func.jvp`; shared with the copies that `map` makes.
+    """
 
-    def __init__(
-        self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], jvps: list[str] | None = None
-    ) -> None:
-        self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
-        self.jvps = [] if jvps is None else jvps  # filled where a tangent has no rule of its own; copies share it
+    func: Any
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    jvps: list[str]
 
     def operands(self) -> list[Slot | Tensor]:
         """Slots and plain tensors, in order."""
@@ -218,8 +219,8 @@ class Call:
 
     def map(self, fn: Callable[[Any], Any]) -> Call:
         """The same call with `fn` applied to all that it is given."""
-        args, kwargs = mapped(fn, self.args), {k: mapped(fn, x) for k, x in self.kwargs.items()}
-        return Call(self.func, self.name, args, kwargs, self.jvps)
+        kwargs = {k: mapped(fn, x) for k, x in self.kwargs.items()}
+        return self._replace(args=mapped(fn, self.args), kwargs=kwargs)
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""

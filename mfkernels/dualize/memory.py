@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,16 +38,19 @@ class Memory:
             return Slot(x, buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None)
         if self.step:
             rows = rows or self._rows_of(x)
-            first, end = x.storage_offset(), self.start + self.active * self.step
             if rows is not None and rows.outer == 1:
-                t = self.buffer.as_strided(rows.shape(x.shape), x.stride(), first - self.start)
-                return Slot(x, t, rows)
+                return Slot(x, self._at(x, rows.shape(x.shape)), rows)
+            first, end = x.storage_offset(), self.start + self.active * self.step
             if first >= end:
                 return None
-            if first + _extent(x.shape, x.stride()) < end:
-                return Slot(x, self.buffer.as_strided(x.shape, x.stride(), first - self.start), None)
-            self._hold_everything()
-        return Slot(x, self.buffer.as_strided(x.shape, x.stride(), x.storage_offset()), None)
+            if first + _extent(x.shape, x.stride()) >= end:
+                self._hold_everything()
+        return Slot(x, self._at(x, x.shape), None)
+
+    def _at(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tangent of `x`, or of its first rows, as a view of the buffer."""
+        assert self.buffer is not None
+        return self.buffer.as_strided(shape, x.stride(), x.storage_offset() - self.start)
 
     def write(self, x: Tensor, rows: Rows | None, tangent: Tensor | None, tangent_rows: Rows | None) -> None:
         """Make `tangent`, of the rows `tangent_rows`, that of `x`, whose batch is at `rows` where that is known."""
@@ -78,7 +82,7 @@ class Memory:
         self.buffer = torch.zeros(size, dtype=p.dtype, device=p.device)
         if self.slot is not None:
             t = self.slot.tangent if known is None or self.step else known.fill(self.slot.tangent)
-            self.buffer.as_strided(t.shape, p.stride(), p.storage_offset() - self.start).copy_(t)
+            self._at(p, t.shape).copy_(t)
         self.slot = None
 
     def _hold_everything(self) -> None:

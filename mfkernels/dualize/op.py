@@ -258,38 +258,39 @@ def _places(module: nn.Module) -> tuple[_Place, ...]:
     return tuple(found)
 
 
-def _holds(module: nn.Module, place: _Place) -> bool:
-    """Whether it is still there."""
-    path, name, key = place
-    value = getattr(module.get_submodule(path), name, None)
-    if key is None:
-        return value is not None
-    return key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)
+def _found(module: nn.Module) -> tuple[list[int], list[Any]]:
+    """Which of the module's places still hold something, and what."""
+    held, values = [], []
+    for i, (path, name, key) in enumerate(module._dualized_places):
+        value = getattr(module.get_submodule(path), name, None)
+        if key is not None and isinstance(value, dict):
+            value = value.get(key)
+        elif key is not None:
+            value = value[key] if isinstance(value, list) and key < len(value) else None
+        if value is not None:
+            held.append(i)
+            values.append(value)
+    return held, values
 
 
-def _get(module: nn.Module, place: _Place) -> Any:
-    path, name, key = place
-    value = getattr(module.get_submodule(path), name)
-    return value if key is None else value[key]
-
-
-def _set(module: nn.Module, places: list[_Place], values: list[Any]) -> None:
+def _put(module: nn.Module, places: list[_Place], values: list[Any]) -> list[Any]:
+    """Store the values there; what was there."""
+    before = []
     for (path, name, key), x in zip(places, values, strict=True):
         table = module.get_submodule(path).__dict__
-        if key is None:
-            table[name] = x
-        else:
-            table[name][key] = x
+        table, key = (table, name) if key is None else (table[name], key)
+        before.append(table[key])
+        table[key] = x
+    return before
 
 
 def _run_with(module: Any, held: list[int], values: Any, args: Any, kwargs: Any) -> Any:
     places = [module._dualized_places[i] for i in held]
-    before, buffers = [_get(module, place) for place in places], dict(module.named_buffers())
-    _set(module, places, values)
+    buffers, before = dict(module.named_buffers()), _put(module, places, values)
     try:
         out = _encoded(_dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
     finally:
-        _set(module, places, before)
+        _put(module, places, before)
     assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
     if assigned:
         raise NotImplementedError(
@@ -310,6 +311,5 @@ def _prepare_to_compile() -> None:
 
 
 def _compiled_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held = [i for i, place in enumerate(module._dualized_places) if _holds(module, place)]
-    values = [_get(module, module._dualized_places[i]) for i in held]
+    held, values = _found(module)
     return _decoded(_traced(module, held, values, _encoded(args), _encoded(kwargs)))

@@ -41,16 +41,8 @@ def constant(call: Call, out: Any) -> list[Out]:
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-# Operators that work along the dimensions that their argument `dim` or `dims` names, which by default are all.
-LINEAR_ALONG = frozenset(
-    "sum mean cumsum flip roll tril triu view_as_complex view_as_real _fft_r2c _fft_c2r _fft_c2c".split()
-)
-NONLINEAR_ALONG = frozenset(
-    """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax cummin cumprod
-    logcumsumexp _softmax _log_softmax _safe_softmax sort mode glu norm linalg_vector_norm topk kthvalue""".split()
-)
-# of operators without such an argument
-_FIXED_DIMS = {"tril": (-2, -1), "triu": (-2, -1), "view_as_complex": (-1,), "view_as_real": ()}
+# Of operators that have no argument that names them.
+_DIMS = {"tril": (-2, -1), "triu": (-2, -1), "view_as_complex": (-1,), "view_as_real": ()}
 
 
 def _keep_apart(x: Slot, dims: Collection[int]) -> None:
@@ -63,19 +55,20 @@ def _softmax_tangent(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
     return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
 
 
-def along(call: Call, out: Any) -> list[Out]:
+def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
+    """Reductions, sorts …, along the dimensions that the argument `dim` or `dims` names, by default all."""
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
         return unknown(call, out)
     given = call.named()
-    dim = given.get("dim", given.get("dims", _FIXED_DIMS.get(call.name)))
+    dim = given.get("dim", given.get("dims", _DIMS.get(call.name)))
     if dim is None or dim == []:
         dim = range(x.ndim)
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
     _keep_apart(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
         tangents = [_softmax_tangent(x.tangent, dims[0], x.small(outs[0]))]
-    elif call.name in LINEAR_ALONG:
+    elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
         tangents = call.on_rows()[0].jvp()
@@ -86,6 +79,11 @@ def along(call: Call, out: Any) -> list[Out]:
             rows = rows.at(rows.axis - sum(d < rows.axis for d in dims))
         result.append(Out(t, rows))
     return result
+
+
+def linear_along(call: Call, out: Any) -> list[Out]:
+    """The same of an operator that is linear."""
+    return along(call, out, is_linear=True)
 
 
 # --------------------------------------------------------------------------------------------------------- contractions
@@ -290,7 +288,9 @@ _TABLE: dict[Rule, str] = {
     elementwise: """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
         leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
         threshold where xlogy nan_to_num copysign square""",
-    along: " ".join(LINEAR_ALONG | NONLINEAR_ALONG),
+    along: """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax cummin
+        cumprod logcumsumexp _softmax _log_softmax _safe_softmax sort mode glu norm linalg_vector_norm topk kthvalue""",
+    linear_along: """sum mean cumsum flip roll tril triu view_as_complex view_as_real _fft_r2c _fft_c2r _fft_c2c""",
     matmul: "mm bmm mv " + " ".join(_PRODUCTS),
     layer_norm: "native_layer_norm",
     fused_rms_norm: "_fused_rms_norm",

@@ -299,7 +299,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 self.written_by_rule.append((args[0], rule))
         if op.reshapes:
             return self._turn(func, op, args, kwargs, slots, found)
-        call = Call(func, op.name, slots, slot_kwargs)
+        call = Call(func, op.name, slots, slot_kwargs, [])
         if op.in_place:
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
@@ -359,11 +359,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         def one(p: Any) -> Any:
             if not has_tangent(p):
                 return p
-            t, rows, sample = next(given)
-            if t is None and not keep and rows is not UNKNOWN.rows:
+            out = next(given)
+            if out.tangent is None and not keep and out.rows is not UNKNOWN.rows:
                 return p
-            x = DualTensor.make(p, None if t is None else Slot(p, t, rows, sample), self)
-            if rows is UNKNOWN.rows:
+            x = DualTensor.make(p, _slot_of(p, out), self)
+            if out.rows is UNKNOWN.rows:
                 x._rule = UNKNOWN
             x._memory = memory
             return x
@@ -403,8 +403,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             raise refused(op.name, "writes into a list of tensors")
         outs: list[Out] = []
         if found.tangent and has_tangent(target):
-            outside = Call(op.functional, op.name, call.args, call.kwargs, call.jvps)
-            outs = self._tangents(op, outside, p_args[0], found.shared)
+            outs = self._tangents(op, call._replace(func=op.functional), p_args[0], found.shared)
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
@@ -421,10 +420,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
         if found.tangent:
-            ((t, rows, sample),) = self._tangents(
-                turned, Call(op.functional, turned.name, slots, kwargs), x._primal, []
-            )
-            x._slot = None if t is None else Slot(x._primal, t, rows, sample)
+            call = Call(op.functional, turned.name, slots, kwargs, [])
+            x._slot = _slot_of(x._primal, *self._tangents(turned, call, x._primal, []))
         return x
 
     def _has_views(self, x: DualTensor) -> bool:
@@ -437,7 +434,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         t, rows, _ = out
         if isinstance(target, DualTensor):
             if target._memory is None:  # no view shares it
-                target._slot = None if t is None else Slot(p, t, rows, out.sample)
+                target._slot = _slot_of(p, out)
             else:
                 target._memory.write(p, target._rows, t, rows)
             return
@@ -448,6 +445,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             memory = Memory(_torch.viewed(p), None, self.batch, self.active_rows)
             self.written[_torch.memory_of(p)] = memory
         memory.write(p, None, t, rows)
+
+
+def _slot_of(p: Tensor, out: Out) -> Slot | None:
+    """The primal `p` with the tangent that a rule gave; None where that is zero."""
+    return None if out.tangent is None else Slot(p, *out)
 
 
 class _Found:
