@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import _torch
 from .._torch import tree_leaves, tree_map
 from .call import Slot
-from .report import outwards, refused
+from .report import callers, refused
 
 SlotOf = Callable[[Tensor], Slot | None]
 
@@ -51,7 +51,7 @@ class OwnRule:
 
     def is_running(self) -> bool:
         """Whether the thread is still in that call."""
-        return any(frame is self.frame for frame in outwards(sys._getframe(1)))
+        return any(frame is self.frame for frame in callers(sys._getframe(1)))
 
     def has(self, x: Tensor) -> bool:
         """Whether `x`, a primal, is an output."""
@@ -100,7 +100,7 @@ class Functions:
         if not self.listed:
             _functions.update(_torch.functions_by_code())
             self.listed = True
-        return next((frame for frame in outwards(sys._getframe(1)) if frame.f_code in _functions), None)
+        return next((frame for frame in callers(sys._getframe(1)) if frame.f_code in _functions), None)
 
     def detaches(self) -> bool:
         """Whether detach() is called by a Function, where the tape is off and its backward counts.

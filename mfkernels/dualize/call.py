@@ -40,7 +40,7 @@ class Rows(NamedTuple):
         return self.outer * self.batch * self.inner
 
     @property
-    def kept(self) -> int:
+    def active_size(self) -> int:
         return self.outer * self.active * self.inner
 
     def at(self, axis: int) -> Rows:
@@ -52,14 +52,14 @@ class Rows(NamedTuple):
         if self.active == self.batch:
             return x
         if self.outer == 1:
-            return x.narrow(axis, 0, self.kept)
+            return x.narrow(axis, 0, self.active_size)
         parts = x.unflatten(axis, (self.outer, self.batch, self.inner))
         return parts.narrow(axis + 1, 0, self.active).flatten(axis, axis + 2)
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """The tangent's shape for a primal of `shape`."""
         shape = list(shape)
-        shape[self.axis] = self.kept
+        shape[self.axis] = self.active_size
         return shape
 
     def fit(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
@@ -124,13 +124,13 @@ class Slot:
         """The batch's dimension, counted from the right as broadcasting aligns; 0 where the tangent covers all."""
         return 0 if self.rows is None else self.primal.ndim - self.rows.axis
 
-    def small(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
+    def take(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
         """The rows of `x`, by default the primal, that carry tangents."""
         x = self.primal if x is None else x
         return x if self.rows is None else self.rows.take(x, axis)
 
 
-class _Cut(Slot):
+class _SlotOnRows(Slot):
     """A Slot on its rows alone. Many tangents need no primal, so that is cut when it is asked for."""
 
     __slots__ = ("whole",)
@@ -140,7 +140,7 @@ class _Cut(Slot):
 
     @property
     def primal(self) -> Tensor:  # type: ignore[override]
-        return self.whole.small()
+        return self.whole.take()
 
 
 class Out(NamedTuple):
@@ -151,7 +151,8 @@ class Out(NamedTuple):
     sample: int | None = None
 
 
-UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output whose rule computes no tangent, such as attention's log-sum-exp
+# An output whose rule computes no tangent, such as attention's log-sum-exp.
+NOT_COMPUTED = Out(None, Rows(-1, 0, 0, 0, 0))
 
 
 def has_tangent(x: Any) -> bool:
@@ -210,7 +211,7 @@ class Call(NamedTuple):
     def slots(self) -> list[Slot]:
         return [x for x in leaves((self.args, *self.kwargs.values())) if isinstance(x, Slot)]
 
-    def alone(self, ndim: int = 0, axis: int | None = None) -> bool:
+    def only_first(self, ndim: int = 0, axis: int | None = None) -> bool:
         """Whether the first argument alone carries a tangent, has `ndim` dimensions and, if any, its rows in `axis`."""
         x = self.args[0]
         if not isinstance(x, Slot) or x.ndim < ndim or len(self.slots()) > 1:
@@ -269,7 +270,7 @@ class Call(NamedTuple):
 
         def cut(x: Any) -> Any:
             if isinstance(x, Slot):
-                return _Cut(x)
+                return _SlotOnRows(x)
             if isinstance(x, Tensor) and x.ndim >= from_right and x.shape[-from_right] == rows.size:
                 return rows.take(x, x.ndim - from_right)
             return x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, MixesRows, Out, Slot, differentiable, primal, tangent
-from .views import broadcast, unknown
+from .views import broadcast, by_jvp
 
 aten = torch.ops.aten
 
@@ -123,13 +123,13 @@ def dropout(call: Call, out: Any) -> list[Out]:
     x, p, mask = call.args[0], call.args[1], out[1]
     if call.arg(2, "train") is False:
         return [Out(x.tangent, x.rows)]
-    return [Out(x.tangent * x.small(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
+    return [Out(x.tangent * x.take(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
 
 
 def rrelu(call: Call, out: Any) -> list[Out]:
     """rrelu_with_noise, with the slopes that it drew."""
-    if not call.alone():
-        return unknown(call, out)
+    if not call.only_first():
+        return by_jvp(call, out)
     (x, noise), given = call.args[:2], call.named()
     limits = given["lower"], given["upper"], given["training"], False
-    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.small(), x.small(noise), *limits), x.rows)]
+    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.take(), x.take(noise), *limits), x.rows)]

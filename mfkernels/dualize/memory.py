@@ -32,7 +32,7 @@ class Memory:
         """`x` with its tangent and the rows that it is of, `rows` where they are known; None where it is zero."""
         assert self.buffer is not None
         if x.is_complex() != self.buffer.is_complex():
-            self._hold_everything()
+            self._cover_all_memory()
             pairs = self.buffer.view(-1, 2) if x.is_complex() else self.buffer
             buffer = torch.view_as_complex(pairs) if x.is_complex() else torch.view_as_real(pairs)
             return Slot(x, buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None)
@@ -44,7 +44,7 @@ class Memory:
             if first >= end:
                 return None
             if first + _extent(x.shape, x.stride()) >= end:
-                self._hold_everything()
+                self._cover_all_memory()
         return Slot(x, self._at(x, x.shape), None)
 
     def _at(self, x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -62,7 +62,7 @@ class Memory:
                 into.tangent.zero_()
             return
         if into is None or into.rows != tangent_rows:
-            self._hold_everything()
+            self._cover_all_memory()
             into = self.read(x, rows)
             assert into is not None
             tangent = tangent if tangent_rows is None else tangent_rows.fill(tangent)
@@ -85,7 +85,7 @@ class Memory:
             self._at(p, t.shape).copy_(t)
         self.slot = None
 
-    def _hold_everything(self) -> None:
+    def _cover_all_memory(self) -> None:
         assert self.buffer is not None
         if self.step:
             p, old = self.primal, self.buffer

@@ -16,7 +16,7 @@ from ..dual import Dual, check_tangent, is_dual_aware, map_output, unshared, unw
 from ..forward_mode import carries_tangent
 from .call import has_tangent
 from .report import Report, refused
-from .tensor import DualPass, DualTensor, leave
+from .tensor import DualPass, DualTensor, primal_on_tape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,7 +114,7 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     start = time.perf_counter()
     run = DualPass(batch, active, report)
     # TorchScript's optimised graphs detach their inputs; that switch is a thread's own
-    with _interpreted(), torch.jit.optimized_execution(False), run:
+    with _compiled_runs_eagerly(), torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
             out = map_output(lambda o: _leave(o, run), module._dualized_call(*args, **kwargs))
@@ -130,11 +130,11 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return out
 
 
-_lock, _passes, _switch = threading.Lock(), 0, ExitStack()
+_lock, _passes, _stance = threading.Lock(), 0, ExitStack()
 
 
 @contextmanager
-def _interpreted() -> Iterator[None]:
+def _compiled_runs_eagerly() -> Iterator[None]:
     """While any pass runs, what was compiled runs as Python: the compiler's graphs keep no tangents.
 
     All threads share that switch, so the first pass sets it and the last one sets it back.
@@ -143,24 +143,24 @@ def _interpreted() -> Iterator[None]:
     with _lock:
         _passes += 1
         if _passes == 1 and _torch.compiler_loaded():
-            _switch.enter_context(torch.compiler.set_stance("force_eager"))
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:
         with _lock:
             _passes -= 1
             if _passes == 0:
-                _switch.close()
+                _stance.close()
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:
     """Values that the module assigned to its buffers stay there without their tangents, which belong to this pass."""
-    if not run.outlived():
+    if not run.has_live_tensors():
         return
     for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
             if isinstance(buffer, DualTensor):
-                setattr(part, name, leave(buffer))
+                setattr(part, name, primal_on_tape(buffer))
 
 
 def _check(duals: list[Dual]) -> tuple[int, int]:
@@ -188,7 +188,7 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
 def _leave(o: Any, run: DualPass) -> Any:
     slot = run.slot(o) if isinstance(o, Tensor) else None
     if slot is None:
-        return leave(o)
+        return primal_on_tape(o)
     t, rows = slot.tangent, slot.rows
     axis = 0 if rows is None else rows.axis
     if axis != 0 or o.ndim == 0 or (rows is None and o.shape[0] % run.batch):
@@ -201,7 +201,7 @@ def _leave(o: Any, run: DualPass) -> Any:
         t, rows = rows.fill(t), None
     if rows is None and o.shape[0] == run.batch:
         t = t[: run.active_rows]
-    return Dual(leave(o), t.detach())
+    return Dual(primal_on_tape(o), t.detach())
 
 
 # -------------------------------------------------------------------------------------------------------- torch.compile
@@ -258,19 +258,15 @@ def _places(module: nn.Module) -> tuple[_Place, ...]:
     return tuple(found)
 
 
-def _found(module: nn.Module) -> tuple[list[int], list[Any]]:
-    """Which of the module's places still hold something, and what."""
-    held, values = [], []
-    for i, (path, name, key) in enumerate(module._dualized_places):
-        value = getattr(module.get_submodule(path), name, None)
-        if key is not None and isinstance(value, dict):
-            value = value.get(key)
-        elif key is not None:
-            value = value[key] if isinstance(value, list) and key < len(value) else None
-        if value is not None:
-            held.append(i)
-            values.append(value)
-    return held, values
+def _get(module: nn.Module, place: _Place) -> Any:
+    """What is there; None if nothing is any more."""
+    path, name, key = place
+    value = getattr(module.get_submodule(path), name, None)
+    if key is None:
+        return value
+    if isinstance(value, dict):
+        return value.get(key)
+    return value[key] if isinstance(value, list) and key < len(value) else None
 
 
 def _put(module: nn.Module, places: list[_Place], values: list[Any]) -> list[Any]:
@@ -311,5 +307,6 @@ def _prepare_to_compile() -> None:
 
 
 def _compiled_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held, values = _found(module)
-    return _decoded(_traced(module, held, values, _encoded(args), _encoded(kwargs)))
+    values = [_get(module, place) for place in module._dualized_places]
+    held = [i for i, x in enumerate(values) if x is not None]
+    return _decoded(_traced(module, held, [values[i] for i in held], _encoded(args), _encoded(kwargs)))

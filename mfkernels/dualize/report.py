@@ -6,6 +6,7 @@ import contextlib
 import linecache
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Report:
 
     rules: dict[str, Line] = field(default_factory=dict)
     jvp: dict[str, Line] = field(default_factory=dict)
-    zero_filled: dict[str, int] = field(default_factory=dict)
+    zero_filled: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def add(self, name: str, *, by_jvp: bool, seconds: float) -> None:
@@ -49,14 +50,10 @@ class Report:
         line.calls += 1
         line.seconds += seconds
 
-    def filled(self, name: str) -> None:
-        self.zero_filled[name] = self.zero_filled.get(name, 0) + 1
-
     def clear(self) -> None:
         """Start anew."""
-        self.rules.clear()
-        self.jvp.clear()
-        self.zero_filled.clear()
+        for table in (self.rules, self.jvp, self.zero_filled):
+            table.clear()
         self.seconds = 0.0
 
     @property
@@ -95,7 +92,7 @@ def user_line(frames: Iterable[FrameType]) -> str:
     return ""
 
 
-def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
     """A frame, its caller, that one's …."""
     while frame is not None:
         yield frame
@@ -105,5 +102,5 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def refused(name: str, why: str, error: BaseException | None = None) -> NotImplementedError:
     """What dualize cannot do, with the line of the user's module that asked for it, or in which `error` was raised."""
     raised = error and error.__traceback__
-    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else outwards(sys._getframe(1))
+    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else callers(sys._getframe(1))
     return NotImplementedError(f"dualize: {name}: {why}{user_line(frames)}")

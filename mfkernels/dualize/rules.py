@@ -22,15 +22,15 @@ from ..backend import requested_backend
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import views
-from .call import UNKNOWN, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
+from .call import NOT_COMPUTED, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
 from .elementwise import aten, dropout, elementwise, rrelu, times, total
 from .report import Report, refused
-from .views import broadcast, same, unknown
+from .views import broadcast, by_jvp, same
 
 Rule = Callable[[Call, Any], list[Out]]
 
 
-def foreign(call: Call, out: Any) -> list[Out]:
+def not_aten(call: Call, out: Any) -> list[Out]:
     raise NotImplementedError(f"{call.func} is no operator of PyTorch's own, so forward AD does not know it")
 
 
@@ -45,7 +45,7 @@ def constant(call: Call, out: Any) -> list[Out]:
 _DIMS = {"tril": (-2, -1), "triu": (-2, -1), "view_as_complex": (-1,), "view_as_real": ()}
 
 
-def _keep_apart(x: Slot, dims: Collection[int]) -> None:
+def _refuse_batch_in(x: Slot, dims: Collection[int]) -> None:
     if x.rows is not None and x.rows.axis in dims:
         raise MixesRows(f"it works along dimension {x.rows.axis} of {tuple(x.shape)}, which is the batch's")
 
@@ -59,15 +59,15 @@ def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
     """Reductions, sorts …, along the dimensions that the argument `dim` or `dims` names, by default all."""
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
-        return unknown(call, out)
+        return by_jvp(call, out)
     given = call.named()
     dim = given.get("dim", given.get("dims", _DIMS.get(call.name)))
     if dim is None or dim == []:
         dim = range(x.ndim)
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
-    _keep_apart(x, dims)
+    _refuse_batch_in(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
-        tangents = [_softmax_tangent(x.tangent, dims[0], x.small(outs[0]))]
+        tangents = [_softmax_tangent(x.tangent, dims[0], x.take(outs[0]))]
     elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
@@ -99,7 +99,7 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     p, q = primal(a), primal(b)
     if rows is not None:
         for x in slots:
-            _keep_apart(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
+            _refuse_batch_in(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
         batched = rows.axis == 0 and ndim == 3
         if len(slots) == 2 and not batched:
             raise Untracked(call.name)
@@ -141,21 +141,21 @@ def _layer_norm_tangent(x: Tensor, x_dot: Tensor, shape: Sequence[int], mean: Te
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
-    if not call.alone():
-        return unknown(call, out)
+    if not call.only_first():
+        return by_jvp(call, out)
     (x, shape, weight), (_, mean, rstd) = call.args[:3], out
-    _keep_apart(x, range(x.ndim - len(shape), x.ndim))
-    t = _layer_norm_tangent(x.small(), x.tangent, shape, x.small(mean), x.small(rstd))
+    _refuse_batch_in(x, range(x.ndim - len(shape), x.ndim))
+    t = _layer_norm_tangent(x.take(), x.tangent, shape, x.take(mean), x.take(rstd))
     return [Out(t if weight is None else t * weight, x.rows)]
 
 
 def fused_rms_norm(call: Call, out: Any) -> list[Out]:
     """_fused_rms_norm."""
     x, shape, weight, eps = call.args[:4]
-    if not call.alone(ndim=2) or len(shape) != 1:
-        return unknown(call, out)
-    _keep_apart(x, [x.ndim - 1])
-    p = x.small()
+    if not call.only_first(ndim=2) or len(shape) != 1:
+        return by_jvp(call, out)
+    _refuse_batch_in(x, [x.ndim - 1])
+    p = x.take()
     weight = p.new_ones(p.shape[-1]) if weight is None else weight
     eps = torch.finfo(p.dtype).eps if eps is None else eps
     return [Out(tangent_of(rms_norm(Dual(p, x.tangent), weight, eps=eps)), x.rows)]
@@ -163,36 +163,36 @@ def fused_rms_norm(call: Call, out: Any) -> list[Out]:
 
 def batch_norm(call: Call, out: Any) -> list[Out]:
     """native_batch_norm and its kin: of each channel, over all else."""
-    if not call.alone():
-        return unknown(call, out)
+    if not call.only_first():
+        return by_jvp(call, out)
     x, given = call.args[0], call.named()
     weight, eps = given.get("weight"), given["eps"] if "eps" in given else given["epsilon"]
     if given.get("running_mean") is not None and not given.get("training", call.name == "_batch_norm_with_update"):
         if x.rows is not None and x.rows.axis == 1:
-            return unknown(call, out)
+            return by_jvp(call, out)
         factor = torch.rsqrt(given["running_var"] + eps) * (1 if weight is None else weight)  # [C]
         return [Out(x.tangent * _channels(factor, x), x.rows)]
     if x.shape[0] != 1 or (x.rows is not None and x.rows.axis != 1):
         raise MixesRows("batch statistics in training mode; use eval() or another norm")
     # channels that are samples, as in an instance norm
     channels = x.tangent.shape[1]
-    p = x.small().reshape(1, channels, -1)
+    p = x.take().reshape(1, channels, -1)
     _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
-    return [_norm_of_groups(x, channels, mean, rstd, None if weight is None else x.small(weight, 0))]
+    return [_norm_of_groups(x, channels, mean, rstd, None if weight is None else x.take(weight, 0))]
 
 
 def group_norm(call: Call, out: Any) -> list[Out]:
     """native_group_norm."""
-    if not call.alone(axis=0):
-        return unknown(call, out)
+    if not call.only_first(axis=0):
+        return by_jvp(call, out)
     x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
-    mean, rstd = (x.small(a, 0)[..., None] for a in out[1:])  # [B_t, groups, 1]
+    mean, rstd = (x.take(a, 0)[..., None] for a in out[1:])  # [B_t, groups, 1]
     return [_norm_of_groups(x, groups, mean, rstd, weight)]
 
 
 def _norm_of_groups(x: Slot, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Out:
     """A group of channels is one row of a layer norm."""
-    p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
+    p, dot = (a.reshape(len(a), groups, -1) for a in (x.take(), x.tangent))
     t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd).reshape(x.tangent.shape)
     return Out(t if weight is None else t * _channels(weight, x), x.rows)
 
@@ -207,18 +207,18 @@ def _channels(weight: Tensor, x: Slot) -> Tensor:
 def linear(call: Call, out: Any) -> list[Out]:
     """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
     # dimension 0 of fewer is the channels'
-    return same(call, out) if call.alone(4 if "shuffle" in call.name else 3, axis=0) else unknown(call, out)
+    return same(call, out) if call.only_first(4 if "shuffle" in call.name else 3, axis=0) else by_jvp(call, out)
 
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
     call.refuse_mixing()
     x, weight, _, *rest = call.args
     groups = call.args[8]
-    if call.alone():
+    if call.only_first():
         mixed = [groups == 1, *(n > 1 for n in weight.shape[2:])]  # of dimensions 1, 2 …
-        _keep_apart(x, [d for d, is_mixed in enumerate(mixed, 1) if is_mixed])
-    if not call.alone(axis=0):
-        return unknown(call, out)
+        _refuse_batch_in(x, [d for d, is_mixed in enumerate(mixed, 1) if is_mixed])
+    if not call.only_first(axis=0):
+        return by_jvp(call, out)
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
 
@@ -239,7 +239,7 @@ def by_sample(call: Call, out: Any) -> list[Out]:
     """Pooling by maxima, sampling …: the batch in dimension 0 of every operand, before and after."""
     x = call.slots()[0]
     if x.rows is None or x.rows.axis != 0 or x.ndim < 3 or any(y.shape[:1] != x.shape[:1] for y in call.operands()):
-        return unknown(call, out)
+        return by_jvp(call, out)
     return [Out(t, x.rows) for t in call.on_rows()[0].jvp()]
 
 
@@ -276,7 +276,7 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
 
 
 # Rules of operators that may put a batch together from its samples.
-ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, unknown, pad)
+ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, by_jvp, pad)
 
 _TABLE: dict[Rule, str] = {
     **views.TABLE,
@@ -356,7 +356,7 @@ _REFUSED = {
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
 # Views in PyTorch, copies here: below autograd the conjugate and negative bits of a tensor are not resolved.
-APART = frozenset(["_conj", "_neg_view"])
+COPIED_VIEWS = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
 
 
@@ -387,15 +387,15 @@ def operator(func: Any) -> Operator:
     if func.namespace != "aten":
         if written:
             refusal = f"{func} writes into a tensor and has no forward-mode (JVP) rule"
-        return Operator(str(func), foreign, False, False, in_place, False, None, refusal)
+        return Operator(str(func), not_aten, False, False, in_place, False, None, refusal)
     if refusal is None and any(arguments[i].kwarg_only for i in written):
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
         functional = _out_of_place(name, func)
         if functional is None and RULES.get(name) is not constant:
             refusal = "it writes in place, and there is no out-of-place operator with the same arguments"
-    view = aliased and not written and name not in APART
-    kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else unknown
+    view = aliased and not written and name not in COPIED_VIEWS
+    kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else by_jvp
     rule = RULES.get(name, kind)
     name = _SHOWN.get(name, name)
     reshapes = functional is not None and rule is not constant and torch.Tag.inplace_view in func.tags
@@ -416,7 +416,7 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
             outs = _fitting(op.rule(call, out), primals, shared)
         except Untracked:
             if report:
-                report.filled(call.name)
+                report.zero_filled[call.name] += 1
             outs = _fitting(op.rule(call.dense(), out), primals, shared)
         if report:
             report.add(call.name, by_jvp=bool(call.jvps), seconds=time.perf_counter() - start)
@@ -455,7 +455,7 @@ def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> li
         Untracked: one is not of the shape that its primal and its rows ask for.
     """
     fitting, missing = [], len(primals) - len(outs)
-    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
+    for p, (t, rows, sample) in zip(primals, outs + [NOT_COMPUTED] * missing, strict=True):
         if t is not None:
             if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
                 raise Untracked("shape")

@@ -21,10 +21,10 @@ from .. import _torch
 from ..dual import Dual, padded_tangent, primal_of, unshared
 from ..forward_mode import CarriesTangent
 from .autograd import Functions, OwnRule, saving_primals
-from .call import UNKNOWN, Call, Out, Rows, Slot, differentiable, has_tangent, leaves, mapped
+from .call import NOT_COMPUTED, Call, Out, Rows, Slot, differentiable, has_tangent, leaves, mapped
 from .memory import Memory
 from .report import Report, refused
-from .rules import APART, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
+from .rules import COPIED_VIEWS, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
 
 
 class DualTensor(CarriesTangent):
@@ -34,7 +34,7 @@ class DualTensor(CarriesTangent):
     _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
-    # the Function in whose forward it was made, which gives the tangents of its outputs; UNKNOWN: it has none
+    # the Function in whose forward it was made, which gives the tangents of its outputs; NOT_COMPUTED: it has none
     _rule: OwnRule | Out | None = None
 
     @staticmethod
@@ -51,14 +51,14 @@ class DualTensor(CarriesTangent):
         x._primal, x._slot, x._run = primal, slot, run
         if not _torch.forward_mode_enabled():
             x._rule = run.functions.own_rule(run.slot)
-        run.living.append(weakref.ref(x))
+        run.tensors.append(weakref.ref(x))
         return x
 
     @property
     def _rows(self) -> Rows | None:
         return None if self._slot is None else self._slot.rows
 
-    def forget(self) -> None:
+    def drop_tangent(self) -> None:
         """Have no tangent any more."""
         self._slot = self._memory = self._rule = None
 
@@ -76,12 +76,12 @@ class DualTensor(CarriesTangent):
         if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
         if op.reshapes:
-            return args[0].turn(
+            return args[0].change_shape(
                 func, op, args[1:], kwargs, has_views=args[0].requires_grad
             )  # views are tracked in a pass alone
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
-    def turn(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
+    def change_shape(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
         """transpose_, unsqueeze_ …, of the primal and of this tensor itself."""
         # autograd makes the views of tensors like this one anew, by what they were of what has another shape now
         if torch.is_grad_enabled() and (has_views or _torch.viewed(self) is not self):
@@ -98,7 +98,7 @@ class DualTensor(CarriesTangent):
         return f"DualTensor({self._primal!r})"
 
     def detach_(self) -> DualTensor:  # PyTorch does this above where operators arrive
-        self.forget()
+        self.drop_tangent()
         return super().detach_()  # type: ignore[return-value]
 
     @property
@@ -151,9 +151,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _begin(self) -> None:
         self.functions = Functions()
-        self.leaving = False
-        self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
-        self.living: list[weakref.ref[DualTensor]] = []
+        self.unwrapping = False
+        self.written_by_functions: list[tuple[DualTensor, OwnRule]] = []
+        self.tensors: list[weakref.ref[DualTensor]] = []
         self.written: dict[Any, Memory] = {}  # memory of plain tensors that were written to with tangents
 
     # ------------------------------------------------------------------------------------------------- begin and end
@@ -169,15 +169,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         super().__exit__(*error)
         self.active = False
         self._tape.__exit__(*error)
-        for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
+        for ref in self.tensors:  # a closure on the tape, such as a checkpoint's, may keep one
             x = ref()
             if x is not None:
-                x.forget()
+                x.drop_tangent()
         self._begin()
 
-    def outlived(self) -> bool:
+    def has_live_tensors(self) -> bool:
         """Whether tensors of this pass are still in use."""
-        return any(ref() is not None for ref in self.living)
+        return any(ref() is not None for ref in self.tensors)
 
     def _to_be_saved(self, x: Tensor) -> Tensor:
         # what is saved must not hold the node that saves it
@@ -185,11 +185,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def primal(self, x: Tensor) -> Tensor:
         """The primal of `x`, off the tape, with PyTorch's count of the writes to `x` and its views."""
-        self.leaving = True
+        self.unwrapping = True
         try:
             return x.detach()
         finally:
-            self.leaving = False
+            self.unwrapping = False
 
     def enter(self, x: Dual) -> Tensor:
         """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
@@ -197,12 +197,12 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return x.primal
         # one sample is all of them: nothing to keep apart
         rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
-        return _entered(x.primal, padded_tangent(x, self.active_rows), rows, self)
+        return _dual_tensor(x.primal, padded_tangent(x, self.active_rows), rows, self)
 
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
-        if self.written_by_rule:
-            self._settle()
+        if self.written_by_functions:
+            self._assign_function_tangents()
         if isinstance(x, DualTensor):
             if x._run is not self:
                 if x._run.active:
@@ -211,22 +211,22 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if isinstance(x._rule, Out):
                 raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
             if x._rule is not None and not x._rule.is_running():
-                self._outside(x, x._rule)
+                self._assign_function_tangent(x, x._rule)
             if x._memory is not None and x._memory.buffer is not None:
                 return x._memory.read(x._primal, x._rows)
             return x._slot
         memory = self.written.get(_torch.memory_of(x)) if self.written and has_tangent(x) else None
         return None if memory is None else memory.read(x, None)
 
-    def _settle(self) -> None:
+    def _assign_function_tangents(self) -> None:
         """Give outputs that a Function with a `jvp` of its own wrote in place their tangents, once it has returned."""
-        over = [(x, rule) for x, rule in self.written_by_rule if not rule.is_running()]
-        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if rule.is_running()]
+        over = [(x, rule) for x, rule in self.written_by_functions if not rule.is_running()]
+        self.written_by_functions = [(x, rule) for x, rule in self.written_by_functions if rule.is_running()]
         for x, rule in over:
             if rule.has(x._primal):
-                self._outside(x, rule)
+                self._assign_function_tangent(x, rule)
 
-    def _outside(self, x: DualTensor, rule: OwnRule) -> None:
+    def _assign_function_tangent(self, x: DualTensor, rule: OwnRule) -> None:
         """Give an output of a Function with a `jvp` of its own, used outside it, the tangent of that rule."""
         t, rows = rule.tangent_of(x._primal), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
@@ -240,10 +240,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         for x in operands:
             slot = self.slot(x) if isinstance(x, Tensor) else None
             if slot is None:
-                given.append(leave(x))
+                given.append(primal_on_tape(x))
                 continue
             t, rows = slot.tangent, slot.rows
-            given.append(Dual(leave(x), t if rows is None or rows[:2] == (0, 1) else rows.fill(t)))
+            given.append(Dual(primal_on_tape(x), t if rows is None or rows[:2] == (0, 1) else rows.fill(t)))
         out = run(*given)
         return tuple(map(self._return, out)) if type(out) is tuple else self._return(out)
 
@@ -252,8 +252,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return primal_of(x)
         n = x.primal.shape[0]
         if self.batch > 1 and n % self.batch == 0 and x.rows == n // self.batch * self.active_rows:
-            return _entered(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
-        return _entered(x.primal, padded_tangent(x, n), None, self)
+            return _dual_tensor(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
+        return _dual_tensor(x.primal, padded_tangent(x, n), None, self)
 
     # ------------------------------------------------------------------------------------------------------- dispatch
 
@@ -262,7 +262,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         return False  # op.py arranges how Dynamo treats the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.leaving and func is torch.ops.aten.detach.default:
+        if self.unwrapping and func is torch.ops.aten.detach.default:
             return func(_bare(args[0]))
         if not types and not self.written and not operator(func).in_place:
             return func(*args, **(kwargs or {}))  # on plain tensors
@@ -270,7 +270,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
-        op, found = operator(func), _Found()
+        op, found = operator(func), _Operands()
         slots, primals = self._taken(args, found)
         slot_kwargs, p_kwargs = kwargs, kwargs
         if kwargs:
@@ -296,16 +296,16 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if rule is not None and op.in_place:
                 if not isinstance(args[0], DualTensor):
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
-                self.written_by_rule.append((args[0], rule))
+                self.written_by_functions.append((args[0], rule))
         if op.reshapes:
-            return self._turn(func, op, args, kwargs, slots, found)
+            return self._change_shape(func, op, args, kwargs, slots, found)
         call = Call(func, op.name, slots, slot_kwargs, [])
         if op.in_place:
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
         out = func(*primals, **p_kwargs)
         source = args[0] if args and isinstance(args[0], DualTensor) else None
-        apart = op.name in APART
+        apart = op.name in COPIED_VIEWS
         if apart and source is not None:
             self._memory_of(source).apart = True
         if not op.view or op.constant:
@@ -326,7 +326,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return self._wrap(out, [Out(None)] * len(differentiable(out)), source, keep=True)
         return out
 
-    def _taken(self, xs: Iterable[Any], found: _Found) -> tuple[list[Any], list[Any]]:
+    def _taken(self, xs: Iterable[Any], found: _Operands) -> tuple[list[Any], list[Any]]:
         """Operands, with a `Slot` for each tensor that carries a tangent; and their primals."""
         slots: list[Any] = []
         primals: list[Any] = []
@@ -360,11 +360,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if not has_tangent(p):
                 return p
             out = next(given)
-            if out.tangent is None and not keep and out.rows is not UNKNOWN.rows:
+            if out.tangent is None and not keep and out.rows is not NOT_COMPUTED.rows:
                 return p
             x = DualTensor.make(p, _slot_of(p, out), self)
-            if out.rows is UNKNOWN.rows:
-                x._rule = UNKNOWN
+            if out.rows is NOT_COMPUTED.rows:
+                x._rule = NOT_COMPUTED
             x._memory = memory
             return x
 
@@ -373,9 +373,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
     def _adopt(self, x: DualTensor) -> None:
         """A tensor that the module has kept from an earlier pass is one of this pass."""
         if x._run is not self:
-            x.forget()
+            x.drop_tangent()
             x._run = self
-            self.living.append(weakref.ref(x))
+            self.tensors.append(weakref.ref(x))
 
     def _memory_of(self, x: DualTensor) -> Memory:
         """What `x` shares with its views."""
@@ -384,7 +384,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             x._memory = Memory(x._primal, x._slot, self.batch, self.active_rows)
         return x._memory
 
-    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, found: _Found) -> Any:
+    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, found: _Operands) -> Any:
         """Tangent first, which needs the old primal; then the primal."""
         target = args[0]
         if isinstance(target, DualTensor):
@@ -411,13 +411,13 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             self._store(target, p_args[0], outs[0])
         return target
 
-    def _turn(self, func: Any, op: Operator, args: Any, kwargs: Any, slots: list[Any], found: _Found) -> Any:
+    def _change_shape(self, func: Any, op: Operator, args: Any, kwargs: Any, slots: list[Any], found: _Operands) -> Any:
         """transpose_, unsqueeze_ …: the same memory in another shape."""
         x, turned = args[0], operator(op.functional)
         if not isinstance(x, DualTensor):
             return func(*args, **kwargs)  # its tangent is looked up by its memory
         self._adopt(x)
-        x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
+        x.change_shape(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
         if found.tangent:
             call = Call(op.functional, turned.name, slots, kwargs, [])
@@ -426,7 +426,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _has_views(self, x: DualTensor) -> bool:
         """Whether a view of `x`, or what `x` is a view of, is in use."""
-        others = (ref() for ref in self.living) if x._memory is not None else ()
+        others = (ref() for ref in self.tensors) if x._memory is not None else ()
         return any(y is not x and y is not None and y._memory is x._memory for y in others)
 
     def _store(self, target: Tensor, p: Tensor, out: Out) -> None:
@@ -449,10 +449,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
 def _slot_of(p: Tensor, out: Out) -> Slot | None:
     """The primal `p` with the tangent that a rule gave; None where that is zero."""
-    return None if out.tangent is None else Slot(p, *out)
+    return None if out.tangent is None else Slot(p, out.tangent, out.rows, out.sample)
 
 
-class _Found:
+class _Operands:
     """Properties of the operands of a call."""
 
     __slots__ = ("dual", "shared", "tangent")
@@ -462,38 +462,31 @@ class _Found:
         self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
 
 
-def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Enter.apply(x, t, rows, run)
-    if 0 in x.stride():
-        x = unshared(x.detach())  # the caller's until now, where it has a gradient
-    # below autograd the conjugate bit is not resolved
-    x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
-    return DualTensor.make(x, Slot(x, t, rows), run)
+class _Identity(torch.autograd.Function):
+    """`convert(x)`, which has the value of `x` and passes its gradient on to `x`."""
 
-
-class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
-        return _entered(x, t, rows, run)
+    def forward(ctx: Any, x: Tensor, convert: Callable[[Any], Tensor]) -> Tensor:
+        return convert(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return grad, None, None, None
+        return grad, None
 
 
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: DualTensor) -> Tensor:
-        return x._run.primal(x)
+def _dual_tensor(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
+    def convert(x: Tensor) -> DualTensor:
+        if 0 in x.stride():
+            x = unshared(x.detach())  # the caller's until now, where it has a gradient
+        # below autograd the conjugate bit is not resolved
+        p, p_dot = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
+        return DualTensor.make(p, Slot(p, p_dot, rows), run)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        return grad
+    return _Identity.apply(x, convert) if x.requires_grad and torch.is_grad_enabled() else convert(x)
 
 
-def leave(x: Any) -> Any:
+def primal_on_tape(x: Any) -> Any:
     """A DualTensor's primal, on the tape where it is."""
     if not isinstance(x, DualTensor):
         return x
-    return _Leave.apply(x) if x.requires_grad else x._run.primal(x)
+    return _Identity.apply(x, x._run.primal) if x.requires_grad else x._run.primal(x)

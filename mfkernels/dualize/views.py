@@ -89,13 +89,13 @@ def _places(call: Call, shape: Sequence[int], axis: int) -> list[tuple[int, int,
     """Where dimension `axis` is in each output, and from which element on how many of it; at -1 if it is gone."""
     hashable = tuple(tuple(a) if isinstance(a, list) else a for a in call.args[1:])
     try:
-        return _asked(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+        return _probe(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
     except TypeError:  # sizes that the compiler leaves open cannot be remembered
-        return _asked.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+        return _probe.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
 
 
 @lru_cache(maxsize=4096)
-def _asked(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
+def _probe(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
     strides = [1000033] * len(shape)
     strides[axis] = 1000003  # prime too: no sum, multiple or step of the others
     made = func(torch.empty_strided(shape, strides, device="meta"), *args, **dict(kwargs))
@@ -216,7 +216,7 @@ def aligned(call: Call, out: Tensor) -> list[Out]:
     dim, first = call.args[1], call.slots()[0]
     rows, ndim = first.rows, first.ndim
     if rows is None:
-        return unknown(call, out)
+        return by_jvp(call, out)
     others = [x for x in call.operands() if x.ndim > 0]
     if dim % ndim == rows.axis or any(x.ndim != ndim or x.shape[rows.axis] != rows.size for x in others):
         raise Untracked(call.name)
@@ -234,7 +234,7 @@ def overwrite(call: Call, out: Tensor) -> list[Out]:
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
-def unknown(call: Call, out: Any) -> list[Out]:
+def by_jvp(call: Call, out: Any) -> list[Out]:
     """Any operator: the tangent of all rows through jvp."""
     if any(slot.rows is not None for slot in call.slots()):
         raise Untracked(call.name)
