@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..silu.reference import silu_tangent
 from .call import Call, MixesRows, Out, Slot, differentiable, primal, tangent
 from .views import broadcast, by_jvp
 
@@ -88,12 +89,12 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "sqrt": _slope(lambda x: 0.5 * torch.rsqrt(x)),
     "rsqrt": _slope(lambda x: -0.5 * torch.rsqrt(x) / x),
     "reciprocal": _slope(lambda x: -torch.reciprocal(x).square()),
-    "silu": lambda x: aten.silu_backward(x.tangent, x.primal),
+    "silu": lambda x: silu_tangent(x.primal, x.tangent),
     "relu": lambda x: aten.threshold_backward(x.tangent, x.primal, 0),
     "sigmoid": lambda x: aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal)),
     "tanh": lambda x: aten.tanh_backward(x.tangent, torch.tanh(x.primal)),
 }
-# right for complex numbers as they stand; PyTorch's rules take the conjugates of the others
+# Formulas that hold for complex numbers too; those of the others need conjugates, which PyTorch's own rules have.
 HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fill"])
 
 
@@ -101,7 +102,7 @@ HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fi
 
 
 def elementwise(call: Call, out: Any) -> list[Out]:
-    """Row i of the result depends on row i of each operand."""
+    """By a formula of `ELEMENTWISE`, or by PyTorch's rule."""
     call.refuse_mixing()
     axes = {x.from_right for x in call.slots() if x.rows is not None}
     if len(axes) > 1:
@@ -111,7 +112,7 @@ def elementwise(call: Call, out: Any) -> list[Out]:
     if formula is not None and (call.name in HOLOMORPHIC or not out.is_complex()):
         try:
             t = formula(*inner.args, **inner.kwargs)
-        except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
+        except (TypeError, AttributeError):  # arguments that it does not take (rounding_mode=, a mask with a tangent)
             t = None
     if t is not None:
         return [broadcast(t, out, from_right, rows)]
@@ -119,7 +120,7 @@ def elementwise(call: Call, out: Any) -> list[Out]:
 
 
 def dropout(call: Call, out: Any) -> list[Out]:
-    """native_dropout, with the mask that it drew."""
+    """native_dropout, by the mask that it returns."""
     x, p, mask = call.args[0], call.args[1], out[1]
     if call.arg(2, "train") is False:
         return [Out(x.tangent, x.rows)]
@@ -127,7 +128,7 @@ def dropout(call: Call, out: Any) -> list[Out]:
 
 
 def rrelu(call: Call, out: Any) -> list[Out]:
-    """rrelu_with_noise, with the slopes that it drew."""
+    """rrelu_with_noise, by the slopes that it wrote into its second argument."""
     if not call.only_first():
         return by_jvp(call, out)
     (x, noise), given = call.args[:2], call.named()

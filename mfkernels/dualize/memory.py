@@ -1,4 +1,4 @@
-"""Tangents of memory that is written to in place, so that a write through one view is seen through every other."""
+"""Tangents of memory that is written to in place: a write through one view changes the tangents of all others."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from .call import Rows, Slot
 class Memory:
     """The tangent of a piece of memory that several tensors share.
 
-    Until the first write it only remembers the tensor that the others are views of, and each of them has a tangent of
-    its own. From then on `buffer` mirrors the memory, and a tensor's tangent is `buffer` with that tensor's strides.
-    Where the samples lie one after the other, the buffer holds those that carry tangents; otherwise it holds all of
-    the memory, and what has none is zero.
+    Before the first write there is no buffer, and each tensor has a tangent of its own. After it, `buffer` has the
+    layout of the memory, and a tensor's tangent is `buffer` with that tensor's strides. Where samples are stored one
+    after the other, the buffer covers those with tangents; otherwise it covers all of the memory, with zeros where
+    there is no tangent.
+
+    primal, slot: the tensor that the others are views of, and its tangent before the first write.
+    copied: whether `conj()` of the memory was taken, which is a copy here and does not change with later writes.
+    start, step: the offsets of the first sample and from one sample to the next; 0, 0: the buffer covers everything.
     """
 
-    apart = False  # whether a conj() of it was taken, which is a copy and sees no later write
+    copied = False
     buffer: Tensor | None = None
-    start: Any = 0  # of the first sample, and
-    step: Any = 0  # of the next; 0: all of the memory
+    start: Any = 0
+    step: Any = 0
 
     def __init__(self, primal: Tensor, slot: Slot | None, batch: int, active: int) -> None:
         self.primal, self.slot, self.batch, self.active = primal, slot, batch, active
 
     def read(self, x: Tensor, rows: Rows | None) -> Slot | None:
-        """`x` with its tangent and the rows that it is of, `rows` where they are known; None where it is zero."""
+        """The tangent of `x`, of `rows` if they are given; None where it is zero."""
         assert self.buffer is not None
         if x.is_complex() != self.buffer.is_complex():
             self._cover_all_memory()
@@ -53,7 +57,7 @@ class Memory:
         return self.buffer.as_strided(shape, x.stride(), x.storage_offset() - self.start)
 
     def write(self, x: Tensor, rows: Rows | None, tangent: Tensor | None, tangent_rows: Rows | None) -> None:
-        """Make `tangent`, of the rows `tangent_rows`, that of `x`, whose batch is at `rows` where that is known."""
+        """Write `tangent`, of `tangent_rows`, as that of `x`, whose batch is at `rows` if they are given."""
         if self.buffer is None:
             self._begin(tangent_rows)
         into = self.read(x, rows)
@@ -96,7 +100,7 @@ class Memory:
             self.start = self.step = 0
 
     def _rows_of(self, x: Tensor) -> Rows | None:
-        """The batch in a plain view of the memory."""
+        """Where the batch is in a view of the memory, by its strides; None if it cannot be told."""
         if x.storage_offset() - self.start >= self.step:
             return None
         for axis, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)):

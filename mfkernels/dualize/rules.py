@@ -1,8 +1,8 @@
-"""What is known of each ATen operator: its rule, and whether it makes views, writes in place or is refused.
+"""The properties of each ATen operator: its tangent rule, and whether it makes views, writes in place or is refused.
 
-A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before it) and gives an
-`Out` for each output that can have a tangent. It raises `Untracked` where the rows that carry tangents are no prefix
-in the result, and `MixesRows` where samples would depend on each other.
+A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before the write) and
+returns an `Out` for each output that can have a tangent. It raises `Untracked` where the rows with tangents are not
+the first of one dimension of the result, and `MixesRows` where samples would depend on each other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def not_aten(call: Call, out: Any) -> list[Out]:
 
 
 def constant(call: Call, out: Any) -> list[Out]:
-    """Zero derivative wherever there is one: the result is a plain tensor."""
+    """The derivative is zero, or not defined."""
     return [Out(None)] * len(differentiable(out))
 
 
@@ -90,7 +90,7 @@ def linear_along(call: Call, out: Any) -> list[Out]:
 
 
 def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
-    """The tangent of func(a, b), a product of matrices: one operand's rows stay where they are, a batch is both's."""
+    """The tangent of the matrix product func(a, b), with the batch in one operand or in dimension 0 of both."""
     slots = [x for x in (a, b) if isinstance(x, Slot)]
     axes = [x.rows.axis for x in slots if x.rows is not None]
     if len(axes) == 2 and (axes != [0, 0] or slots[0].ndim != 3):
@@ -162,7 +162,7 @@ def fused_rms_norm(call: Call, out: Any) -> list[Out]:
 
 
 def batch_norm(call: Call, out: Any) -> list[Out]:
-    """native_batch_norm and its kin: of each channel, over all else."""
+    """native_batch_norm and its variants: each channel over all other dimensions."""
     if not call.only_first():
         return by_jvp(call, out)
     x, given = call.args[0], call.named()
@@ -205,8 +205,8 @@ def _channels(weight: Tensor, x: Slot) -> Tensor:
 
 
 def linear(call: Call, out: Any) -> list[Out]:
-    """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
-    # dimension 0 of fewer is the channels'
+    """An operator that is linear in its first argument, with the batch in dimension 0 of argument and result."""
+    # with fewer dimensions, dimension 0 is that of the channels
     return same(call, out) if call.only_first(4 if "shuffle" in call.name else 3, axis=0) else by_jvp(call, out)
 
 
@@ -223,7 +223,7 @@ def convolution(call: Call, out: Tensor) -> list[Out]:
 
 
 def pad(call: Call, out: Tensor) -> list[Out]:
-    """constant_pad_nd, reflection_pad1d …: zeros or copies, sample by sample."""
+    """constant_pad_nd, reflection_pad1d …, within samples."""
     x, amounts = call.args[:2]
     rows = x.rows
     if rows is not None:
@@ -236,7 +236,7 @@ def pad(call: Call, out: Tensor) -> list[Out]:
 
 
 def by_sample(call: Call, out: Any) -> list[Out]:
-    """Pooling by maxima, sampling …: the batch in dimension 0 of every operand, before and after."""
+    """Max pooling, grid sampling …, with the batch in dimension 0 of all operands and results."""
     x = call.slots()[0]
     if x.rows is None or x.rows.axis != 0 or x.ndim < 3 or any(y.shape[:1] != x.shape[:1] for y in call.operands()):
         return by_jvp(call, out)
@@ -247,7 +247,7 @@ def by_sample(call: Call, out: Any) -> list[Out]:
 
 
 def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
-    """PyTorch's fused kernels, whichever serves the call."""
+    """All of PyTorch's fused kernels, by the op of this package or its reference tangent."""
     call.refuse_mixing()
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
@@ -275,7 +275,7 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     return [broadcast(o_dot.transpose(1, 2), o, from_right, rows)]  # type: ignore[union-attr]
 
 
-# Rules of operators that may put a batch together from its samples.
+# Rules of operators whose operands may be different samples, from which they assemble a batch.
 ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, by_jvp, pad)
 
 _TABLE: dict[Rule, str] = {
@@ -284,7 +284,7 @@ _TABLE: dict[Rule, str] = {
         new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix
         floor_divide eq ne lt le gt ge logical_and logical_or logical_not logical_xor random normal uniform exponential
         log_normal cauchy geometric""",
-    # and all that PyTorch tags as pointwise, which not all versions do of these
+    # and all operators with PyTorch's tag `pointwise`, which these lack in some versions
     elementwise: """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
         leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
         threshold where xlogy nan_to_num copysign square""",
@@ -319,11 +319,12 @@ RULES = {name: rule for rule, text in _TABLE.items() for name in text.split()}
 
 
 class Operator(NamedTuple):
-    """name: without overload and trailing underscore.
+    """What dualize needs to know of an ATen operator.
 
-    reshapes: changes its first argument's shape in place.
-    functional: of an operator that writes into its first argument, the one that does not.
-    refusal: why it cannot take an operand that carries a tangent.
+    name: without overload and trailing underscore.
+    reshapes: whether it changes the shape of its first argument in place.
+    functional: the out-of-place variant of an operator that writes into its first argument.
+    refusal: why it cannot take an operand with a tangent; None if it can.
     """
 
     name: str
@@ -355,13 +356,13 @@ _REFUSED = {
     "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
-# Views in PyTorch, copies here: below autograd the conjugate and negative bits of a tensor are not resolved.
+# Views in PyTorch that are copies here: the conjugate and negative bits are not resolved below autograd.
 COPIED_VIEWS = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
 
 
 def _out_of_place(name: str, func: Any) -> Any:
-    """The operator `name` that takes what `func` takes: of the same overload name, but for transpose.int."""
+    """The overload of the operator `name` with the arguments of `func`; their names differ for transpose.int."""
     packet = getattr(aten, name, None)
     if packet is None or hasattr(packet, _torch.overload_of(func)):
         return packet and getattr(packet, _torch.overload_of(func))
@@ -375,7 +376,7 @@ def _types(func: Any) -> list[str]:
 
 @cache
 def operator(func: Any) -> Operator:
-    """What is known of an OpOverload."""
+    """The properties of an OpOverload."""
     arguments = _torch.schema_of(func).arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
@@ -406,7 +407,7 @@ def operator(func: Any) -> Operator:
 
 
 def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: int, report: Report | None) -> list[Out]:
-    """Tangents by the operator's rule; where the batch cannot be tracked, of all rows, with zeros filled in."""
+    """Tangents by the operator's rule; of all rows, with zeros, where the batch cannot be tracked."""
     primals = differentiable(out)
     if not primals:
         return []
@@ -433,9 +434,9 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
 
 
 def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> list[Out]:
-    """`outs`, marked with the one sample that all operands depend on; unmarked where one holds part of the batch."""
+    """`outs` with `sample` set where all operands depend on the same single sample."""
     if op.rule in ASSEMBLES or op.name == "where":
-        return outs  # of samples, of which those without a tangent are plain tensors
+        return outs  # samples without a tangent are plain tensors there, so several may be involved
     slots = call.slots()
     if any(out.sample is not None for out in outs):
         of_all = all(slot.rows is None or slot.rows.batch == batch for slot in slots)
@@ -447,12 +448,12 @@ def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> lis
 
 
 def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
-    """`outs` in the primals' dtypes and in memory that no write will reach.
+    """`outs` in the primals' dtypes, in memory that no later write changes.
 
-    shared: the operands' tangents whose memory a write may reach.
+    shared: tangents of operands in memory that later writes may change.
 
     Raises:
-        Untracked: one is not of the shape that its primal and its rows ask for.
+        Untracked: the shape of one does not fit its primal and its rows.
     """
     fitting, missing = [], len(primals) - len(outs)
     for p, (t, rows, sample) in zip(primals, outs + [NOT_COMPUTED] * missing, strict=True):
