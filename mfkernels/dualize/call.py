@@ -222,7 +222,7 @@ class Call(NamedTuple):
     def map(self, fn: Callable[[Any], Any]) -> Call:
         """The same call with `fn` applied to each argument."""
         kwargs = {k: mapped(fn, x) for k, x in self.kwargs.items()}
-        return self._replace(args=mapped(fn, self.args), kwargs=kwargs)
+        return Call(self.func, self.name, mapped(fn, self.args), kwargs, self.jvps)
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""
