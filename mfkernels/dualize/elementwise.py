@@ -50,22 +50,10 @@ def power(x: Any, n: Any) -> Tensor | None:
     return torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * x.primal ** (n - 1))
 
 
-def gelu(x: Any, approximate: str = "none") -> Tensor:
-    return aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
-
-
 def where(condition: Any, x: Any, y: Any) -> Tensor:
     a, b = tangent(x), tangent(y)
     zero = (b if a is None else a).new_zeros(())  # type: ignore[union-attr]
     return torch.where(condition, zero if a is None else a, zero if b is None else b)
-
-
-def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
-    v_dot = tangent(value)
-    if v_dot is None:
-        return x.tangent.masked_fill(mask, 0)
-    x_dot = tangent(x)
-    return torch.where(mask, v_dot, torch.zeros_like(primal(x)) if x_dot is None else x_dot)
 
 
 def _slope(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -79,9 +67,8 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "mul": mul,
     "div": div,
     "pow": power,
-    "gelu": gelu,
     "where": where,
-    "masked_fill": masked_fill,
+    "masked_fill": lambda x, mask, value: where(mask, value, x),
     "neg": lambda x: -x.tangent,
     "exp": _slope(torch.exp),
     "sin": _slope(torch.cos),
@@ -89,6 +76,7 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "sqrt": _slope(lambda x: 0.5 * torch.rsqrt(x)),
     "rsqrt": _slope(lambda x: -0.5 * torch.rsqrt(x) / x),
     "reciprocal": _slope(lambda x: -torch.reciprocal(x).square()),
+    "gelu": lambda x, approximate="none": aten.gelu_backward(x.tangent, x.primal, approximate=approximate),
     "silu": lambda x: silu_tangent(x.primal, x.tangent),
     "relu": lambda x: aten.threshold_backward(x.tangent, x.primal, 0),
     "sigmoid": lambda x: aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal)),

@@ -50,11 +50,6 @@ def _refuse_batch_in(x: Slot, dims: Collection[int]) -> None:
         raise MixesRows(f"it works along dimension {x.rows.axis} of {tuple(x.shape)}, which is the batch's")
 
 
-def _softmax_tangent(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
-    # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-    return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
-
-
 def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
     """Reductions, sorts …, along the dimensions that the argument `dim` or `dims` names, by default all."""
     x, outs = call.args[0], differentiable(out)
@@ -67,7 +62,9 @@ def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
     _refuse_batch_in(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
-        tangents = [_softmax_tangent(x.tangent, dims[0], x.take(outs[0]))]
+        p = x.take(outs[0])
+        # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
+        tangents = [_torch.softmax_backward(x.tangent.to(p.dtype), p, dims[0], p.dtype)]
     elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:

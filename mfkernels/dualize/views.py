@@ -181,8 +181,6 @@ def _moved(x: Slot, indices: Sequence[Any]) -> Rows | None:
 
 def index(call: Call, out: Tensor) -> list[Out]:
     x, indices = call.args
-    if not isinstance(x, Slot):
-        raise NotImplementedError("an index cannot carry a tangent")
     rows = _moved(x, indices)
     return [Out(call.func(x.tangent, indices), rows)]
 
@@ -204,7 +202,7 @@ def index_put(call: Call, out: Tensor) -> list[Out]:
 
 def index_select(call: Call, out: Tensor) -> list[Out]:
     x, dim = call.args[0], call.args[1]
-    if not isinstance(x, Slot) or (x.rows is not None and dim % x.ndim == x.rows.axis):
+    if x.rows is not None and dim % x.ndim == x.rows.axis:
         raise Untracked(call.name)
     return same(call, out)
 
