@@ -359,12 +359,10 @@ _SHOWN = {"_local_scalar_dense": "item"}
 
 
 def _out_of_place(name: str, func: Any) -> Any:
-    """The overload of the operator `name` with the arguments of `func`; their names differ for transpose.int."""
+    """The overload of the operator `name` that has the arguments of `func`; overload names can differ."""
     packet = getattr(aten, name, None)
-    if packet is None or hasattr(packet, _torch.overload_of(func)):
-        return packet and getattr(packet, _torch.overload_of(func))
-    overloads, types = (getattr(packet, o) for o in packet.overloads()), _types(func)
-    return next((o for o in overloads if _types(o) == types), None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+    return next((overload for overload in overloads if _types(overload) == _types(func)), None)
 
 
 def _types(func: Any) -> list[str]:
