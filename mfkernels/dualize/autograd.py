@@ -60,7 +60,7 @@ class OwnRule:
         """The tangent of an output, of all rows; None if it is zero."""
         found = [t for p, t in self.outs if _equal(p, x)]
         if not found:
-            why = "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
+            why = "its jvp gives the tangents of its outputs, and this tensor has the value of none of them"
             raise refused(self.cls.__name__, why)
         first, *others = found
         if any(t is not first and (t is None or first is None or not torch.equal(t, first)) for t in others):

@@ -121,7 +121,7 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
                 raise
-            why = "torch.func.grad and its kin inside the module would differentiate its values alone"
+            why = "torch.func.grad and its kin inside the module would ignore tangents"
             raise refused("torch.func", f"{why} ({str(error).splitlines()[0]})", error) from error
         finally:
             _release_buffers(module, run)

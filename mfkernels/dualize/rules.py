@@ -248,13 +248,13 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     call.refuse_mixing()
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
-        raise MixesRows("a sequence dimension is the batch's")
+        raise MixesRows("the batch is in the dimension of queries, keys or channels")
     if rows is not None and from_right == 3 and call.args[0].shape[1] != call.args[1].shape[1]:
         raise Untracked(call.name)  # heads that are samples, in groups
     given = inner.named()
     if given["dropout_p"] > 0:
         raise NotImplementedError(
-            "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"
+            "forward AD of dropout inside fused attention: its mask is not available to dualize; set dropout_p to 0"
         )
     mask = given.get("attn_mask", given.get("attn_bias"))
     q, k, v = (given[name] for name in ("query", "key", "value"))
@@ -338,10 +338,10 @@ NUMBER = (
     "a number taken out of a tensor has no derivative, so what is computed from it would lack one; keep it a tensor, "
     "or detach() it if it is a constant by design"
 )
-MEMORY = "it sees a tensor's memory, where its tangent is not; reshape, index or slice it instead"
+MEMORY = "it accesses the memory of a tensor, which does not hold the tangent; reshape, index or slice it instead"
 RESHAPES = (
-    "it changes in place the shape of a tensor that is a view or has views, through which autograd cannot go back then;"
-    " take the function without the underscore"
+    "it changes in place the shape of a tensor that is a view or has views, which autograd cannot differentiate here; "
+    "use the function without the underscore"
 )
 _FAST_PATH = (
     "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "

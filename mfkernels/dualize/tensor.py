@@ -105,7 +105,7 @@ class DualTensor(CarriesTangent):
 
     @data.setter
     def data(self, value: Any) -> None:
-        raise refused("x.data = y", "the tensor would be another; x.copy_(y) writes its values")
+        raise refused("x.data = y", "it replaces the tensor; use x.copy_(y) to write the values of y")
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone() if self._run.active else copy.deepcopy(self._primal, memo)
@@ -205,7 +205,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if isinstance(x, DualTensor):
             if x._run is not self:
                 if x._run.active:
-                    raise refused("a tensor of another dual pass", "this pass lies within that one; one is enough")
+                    raise refused(
+                        "a tensor of another dual pass", "dual passes cannot be nested; dualize the outer module only"
+                    )
                 return None
             if isinstance(x._rule, Out):
                 raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
