@@ -119,9 +119,12 @@ def matmul(call: Call, out: Tensor) -> list[Out]:
     for c in added:
         if isinstance(c, Slot):
             parts.append(broadcast(times(c.tangent, call.kwargs.get("beta", 1)), out, c.from_right, c.rows))
-    if any(p.rows != parts[0].rows for p in parts):
+    if len(parts) == 1:
+        return parts
+    (t, rows, _), (c_dot, c_rows, _) = parts
+    if rows != c_rows:
         raise Untracked(call.name)
-    return [Out(total(*(p.tangent for p in parts)), parts[0].rows)]
+    return [Out(total(t, c_dot), rows)]
 
 
 _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}

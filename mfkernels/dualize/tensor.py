@@ -316,7 +316,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if found.tangent and not op.constant:
             if copied:
                 out = out.resolve_conj().resolve_neg()
-            outs = self._tangents(op, call, out, [] if source is not None else found.shared)
+            shared = [] if source is not None else found.shared
+            outs = tangents(op, call, out, shared, self.batch, self.report)
             result = self._wrap(out, outs, source, keep=source is not None)
             if copied:
                 self._memory_of(result).copied = True
@@ -349,9 +350,6 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             primals.append(primal)
         return slots, primals
 
-    def _tangents(self, op: Operator, call: Call, out: Any, shared: list[Tensor]) -> list[Out]:
-        return tangents(op, call, out, shared, self.batch, self.report)
-
     def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
         """`out` with tangents, as views of `source` if it is given; with `keep` also where the tangent is zero."""
         memory = None if source is None else self._memory_of(source)
@@ -360,11 +358,11 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         def one(p: Any) -> Any:
             if not can_have_tangent(p):
                 return p
-            out = next(given)
-            if out.tangent is None and not keep and out.rows is not NOT_COMPUTED.rows:
+            t, rows, sample = next(given)
+            if t is None and not keep and rows is not NOT_COMPUTED.rows:
                 return p
-            x = DualTensor.make(p, _slot_of(p, out), self)
-            if out.rows is NOT_COMPUTED.rows:
+            x = DualTensor.make(p, None if t is None else Slot(p, t, rows, sample), self)
+            if rows is NOT_COMPUTED.rows:
                 x._rule = NOT_COMPUTED
             x._memory = memory
             return x
@@ -404,7 +402,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             raise refused(op.name, "writes into a list of tensors")
         outs: list[Out] = []
         if found.tangent and can_have_tangent(target):
-            outs = self._tangents(op, call._replace(func=op.functional), p_args[0], found.shared)
+            functional = call._replace(func=op.functional)
+            outs = tangents(op, functional, p_args[0], found.shared, self.batch, self.report)
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
@@ -422,7 +421,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         x._slot = None
         if found.tangent:
             call = Call(op.functional, turned.name, slots, kwargs, [])
-            x._slot = _slot_of(x._primal, *self._tangents(turned, call, x._primal, []))
+            x._slot = _slot_of(x._primal, *tangents(turned, call, x._primal, [], self.batch, self.report))
         return x
 
     def _has_views(self, x: DualTensor) -> bool:
