@@ -1,9 +1,8 @@
-"""Where a dual pass meets autograd: custom Functions, and the tensors that the tape saves.
+"""Custom autograd Functions in a dual pass, and the tensors that autograd saves.
 
-Below autograd a Function's forward is a number of operators like any others, and no `jvp` is needed. One that has a
-`jvp` staticmethod is differentiated as it says, which need not be the derivative of its forward: straight-through
-estimators are written this way. Tensors created in its forward are marked, and get their tangent at their first use
-outside it.
+Below autograd the forward of a Function is a sequence of operators, so it needs no `jvp`. A Function that has a `jvp`
+staticmethod is differentiated by it; that need not be the derivative of its forward, as in straight-through estimators.
+Tensors made in its forward are marked, and get their tangents at their first use outside it.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from .. import _torch
 from .._torch import tree_leaves, tree_map
 from .call import Slot
-from .report import outwards, refused
+from .report import callers, refused
 
 SlotOf = Callable[[Tensor], Slot | None]
 
 
 class OwnRule:
-    """One call of a Function that has a `jvp`: its outputs and their tangents, by that rule."""
+    """One call of a Function that has a `jvp`: its outputs and their tangents by that."""
 
     def __init__(self, frame: FrameType, cls: Any, slot_of: SlotOf) -> None:
         self.frame, self.cls = frame, cls
 
         def dual(x: Any) -> Any:
-            """A copy, for the Function may write into it."""
+            """A copy, as the Function may write into it."""
             if not isinstance(x, Tensor):
                 return x
             slot = slot_of(x)
@@ -50,18 +49,18 @@ class OwnRule:
             self.outs = [(p.detach(), None if t is None else t.detach()) for p, t in outs]
 
     def is_running(self) -> bool:
-        """Whether the thread is still in that call."""
-        return any(frame is self.frame for frame in outwards(sys._getframe(1)))
+        """Whether the call has not returned yet."""
+        return any(frame is self.frame for frame in callers(sys._getframe(1)))
 
     def has(self, x: Tensor) -> bool:
         """Whether `x`, a primal, is an output."""
         return any(_equal(p, x) for p, _ in self.outs)
 
     def tangent_of(self, x: Tensor) -> Tensor | None:
-        """The tangent of an output, all rows of it; None where it has none."""
+        """The tangent of an output, of all rows; None if it is zero."""
         found = [t for p, t in self.outs if _equal(p, x)]
         if not found:
-            why = "its jvp gives the tangents of its outputs, and this is none of them; return it as it is"
+            why = "its jvp gives the tangents of its outputs, and this tensor has the value of none of them"
             raise refused(self.cls.__name__, why)
         first, *others = found
         if any(t is not first and (t is None or first is None or not torch.equal(t, first)) for t in others):
@@ -74,7 +73,7 @@ def _equal(p: Tensor, x: Tensor) -> bool:
 
 
 def _arguments(frame: FrameType, cls: Any) -> list[Any]:
-    """What the Function was applied to: nothing has been computed yet."""
+    """The arguments of `apply`, read from the frame of the forward before its first operator has run."""
     code, values = frame.f_code, frame.f_locals
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     args = [values[name] for name in names]
@@ -94,24 +93,24 @@ class Functions:
         self.listed = False
 
     def running(self) -> FrameType | None:
-        """The innermost forward of a Function that the thread is in."""
+        """The frame of the innermost forward of a Function that is running in this thread."""
         if _torch.forward_mode_enabled():  # every Function's forward turns it off
             return None
         if not self.listed:
             _functions.update(_torch.functions_by_code())
             self.listed = True
-        return next((frame for frame in outwards(sys._getframe(1)) if frame.f_code in _functions), None)
+        return next((frame for frame in callers(sys._getframe(1)) if frame.f_code in _functions), None)
 
     def detaches(self) -> bool:
-        """Whether detach() is called by a Function, where the tape is off and its backward counts.
+        """Whether a Function calls detach(), which does not stop its tangent, as it does not stop its gradient.
 
-        A reentrant checkpoint is a Function too, but what its forward runs is the module's.
+        Not in the Functions of PyTorch: the forward of a reentrant checkpoint runs the module.
         """
         frame = self.running()
         return frame is not None and not any(cls.__module__.startswith("torch.") for cls in _functions[frame.f_code])
 
     def own_rule(self, slot_of: SlotOf) -> OwnRule | None:
-        """The call, in whose forward the thread is, of a Function that has a `jvp` of its own."""
+        """The call of a Function with a `jvp` whose forward is running in this thread."""
         frame = self.running()
         if frame is None:
             return None
@@ -135,7 +134,7 @@ class Functions:
 def saving_primals(
     primal_of: Callable[[Tensor], Tensor], is_running: Callable[[], bool]
 ) -> AbstractContextManager[Any]:
-    """A context in which the tape saves primals; hooks set around the pass are called with them."""
+    """A context in which autograd saves primals; saved-tensor hooks set around the pass are called with them."""
     if not torch.is_grad_enabled():
         return nullcontext()
     outer = _torch.saved_tensors_hooks_in_force(lambda: hooks)
@@ -150,12 +149,12 @@ def saving_primals(
 
 
 class _Saved:
-    """A tensor that the tape holds."""
+    """A tensor that autograd has saved, checked for later writes as autograd would without hooks."""
 
     __slots__ = ("hooks", "kept", "version")
 
     def __init__(self, x: Tensor, hooks: _torch.Hooks | None) -> None:
-        self.hooks = hooks  # set around the pass: they decide how it is saved
+        self.hooks = hooks  # those set around the pass, which decide how it is saved
         self.kept: Any = x if hooks is None else hooks[0](x)
         self.version = _torch.writes_to(x) if hooks is None else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,19 +14,19 @@ from .. import _torch
 
 
 class Untracked(Exception):
-    """The batch of the result is no prefix along one dimension: this call is done with zero tangent rows filled in."""
+    """The rows with tangents are not the first of one dimension of the result: the other rows need tangents of zero."""
 
 
 class MixesRows(Exception):
-    """The operation makes one sample's result depend on other samples."""
+    """The operator makes the result of one sample depend on other samples."""
 
 
 class Rows(NamedTuple):
     """Dimension `axis` of a tensor runs over (outer, batch, inner); the first `active` of `batch` carry tangents.
 
-    A tangent is stored for those alone: its size along `axis` is outer·active·inner, elsewhere it is the primal's.
-    [B, N, D] has axis 0 and (1, B, 1); flattened to [B·N, D] it has (1, B, N); moved to [N, B, D], axis 1, (1, B, 1);
-    that flattened to [N·B, D], (N, B, 1).
+    A tangent has these rows alone: its size along `axis` is outer·active·inner, its other sizes are the primal's.
+    [B, N, D] has axis 0 and (1, B, 1); flattened to [B·N, D] it has (1, B, N). Transposed to [N, B, D] it has axis 1
+    and (1, B, 1); this flattened to [N·B, D] has axis 0 and (N, B, 1).
     """
 
     axis: int
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
         return self.outer * self.batch * self.inner
 
     @property
-    def kept(self) -> int:
+    def active_size(self) -> int:
         return self.outer * self.active * self.inner
 
     def at(self, axis: int) -> Rows:
@@ -51,22 +52,22 @@ class Rows(NamedTuple):
         if self.active == self.batch:
             return x
         if self.outer == 1:
-            return x.narrow(axis, 0, self.kept)
+            return x.narrow(axis, 0, self.active_size)
         parts = x.unflatten(axis, (self.outer, self.batch, self.inner))
         return parts.narrow(axis + 1, 0, self.active).flatten(axis, axis + 2)
 
     def shape(self, shape: Sequence[int]) -> list[int]:
         """The tangent's shape for a primal of `shape`."""
         shape = list(shape)
-        shape[self.axis] = self.kept
+        shape[self.axis] = self.active_size
         return shape
 
     def fit(self, tangent: Sequence[int], primal: Sequence[int]) -> bool:
-        """Whether these are the shapes of a tangent and its primal."""
+        """Whether these can be the shapes of a tangent and its primal."""
         return len(primal) > self.axis and primal[self.axis] == self.size and list(tangent) == self.shape(primal)
 
     def fill(self, x_dot: Tensor) -> Tensor:
-        """The tangent of every row: zero where there was none."""
+        """The tangent of every row, zero for those that had none."""
         if self.active == self.batch:
             return x_dot
         parts = x_dot.unflatten(self.axis, (self.outer, self.active, self.inner))
@@ -100,9 +101,10 @@ class Rows(NamedTuple):
 
 
 class Slot:
-    """An operand that carries a tangent; `rows` is None where the tangent covers all of it.
+    """An operand that carries a tangent.
 
-    sample: the one sample that all of it depends on, such as x[0]; None where it is the samples of `rows`, or unknown.
+    rows: those that the tangent is of; None: all of the operand.
+    sample: the only sample that the operand depends on, as x[0] does; None: the samples of `rows`, or not known.
     """
 
     __slots__ = ("primal", "rows", "sample", "tangent")
@@ -120,17 +122,17 @@ class Slot:
 
     @property
     def from_right(self) -> int:
-        """The batch's dimension, counted from the right as broadcasting aligns; 0 where the tangent covers all."""
+        """The batch's dimension, counted from the right as in broadcasting; 0 where `rows` is None."""
         return 0 if self.rows is None else self.primal.ndim - self.rows.axis
 
-    def small(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
+    def take(self, x: Tensor | None = None, axis: int | None = None) -> Tensor:
         """The rows of `x`, by default the primal, that carry tangents."""
         x = self.primal if x is None else x
         return x if self.rows is None else self.rows.take(x, axis)
 
 
-class _Cut(Slot):
-    """A Slot on its rows alone. Many tangents need no primal, so that is cut when it is asked for."""
+class _SlotOnRows(Slot):
+    """A Slot cut to its rows; the primal is cut on access, as many rules do not read it."""
 
     __slots__ = ("whole",)
 
@@ -139,7 +141,7 @@ class _Cut(Slot):
 
     @property
     def primal(self) -> Tensor:  # type: ignore[override]
-        return self.whole.small()
+        return self.whole.take()
 
 
 class Out(NamedTuple):
@@ -150,11 +152,12 @@ class Out(NamedTuple):
     sample: int | None = None
 
 
-UNKNOWN = Out(None, Rows(-1, 0, 0, 0, 0))  # an output whose rule computes no tangent, such as attention's log-sum-exp
+# An output whose rule computes no tangent, such as attention's log-sum-exp.
+NOT_COMPUTED = Out(None, Rows(-1, 0, 0, 0, 0))
 
 
-def has_tangent(x: Any) -> bool:
-    """Whether `x` is of a kind that can carry a derivative."""
+def can_have_tangent(x: Any) -> bool:
+    """Whether `x` is a tensor of floating-point or complex numbers."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
@@ -167,52 +170,59 @@ def tangent(x: Any) -> Tensor | None:
 
 
 def leaves(x: Any) -> list[Any]:
-    """What `x` holds: ATen operators take and give single values and lists of them."""
+    """The values in `x`, an argument or result of an ATen operator: single values and lists of them."""
     return [z for y in x for z in leaves(y)] if isinstance(x, (tuple, list)) else [x]
 
 
 def mapped(fn: Callable[[Any], Any], x: Any) -> Any:
-    """`fn` of everything that `x` holds."""
+    """`x` with `fn` applied to each of its values."""
     return [mapped(fn, y) for y in x] if isinstance(x, (tuple, list)) else fn(x)
 
 
 def differentiable(out: Any) -> list[Tensor]:
     """The outputs of a call that can have tangents."""
-    return [x for x in leaves(out) if has_tangent(x)]
+    return [x for x in leaves(out) if can_have_tangent(x)]
 
 
 # --------------------------------------------------------------------------------------------------------------- a call
 
 
-class Call:
-    """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent."""
+@cache
+def _defaults(func: Any) -> dict[str, Any]:
+    """Of every argument of an operator, in order."""
+    return {a.name: a.default_value for a in _torch.schema_of(func).arguments}
 
-    __slots__ = ("args", "func", "jvps", "kwargs", "name")
 
-    def __init__(
-        self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], jvps: list[str] | None = None
-    ) -> None:
-        self.func, self.name, self.args, self.kwargs = func, name, args, kwargs
-        self.jvps = [] if jvps is None else jvps  # filled where a tangent has no rule of its own; copies share it
+class Call(NamedTuple):
+    """`func(*args, **kwargs)`, with a `Slot` for each operand that carries a tangent.
+
+    jvps: the operators that went through `torch.func.jvp`; shared with the copies that `map` makes.
+    """
+
+    func: Any
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    jvps: list[str]
 
     def operands(self) -> list[Slot | Tensor]:
-        """Slots and plain tensors, in order."""
+        """The arguments that are Slots or plain tensors, in order."""
         return [x for x in leaves((self.args, *self.kwargs.values())) if isinstance(x, (Slot, Tensor))]
 
     def slots(self) -> list[Slot]:
         return [x for x in leaves((self.args, *self.kwargs.values())) if isinstance(x, Slot)]
 
-    def alone(self, ndim: int = 0, axis: int | None = None) -> bool:
-        """Whether the first argument alone carries a tangent, has `ndim` dimensions and, if any, its rows in `axis`."""
+    def only_first(self, ndim: int = 0, axis: int | None = None) -> bool:
+        """Whether only the first argument has a tangent, with its rows along `axis`, and at least `ndim` dimensions."""
         x = self.args[0]
         if not isinstance(x, Slot) or x.ndim < ndim or len(self.slots()) > 1:
             return False
         return axis is None or x.rows is None or x.rows.axis == axis
 
     def map(self, fn: Callable[[Any], Any]) -> Call:
-        """The same call with `fn` applied to all that it is given."""
-        args, kwargs = mapped(fn, self.args), {k: mapped(fn, x) for k, x in self.kwargs.items()}
-        return Call(self.func, self.name, args, kwargs, self.jvps)
+        """The same call with `fn` applied to each argument."""
+        kwargs = {k: mapped(fn, x) for k, x in self.kwargs.items()}
+        return Call(self.func, self.name, mapped(fn, self.args), kwargs, self.jvps)
 
     def arg(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by position or keyword."""
@@ -222,36 +232,34 @@ class Call:
 
     def named(self) -> dict[str, Any]:
         """Every argument by its name in the operator's schema, defaults included."""
-        arguments = _torch.schema_of(self.func).arguments
-        values = {a.name: a.default_value for a in arguments}
-        values.update(zip((a.name for a in arguments), self.args, strict=False))
-        return values | dict(self.kwargs)
+        defaults = _defaults(self.func)
+        return {**defaults, **dict(zip(defaults, self.args, strict=False)), **self.kwargs}
 
     def dense(self) -> Call:
-        """The same call with the tangent of every row given, zeros where there was none."""
+        """The same call with tangents of every row, zero for those that had none."""
         return self.map(
             lambda x: Slot(x.primal, x.rows.fill(x.tangent), None) if isinstance(x, Slot) and x.rows is not None else x
         )
 
     def refuse_mixing(self) -> None:
-        """Of an operator that computes with all of its operands: they are of the same samples.
+        """Check that the operands of an operator that combines them depend on the same samples.
 
         Raises:
-            MixesRows: some depend on one sample, and others on another or on every sample's own.
+            MixesRows: one depends on a single sample, and another on other samples.
         """
         slots = self.slots()
-        alone = {x.sample for x in slots if x.sample is not None}
-        if len(alone) > 1 or (alone and any(x.rows is not None for x in slots)):
-            raise MixesRows(f"it takes sample {min(alone)} together with others")
+        single = {x.sample for x in slots if x.sample is not None}
+        if len(single) > 1 or (single and any(x.rows is not None for x in slots)):
+            raise MixesRows(f"it takes sample {min(single)} together with others")
 
     def on_rows(self) -> tuple[Call, int, Rows | None]:
         """The call on the rows that carry tangents, operands aligned as broadcasting aligns them.
 
         Returns:
-            The call, the dimension of those rows counted from the right, and the rows.
+            The call, the dimension of these rows counted from the right, and the rows.
 
         Raises:
-            Untracked: the rows of two operands do not lie in one dimension.
+            Untracked: the rows of two operands are not along the same dimension.
         """
         first, *others = self.slots()
         from_right, rows = first.from_right, first.rows
@@ -263,7 +271,7 @@ class Call:
 
         def cut(x: Any) -> Any:
             if isinstance(x, Slot):
-                return _Cut(x)
+                return _SlotOnRows(x)
             if isinstance(x, Tensor) and x.ndim >= from_right and x.shape[-from_right] == rows.size:
                 return rows.take(x, x.ndim - from_right)
             return x

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..silu.reference import silu_tangent
 from .call import Call, MixesRows, Out, Slot, differentiable, primal, tangent
-from .views import broadcast, unknown
+from .views import broadcast, by_jvp
 
 aten = torch.ops.aten
 
@@ -49,22 +50,10 @@ def power(x: Any, n: Any) -> Tensor | None:
     return torch.zeros_like(x.tangent) if n == 0 else x.tangent * (n * x.primal ** (n - 1))
 
 
-def gelu(x: Any, approximate: str = "none") -> Tensor:
-    return aten.gelu_backward(x.tangent, x.primal, approximate=approximate)
-
-
 def where(condition: Any, x: Any, y: Any) -> Tensor:
     a, b = tangent(x), tangent(y)
     zero = (b if a is None else a).new_zeros(())  # type: ignore[union-attr]
     return torch.where(condition, zero if a is None else a, zero if b is None else b)
-
-
-def masked_fill(x: Any, mask: Tensor, value: Any) -> Tensor:
-    v_dot = tangent(value)
-    if v_dot is None:
-        return x.tangent.masked_fill(mask, 0)
-    x_dot = tangent(x)
-    return torch.where(mask, v_dot, torch.zeros_like(primal(x)) if x_dot is None else x_dot)
 
 
 def _slope(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -78,9 +67,8 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "mul": mul,
     "div": div,
     "pow": power,
-    "gelu": gelu,
     "where": where,
-    "masked_fill": masked_fill,
+    "masked_fill": lambda x, mask, value: where(mask, value, x),
     "neg": lambda x: -x.tangent,
     "exp": _slope(torch.exp),
     "sin": _slope(torch.cos),
@@ -88,12 +76,13 @@ ELEMENTWISE: dict[str, Callable[..., Tensor | None]] = {
     "sqrt": _slope(lambda x: 0.5 * torch.rsqrt(x)),
     "rsqrt": _slope(lambda x: -0.5 * torch.rsqrt(x) / x),
     "reciprocal": _slope(lambda x: -torch.reciprocal(x).square()),
-    "silu": lambda x: aten.silu_backward(x.tangent, x.primal),
+    "gelu": lambda x, approximate="none": aten.gelu_backward(x.tangent, x.primal, approximate=approximate),
+    "silu": lambda x: silu_tangent(x.primal, x.tangent),
     "relu": lambda x: aten.threshold_backward(x.tangent, x.primal, 0),
     "sigmoid": lambda x: aten.sigmoid_backward(x.tangent, torch.sigmoid(x.primal)),
     "tanh": lambda x: aten.tanh_backward(x.tangent, torch.tanh(x.primal)),
 }
-# right for complex numbers as they stand; PyTorch's rules take the conjugates of the others
+# Formulas that hold for complex numbers too; those of the others need conjugates, which PyTorch's own rules have.
 HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fill"])
 
 
@@ -101,7 +90,7 @@ HOLOMORPHIC = frozenset(["add", "sub", "rsub", "mul", "neg", "where", "masked_fi
 
 
 def elementwise(call: Call, out: Any) -> list[Out]:
-    """Row i of the result depends on row i of each operand."""
+    """By a formula of `ELEMENTWISE`, or by PyTorch's rule."""
     call.refuse_mixing()
     axes = {x.from_right for x in call.slots() if x.rows is not None}
     if len(axes) > 1:
@@ -111,7 +100,7 @@ def elementwise(call: Call, out: Any) -> list[Out]:
     if formula is not None and (call.name in HOLOMORPHIC or not out.is_complex()):
         try:
             t = formula(*inner.args, **inner.kwargs)
-        except (TypeError, AttributeError):  # an overload that it does not know (rounding_mode=, a mask with a tangent)
+        except (TypeError, AttributeError):  # arguments that it does not take (rounding_mode=, a mask with a tangent)
             t = None
     if t is not None:
         return [broadcast(t, out, from_right, rows)]
@@ -119,17 +108,17 @@ def elementwise(call: Call, out: Any) -> list[Out]:
 
 
 def dropout(call: Call, out: Any) -> list[Out]:
-    """native_dropout, with the mask that it drew."""
+    """native_dropout, by the mask that it returns."""
     x, p, mask = call.args[0], call.args[1], out[1]
     if call.arg(2, "train") is False:
         return [Out(x.tangent, x.rows)]
-    return [Out(x.tangent * x.small(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
+    return [Out(x.tangent * x.take(mask) * (0.0 if p == 1 else 1 / (1 - p)), x.rows)]
 
 
 def rrelu(call: Call, out: Any) -> list[Out]:
-    """rrelu_with_noise, with the slopes that it drew."""
-    if not call.alone():
-        return unknown(call, out)
+    """rrelu_with_noise, by the slopes that it wrote into its second argument."""
+    if not call.only_first():
+        return by_jvp(call, out)
     (x, noise), given = call.args[:2], call.named()
     limits = given["lower"], given["upper"], given["training"], False
-    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.small(), x.small(noise), *limits), x.rows)]
+    return [Out(torch.ops.aten.rrelu_with_noise_backward(x.tangent, x.take(), x.take(noise), *limits), x.rows)]

@@ -1,7 +1,8 @@
-"""Tangents of memory that is written to in place, so that a write through one view is seen through every other."""
+"""Tangents of memory that is written to in place: a write through one view changes the tangents of all others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,43 +14,50 @@ from .call import Rows, Slot
 class Memory:
     """The tangent of a piece of memory that several tensors share.
 
-    Until the first write it only remembers the tensor that the others are views of, and each of them has a tangent of
-    its own. From then on `buffer` mirrors the memory, and a tensor's tangent is `buffer` with that tensor's strides.
-    Where the samples lie one after the other, the buffer holds those that carry tangents; otherwise it holds all of
-    the memory, and what has none is zero.
+    Before the first write there is no buffer, and each tensor has a tangent of its own. After it, `buffer` has the
+    layout of the memory, and a tensor's tangent is `buffer` with that tensor's strides. Where samples are stored one
+    after the other, the buffer covers those with tangents; otherwise it covers all of the memory, with zeros where
+    there is no tangent.
+
+    primal, slot: the tensor that the others are views of, and its tangent before the first write.
+    copied: whether `conj()` of the memory was taken, which is a copy here and does not change with later writes.
+    start, step: the offsets of the first sample and from one sample to the next; 0, 0: the buffer covers everything.
     """
 
-    apart = False  # whether a conj() of it was taken, which is a copy and sees no later write
+    copied = False
     buffer: Tensor | None = None
-    start: Any = 0  # of the first sample, and
-    step: Any = 0  # of the next; 0: all of the memory
+    start: Any = 0
+    step: Any = 0
 
     def __init__(self, primal: Tensor, slot: Slot | None, batch: int, active: int) -> None:
         self.primal, self.slot, self.batch, self.active = primal, slot, batch, active
 
     def read(self, x: Tensor, rows: Rows | None) -> Slot | None:
-        """`x` with its tangent and the rows that it is of, `rows` where they are known; None where it is zero."""
+        """The tangent of `x`, of `rows` if they are given; None where it is zero."""
         assert self.buffer is not None
         if x.is_complex() != self.buffer.is_complex():
-            self._hold_everything()
+            self._cover_all_memory()
             pairs = self.buffer.view(-1, 2) if x.is_complex() else self.buffer
             buffer = torch.view_as_complex(pairs) if x.is_complex() else torch.view_as_real(pairs)
             return Slot(x, buffer.view(-1).as_strided(x.shape, x.stride(), x.storage_offset()), None)
         if self.step:
             rows = rows or self._rows_of(x)
-            first, end = x.storage_offset(), self.start + self.active * self.step
             if rows is not None and rows.outer == 1:
-                t = self.buffer.as_strided(rows.shape(x.shape), x.stride(), first - self.start)
-                return Slot(x, t, rows)
+                return Slot(x, self._at(x, rows.shape(x.shape)), rows)
+            first, end = x.storage_offset(), self.start + self.active * self.step
             if first >= end:
                 return None
-            if first + _extent(x.shape, x.stride()) < end:
-                return Slot(x, self.buffer.as_strided(x.shape, x.stride(), first - self.start), None)
-            self._hold_everything()
-        return Slot(x, self.buffer.as_strided(x.shape, x.stride(), x.storage_offset()), None)
+            if first + _extent(x.shape, x.stride()) >= end:
+                self._cover_all_memory()
+        return Slot(x, self._at(x, x.shape), None)
+
+    def _at(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tangent of `x`, or of its first rows, as a view of the buffer."""
+        assert self.buffer is not None
+        return self.buffer.as_strided(shape, x.stride(), x.storage_offset() - self.start)
 
     def write(self, x: Tensor, rows: Rows | None, tangent: Tensor | None, tangent_rows: Rows | None) -> None:
-        """Make `tangent`, of the rows `tangent_rows`, that of `x`, whose batch is at `rows` where that is known."""
+        """Write `tangent`, of `tangent_rows`, as that of `x`, whose batch is at `rows` if they are given."""
         if self.buffer is None:
             self._begin(tangent_rows)
         into = self.read(x, rows)
@@ -58,7 +66,7 @@ class Memory:
                 into.tangent.zero_()
             return
         if into is None or into.rows != tangent_rows:
-            self._hold_everything()
+            self._cover_all_memory()
             into = self.read(x, rows)
             assert into is not None
             tangent = tangent if tangent_rows is None else tangent_rows.fill(tangent)
@@ -78,10 +86,10 @@ class Memory:
         self.buffer = torch.zeros(size, dtype=p.dtype, device=p.device)
         if self.slot is not None:
             t = self.slot.tangent if known is None or self.step else known.fill(self.slot.tangent)
-            self.buffer.as_strided(t.shape, p.stride(), p.storage_offset() - self.start).copy_(t)
+            self._at(p, t.shape).copy_(t)
         self.slot = None
 
-    def _hold_everything(self) -> None:
+    def _cover_all_memory(self) -> None:
         assert self.buffer is not None
         if self.step:
             p, old = self.primal, self.buffer
@@ -92,7 +100,7 @@ class Memory:
             self.start = self.step = 0
 
     def _rows_of(self, x: Tensor) -> Rows | None:
-        """The batch in a plain view of the memory."""
+        """Where the batch is in a view of the memory, by its strides; None if it cannot be told."""
         if x.storage_offset() - self.start >= self.step:
             return None
         for axis, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True)):

@@ -14,9 +14,9 @@ from .. import _torch
 from .._torch import tree_flatten, tree_unflatten
 from ..dual import Dual, check_tangent, is_dual_aware, map_output, unshared, unwrapped
 from ..forward_mode import carries_tangent
-from .call import has_tangent
+from .call import can_have_tangent
 from .report import Report, refused
-from .tensor import DualPass, DualTensor, leave
+from .tensor import DualPass, DualTensor, primal_on_tape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,10 +24,10 @@ M = TypeVar("M", bound=nn.Module)
 def dualize(model: M, *, report: bool = False) -> M:
     """An ordinary module as one that takes `Dual`s: value and derivative in one pass, only the value on the tape.
 
-    The module's own Python runs as it stands, on tensors that carry their tangent along. Every PyTorch operation is
-    executed as the module wrote it, so values, gradients, what the tape keeps and what is drawn at random are those of
-    the module itself; beside it, under no_grad and on the rows that carry tangents alone, goes its derivative: written
-    out for the operations that take the time, through `torch.func.jvp` for every other. See README.md beside this file.
+    The module's own Python code runs, on tensors that carry tangents. Every operator of PyTorch is executed as without
+    `dualize`, so values, gradients, saved tensors and random numbers are those of the module. The tangent of its result
+    is computed under no_grad, only for the rows that have one: by a rule for the operators that networks spend their
+    time on, by `torch.func.jvp` for all others. See README.md beside this file.
 
     Args:
         model: a module whose samples do not depend on each other, with the batch first in what it takes and gives.
@@ -104,24 +104,24 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=_is_dual)
     duals = [x for x in leaves if _is_dual(x)]
     batch, active = _check(duals)
-    # the module may write into its inputs
+    # copies, as the module may write into its inputs
     leaves = [Dual._make(a if a is None else unshared(a) for a in x) if _is_dual(x) else x for x in leaves]
     if not active:
         args, kwargs = tree_unflatten([x.primal if _is_dual(x) else x for x in leaves], spec)
         out = module._dualized_call(*args, **kwargs)
-        return map_output(lambda o: Dual(o) if has_tangent(o) else o, out) if duals else out
+        return map_output(lambda o: Dual(o) if can_have_tangent(o) else o, out) if duals else out
     report = module.dual_report
     start = time.perf_counter()
     run = DualPass(batch, active, report)
-    # TorchScript's optimised graphs detach their inputs; that switch is a thread's own
-    with _interpreted(), torch.jit.optimized_execution(False), run:
+    # TorchScript's optimised graphs detach their inputs; this setting is of the thread
+    with _compiled_runs_eagerly(), torch.jit.optimized_execution(False), run:
         args, kwargs = tree_unflatten([run.enter(x) if _is_dual(x) else x for x in leaves], spec)
         try:
             out = map_output(lambda o: _leave(o, run), module._dualized_call(*args, **kwargs))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error) or isinstance(error, NotImplementedError):
                 raise
-            why = "torch.func.grad and its kin inside the module would differentiate its values alone"
+            why = "torch.func.grad and its kin inside the module would ignore tangents"
             raise refused("torch.func", f"{why} ({str(error).splitlines()[0]})", error) from error
         finally:
             _release_buffers(module, run)
@@ -130,37 +130,37 @@ def _dual_call(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return out
 
 
-_lock, _passes, _switch = threading.Lock(), 0, ExitStack()
+_lock, _passes, _stance = threading.Lock(), 0, ExitStack()
 
 
 @contextmanager
-def _interpreted() -> Iterator[None]:
-    """While any pass runs, what was compiled runs as Python: the compiler's graphs keep no tangents.
+def _compiled_runs_eagerly() -> Iterator[None]:
+    """While any pass runs, compiled functions run eagerly: compiled graphs would drop the tangents.
 
-    All threads share that switch, so the first pass sets it and the last one sets it back.
+    All threads share this setting: the first pass sets it and the last one restores it.
     """
     global _passes
     with _lock:
         _passes += 1
         if _passes == 1 and _torch.compiler_loaded():
-            _switch.enter_context(torch.compiler.set_stance("force_eager"))
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
     try:
         yield
     finally:
         with _lock:
             _passes -= 1
             if _passes == 0:
-                _switch.close()
+                _stance.close()
 
 
 def _release_buffers(module: nn.Module, run: DualPass) -> None:
-    """Values that the module assigned to its buffers stay there without their tangents, which belong to this pass."""
-    if not run.outlived():
+    """Replace DualTensors that the module assigned to its buffers by their primals."""
+    if not run.has_live_tensors():
         return
     for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
             if isinstance(buffer, DualTensor):
-                setattr(part, name, leave(buffer))
+                setattr(part, name, primal_on_tape(buffer))
 
 
 def _check(duals: list[Dual]) -> tuple[int, int]:
@@ -170,8 +170,6 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
         if not isinstance(x.primal, Tensor):
             raise TypeError(f"primal: expected a tensor in a Dual, got {type(x.primal).__name__}")
         if x.tangent is not None:
-            if x.primal.ndim == 0:
-                raise ValueError("primal: expected a batch (B, …) in a Dual, got a scalar")
             check_tangent("tangent", x.primal, x.tangent)
         rows = x.primal.shape[0] if x.primal.ndim else batch
         if batch not in (None, rows):
@@ -188,7 +186,7 @@ def _check(duals: list[Dual]) -> tuple[int, int]:
 def _leave(o: Any, run: DualPass) -> Any:
     slot = run.slot(o) if isinstance(o, Tensor) else None
     if slot is None:
-        return leave(o)
+        return primal_on_tape(o)
     t, rows = slot.tangent, slot.rows
     axis = 0 if rows is None else rows.axis
     if axis != 0 or o.ndim == 0 or (rows is None and o.shape[0] % run.batch):
@@ -197,18 +195,18 @@ def _leave(o: Any, run: DualPass) -> Any:
             f"output: expected its {run.batch} samples in dimension 0, as a Dual has them, got shape {tuple(o.shape)}"
             f"{where}; let the module return a result per sample"
         )
-    if rows is not None and rows.outer != 1:  # several batches one after the other: no prefix carries the tangents
+    if rows is not None and rows.outer != 1:  # several batches: the rows with tangents are not the first
         t, rows = rows.fill(t), None
     if rows is None and o.shape[0] == run.batch:
         t = t[: run.active_rows]
-    return Dual(leave(o), t.detach())
+    return Dual(primal_on_tape(o), t.detach())
 
 
 # -------------------------------------------------------------------------------------------------------- torch.compile
-# Dynamo does not follow a pass: it puts one call into its graph, and AOTAutograd traces the operations that the pass
-# executes, primal and tangent, so that the compiler sees a flat graph of both.
+# Dynamo does not trace a pass: it puts one call into its graph, and AOTAutograd traces the operators that the pass
+# executes, of primal and tangent, so that the compiler sees one flat graph of both.
 
-# the call takes and returns lists, dicts and tensors alone: no named tuples, no None
+# The call can take and return tensors, lists, tuples and dicts, but no named tuples and no None.
 _DUAL, _NONE = "mfkernels.Dual", "mfkernels.None"
 
 
@@ -242,11 +240,11 @@ _Place = tuple[str, str, Any]  # submodule, attribute, key in it or None
 
 
 def _places(module: nn.Module) -> tuple[_Place, ...]:
-    """Where a forward may find what Dynamo does not hand over with the module, as it does parameters and buffers.
+    """The attributes that must be inputs of the compiled call, besides the module's parameters and buffers.
 
-    Tensors, alone or in a list or dict, as tables of positions often are: the graph would have them as constants, which
-    no backward can be traced through. Numbers, flags and strings, such as `training`: read before the call, they make
-    Dynamo recompile when they change, or are inputs of the graph.
+    Tensors, also in a list or dict, as tables of positions often are: as constants of the graph they could not be
+    traced in the backward. Numbers, flags and strings, such as `training`: as inputs they make Dynamo recompile when
+    they change, or become inputs of the graph.
     """
     found: list[_Place] = []
     for path, part in module.named_modules():
@@ -258,38 +256,35 @@ def _places(module: nn.Module) -> tuple[_Place, ...]:
     return tuple(found)
 
 
-def _holds(module: nn.Module, place: _Place) -> bool:
-    """Whether it is still there."""
+def _get(module: nn.Module, place: _Place) -> Any:
+    """The attribute or its entry; None if it is gone."""
     path, name, key = place
     value = getattr(module.get_submodule(path), name, None)
     if key is None:
-        return value is not None
-    return key in value if isinstance(value, dict) else isinstance(value, list) and key < len(value)
+        return value
+    if isinstance(value, dict):
+        return value.get(key)
+    return value[key] if isinstance(value, list) and key < len(value) else None
 
 
-def _get(module: nn.Module, place: _Place) -> Any:
-    path, name, key = place
-    value = getattr(module.get_submodule(path), name)
-    return value if key is None else value[key]
-
-
-def _set(module: nn.Module, places: list[_Place], values: list[Any]) -> None:
+def _put(module: nn.Module, places: list[_Place], values: list[Any]) -> list[Any]:
+    """Store values in these places; returns the previous ones."""
+    before = []
     for (path, name, key), x in zip(places, values, strict=True):
         table = module.get_submodule(path).__dict__
-        if key is None:
-            table[name] = x
-        else:
-            table[name][key] = x
+        table, key = (table, name) if key is None else (table[name], key)
+        before.append(table[key])
+        table[key] = x
+    return before
 
 
 def _run_with(module: Any, held: list[int], values: Any, args: Any, kwargs: Any) -> Any:
     places = [module._dualized_places[i] for i in held]
-    before, buffers = [_get(module, place) for place in places], dict(module.named_buffers())
-    _set(module, places, values)
+    buffers, before = dict(module.named_buffers()), _put(module, places, values)
     try:
         out = _encoded(_dual_call(module, tuple(_decoded(args)), _decoded(kwargs)))
     finally:
-        _set(module, places, before)
+        _put(module, places, before)
     assigned = [name for name, x in module.named_buffers() if buffers.get(name) is not x]
     if assigned:
         raise NotImplementedError(
@@ -303,13 +298,13 @@ _traced: Any = None
 
 
 def _prepare_to_compile() -> None:
-    """Before the first compilation, which cannot do it itself; not at import, for Dynamo takes a second to load."""
+    """Make `_traced`, which cannot be done while Dynamo traces; not at import, as Dynamo takes a second to load."""
     global _traced
     if _traced is None:
         _traced = _torch.nonstrict_trace(_run_with)
 
 
 def _compiled_call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held = [i for i, place in enumerate(module._dualized_places) if _holds(module, place)]
-    values = [_get(module, module._dualized_places[i]) for i in held]
-    return _decoded(_traced(module, held, values, _encoded(args), _encoded(kwargs)))
+    values = [_get(module, place) for place in module._dualized_places]
+    held = [i for i, x in enumerate(values) if x is not None]
+    return _decoded(_traced(module, held, [values[i] for i in held], _encoded(args), _encoded(kwargs)))

@@ -1,4 +1,4 @@
-"""Messages to the user: a report of the operations that ran, and errors with the line of the user's module."""
+"""The report of the operators that ran, and errors that show the line of the user's module."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import linecache
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,7 @@ from torch import nn
 
 @dataclass
 class Line:
-    """One kind of operation.
-
-    calls: how often it ran.
-    seconds: in its tangents.
-    """
+    """One ATen operator: number of calls, and seconds spent in its tangents."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -32,16 +29,16 @@ class Line:
 class Report:
     """What `dualize(model, report=True)` saw since it was made or cleared.
 
-    rules: ATen operators whose tangent is written out, by name.
-    jvp: operations that went through `torch.func.jvp` one by one, on the rows that carry tangents.
-    zero_filled: operations after which those rows are no prefix, so that zeros stand for the others.
-    seconds: in all dual passes, hooks and the user's Python included. On CUDA kernels run on after their launch: the
-        times are those of the launches, unless CUDA_LAUNCH_BLOCKING=1.
+    rules: operators with a tangent rule in this package, by name.
+    jvp: operators whose tangent `torch.func.jvp` computed.
+    zero_filled: operators whose tangent was computed for all rows, with zeros for those that have none.
+    seconds: of all dual passes, with hooks and the user's Python. On CUDA the times are those of launches, unless
+        CUDA_LAUNCH_BLOCKING=1.
     """
 
     rules: dict[str, Line] = field(default_factory=dict)
     jvp: dict[str, Line] = field(default_factory=dict)
-    zero_filled: dict[str, int] = field(default_factory=dict)
+    zero_filled: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def add(self, name: str, *, by_jvp: bool, seconds: float) -> None:
@@ -49,19 +46,15 @@ class Report:
         line.calls += 1
         line.seconds += seconds
 
-    def filled(self, name: str) -> None:
-        self.zero_filled[name] = self.zero_filled.get(name, 0) + 1
-
     def clear(self) -> None:
-        """Start anew."""
-        self.rules.clear()
-        self.jvp.clear()
-        self.zero_filled.clear()
+        """Remove all entries and set the time to zero."""
+        for table in (self.rules, self.jvp, self.zero_filled):
+            table.clear()
         self.seconds = 0.0
 
     @property
     def jvp_share(self) -> float:
-        """Share of the time of all dual passes that went into `jvp`."""
+        """Share of `seconds` that the operators of `jvp` took, in [0, 1]."""
         return sum(line.seconds for line in self.jvp.values()) / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
@@ -95,15 +88,15 @@ def user_line(frames: Iterable[FrameType]) -> str:
     return ""
 
 
-def outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, its caller, that one's …."""
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and all its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
 def refused(name: str, why: str, error: BaseException | None = None) -> NotImplementedError:
-    """What dualize cannot do, with the line of the user's module that asked for it, or in which `error` was raised."""
+    """The error for what dualize cannot do, with the user's line that is running, or that raised `error`."""
     raised = error and error.__traceback__
-    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else outwards(sys._getframe(1))
+    frames = [frame for frame, _ in walk_tb(raised)][::-1] if raised else callers(sys._getframe(1))
     return NotImplementedError(f"dualize: {name}: {why}{user_line(frames)}")

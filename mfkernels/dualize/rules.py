@@ -1,14 +1,14 @@
-"""What is known of each ATen operator: its rule, and whether it makes views, writes in place or is refused.
+"""The properties of each ATen operator: its tangent rule, and whether it makes views, writes in place or is refused.
 
-A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before it) and gives an
-`Out` for each output that can have a tangent. It raises `Untracked` where the rows that carry tangents are no prefix
-in the result, and `MixesRows` where samples would depend on each other.
+A rule takes the `Call` and the primal result (of an operator that writes in place: the tensor before the write) and
+returns an `Out` for each output that can have a tangent. It raises `Untracked` where the rows with tangents are not
+the first of one dimension of the result, and `MixesRows` where samples would depend on each other.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,68 +22,49 @@ from ..backend import requested_backend
 from ..dual import Dual, tangent_of
 from ..rms_norm import rms_norm
 from . import views
-from .call import UNKNOWN, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
-from .elementwise import dropout, elementwise, rrelu, times, total
+from .call import NOT_COMPUTED, Call, MixesRows, Out, Slot, Untracked, differentiable, primal, tangent
+from .elementwise import aten, dropout, elementwise, rrelu, times, total
 from .report import Report, refused
-from .views import broadcast, same, unknown
+from .views import broadcast, by_jvp, same
 
 Rule = Callable[[Call, Any], list[Out]]
 
 
-def foreign(call: Call, out: Any) -> list[Out]:
+def not_aten(call: Call, out: Any) -> list[Out]:
     raise NotImplementedError(f"{call.func} is no operator of PyTorch's own, so forward AD does not know it")
 
 
 def constant(call: Call, out: Any) -> list[Out]:
-    """Zero derivative wherever there is one: the result is a plain tensor."""
+    """The derivative is zero, or not defined."""
     return [Out(None)] * len(differentiable(out))
 
 
 # ----------------------------------------------------------------------------------------------------- along dimensions
 
-_REDUCTIONS = """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min
-    cummax cummin cumprod logcumsumexp _softmax _log_softmax _safe_softmax"""
-# (position, keyword, default) of the dimensions that operators work along, and whether they are linear; None is all of
-# them.
-_ALONG: dict[tuple[int, str, Any, bool], str] = {
-    (1, "dim", None, True): "sum mean cumsum _fft_r2c _fft_c2r _fft_c2c",
-    (1, "dim", None, False): _REDUCTIONS,
-    (1, "dim", -1, False): "sort mode glu",
-    (2, "dim", None, False): "norm linalg_vector_norm",
-    (2, "dim", -1, False): "topk kthvalue",
-    (9, "dim", (-2, -1), True): "tril triu",
-    (9, "dim", (-1,), True): "view_as_complex",
-    (9, "dim", (), True): "view_as_real",
-    (1, "dims", None, True): "flip",
-    (2, "dims", None, True): "roll",
-}
-ALONG = {name: where for where, text in _ALONG.items() for name in text.split()}
+# Of operators that have no argument that names them.
+_DIMS = {"tril": (-2, -1), "triu": (-2, -1), "view_as_complex": (-1,), "view_as_real": ()}
 
 
-def _keep_apart(x: Slot, dims: Collection[int]) -> None:
+def _refuse_batch_in(x: Slot, dims: Collection[int]) -> None:
     if x.rows is not None and x.rows.axis in dims:
         raise MixesRows(f"it works along dimension {x.rows.axis} of {tuple(x.shape)}, which is the batch's")
 
 
-def _softmax_tangent(x_dot: Tensor, dim: int, p: Tensor) -> Tensor:
-    # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
-    return _torch.softmax_backward(x_dot.to(p.dtype), p, dim, p.dtype)
-
-
-def along(call: Call, out: Any) -> list[Out]:
+def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
+    """Reductions, sorts …, along the dimensions that the argument `dim` or `dims` names, by default all."""
     x, outs = call.args[0], differentiable(out)
     if not isinstance(x, Slot) or len(call.operands()) > 1:
-        return unknown(call, out)
-    position, keyword, default, is_linear = ALONG[call.name]
-    if _torch.overload_of(call.func) == "stable":
-        position = 9  # sort.stable has it by keyword alone
-    dim = call.arg(position, keyword, default)
-    if dim is None or isinstance(dim, bool) or dim == []:
+        return by_jvp(call, out)
+    given = call.named()
+    dim = given.get("dim", given.get("dims", _DIMS.get(call.name)))
+    if dim is None or dim == []:
         dim = range(x.ndim)
     dims = [d % max(x.ndim, 1) for d in ((dim,) if isinstance(dim, int) else dim)]
-    _keep_apart(x, dims)
+    _refuse_batch_in(x, dims)
     if call.name in ("_softmax", "_safe_softmax"):
-        tangents = [_softmax_tangent(x.tangent, dims[0], x.small(outs[0]))]
+        p = x.take(outs[0])
+        # softmax's Jacobian diag(p) − ppᵀ is symmetric: its VJP kernel is its JVP
+        tangents = [_torch.softmax_backward(x.tangent.to(p.dtype), p, dims[0], p.dtype)]
     elif is_linear:
         tangents = [call.func(x.tangent.contiguous(), *call.args[1:], **call.kwargs)]
     else:
@@ -97,17 +78,16 @@ def along(call: Call, out: Any) -> list[Out]:
     return result
 
 
+def linear_along(call: Call, out: Any) -> list[Out]:
+    """The same of an operator that is linear."""
+    return along(call, out, is_linear=True)
+
+
 # --------------------------------------------------------------------------------------------------------- contractions
 
 
-def matmul(call: Call, out: Tensor) -> list[Out]:
-    """mm, bmm, mv."""
-    call.refuse_mixing()
-    return [_product(call, call.func, *call.args)]
-
-
 def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
-    """The tangent of func(a, b), a product of matrices: one operand's rows stay where they are, a batch is both's."""
+    """The tangent of the matrix product func(a, b), with the batch in one operand or in dimension 0 of both."""
     slots = [x for x in (a, b) if isinstance(x, Slot)]
     axes = [x.rows.axis for x in slots if x.rows is not None]
     if len(axes) == 2 and (axes != [0, 0] or slots[0].ndim != 3):
@@ -116,7 +96,7 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     p, q = primal(a), primal(b)
     if rows is not None:
         for x in slots:
-            _keep_apart(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
+            _refuse_batch_in(x, [x.ndim - 1 if x is a else max(x.ndim - 2, 0)])
         batched = rows.axis == 0 and ndim == 3
         if len(slots) == 2 and not batched:
             raise Untracked(call.name)
@@ -128,20 +108,23 @@ def _product(call: Call, func: Any, a: Any, b: Any) -> Out:
     return Out(total(first, func(p, b.tangent) if isinstance(b, Slot) else None), rows)
 
 
-def addmm(call: Call, out: Tensor) -> list[Out]:
-    """addmm, baddbmm, addmv: an addition and a product."""
+def matmul(call: Call, out: Tensor) -> list[Out]:
+    """mm, bmm, mv; and addmm, baddbmm, addmv, whose first argument is added to the product."""
     call.refuse_mixing()
-    c, a, b = call.args[:3]
+    *added, a, b = call.args[: 3 if call.name in _PRODUCTS else 2]
     parts = []
     if isinstance(a, Slot) or isinstance(b, Slot):
-        t, rows, _ = _product(call, _PRODUCTS[call.name], a, b)
+        t, rows, _ = _product(call, _PRODUCTS.get(call.name, call.func), a, b)
         parts.append(Out(times(t, call.kwargs.get("alpha", 1)), rows))
-    if isinstance(c, Slot):
-        t = times(c.tangent, call.kwargs.get("beta", 1))
-        parts.append(broadcast(t, out, c.from_right, c.rows))
-    if any(p.rows != parts[0].rows for p in parts):
+    for c in added:
+        if isinstance(c, Slot):
+            parts.append(broadcast(times(c.tangent, call.kwargs.get("beta", 1)), out, c.from_right, c.rows))
+    if len(parts) == 1:
+        return parts
+    (t, rows, _), (c_dot, c_rows, _) = parts
+    if rows != c_rows:
         raise Untracked(call.name)
-    return [Out(total(*(p.tangent for p in parts)), parts[0].rows)]
+    return [Out(total(t, c_dot), rows)]
 
 
 _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
@@ -150,68 +133,68 @@ _PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 # ---------------------------------------------------------------------------------------------------------------- norms
 
 
-def _layer_norm_tangent(
-    x: Tensor, x_dot: Tensor, shape: Any, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
+def _layer_norm_tangent(x: Tensor, x_dot: Tensor, shape: Sequence[int], mean: Tensor, rstd: Tensor) -> Tensor:
     # the Jacobian of x̂ is symmetric: LayerNorm's VJP kernel, without weight, is its JVP
-    mask = [True, False, False]
-    x_hat_dot = torch.ops.aten.native_layer_norm_backward(
-        x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous(), None, None, mask
-    )[0]
-    return x_hat_dot if weight is None else x_hat_dot * weight
+    inputs = x_dot.contiguous(), x.contiguous(), shape, mean.contiguous(), rstd.contiguous()
+    return aten.native_layer_norm_backward(*inputs, None, None, [True, False, False])[0]
 
 
 def layer_norm(call: Call, out: Any) -> list[Out]:
     """native_layer_norm."""
-    if not call.alone():
-        return unknown(call, out)
-    (x, shape, weight), (y, mean, rstd) = call.args[:3], out
-    _keep_apart(x, range(x.ndim - len(shape), x.ndim))
-    t = _layer_norm_tangent(x.small(), x.tangent, shape, x.small(mean), x.small(rstd), weight)
-    return [Out(t.to(y.dtype), x.rows)]
+    if not call.only_first():
+        return by_jvp(call, out)
+    (x, shape, weight), (_, mean, rstd) = call.args[:3], out
+    _refuse_batch_in(x, range(x.ndim - len(shape), x.ndim))
+    t = _layer_norm_tangent(x.take(), x.tangent, shape, x.take(mean), x.take(rstd))
+    return [Out(t if weight is None else t * weight, x.rows)]
 
 
 def fused_rms_norm(call: Call, out: Any) -> list[Out]:
     """_fused_rms_norm."""
     x, shape, weight, eps = call.args[:4]
-    if not call.alone(ndim=2) or len(shape) != 1:
-        return unknown(call, out)
-    _keep_apart(x, [x.ndim - 1])
-    p = x.small()
+    if not call.only_first(ndim=2) or len(shape) != 1:
+        return by_jvp(call, out)
+    _refuse_batch_in(x, [x.ndim - 1])
+    p = x.take()
     weight = p.new_ones(p.shape[-1]) if weight is None else weight
     eps = torch.finfo(p.dtype).eps if eps is None else eps
     return [Out(tangent_of(rms_norm(Dual(p, x.tangent), weight, eps=eps)), x.rows)]
 
 
 def batch_norm(call: Call, out: Any) -> list[Out]:
-    """native_batch_norm and its kin: of each channel, over all else."""
-    if not call.alone():
-        return unknown(call, out)
+    """native_batch_norm and its variants: each channel over all other dimensions."""
+    if not call.only_first():
+        return by_jvp(call, out)
     x, given = call.args[0], call.named()
     weight, eps = given.get("weight"), given["eps"] if "eps" in given else given["epsilon"]
     if given.get("running_mean") is not None and not given.get("training", call.name == "_batch_norm_with_update"):
         if x.rows is not None and x.rows.axis == 1:
-            return unknown(call, out)
+            return by_jvp(call, out)
         factor = torch.rsqrt(given["running_var"] + eps) * (1 if weight is None else weight)  # [C]
-        return [Out((x.tangent * _channels(factor, x)).to(x.primal.dtype), x.rows)]
+        return [Out(x.tangent * _channels(factor, x), x.rows)]
     if x.shape[0] != 1 or (x.rows is not None and x.rows.axis != 1):
         raise MixesRows("batch statistics in training mode; use eval() or another norm")
-    # channels that are samples, as in an instance norm: a channel is one row of a layer norm
-    p, dot = (a.reshape(*a.shape[:2], -1) for a in (x.small(), x.tangent))
+    # channels that are samples, as in an instance norm
+    channels = x.tangent.shape[1]
+    p = x.take().reshape(1, channels, -1)
     _, mean, rstd = torch.native_layer_norm(p, p.shape[-1:], None, None, eps)
-    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    return [Out(t if weight is None else t * _channels(x.small(weight, 0), x), x.rows)]
+    return [_norm_of_groups(x, channels, mean, rstd, None if weight is None else x.take(weight, 0))]
 
 
 def group_norm(call: Call, out: Any) -> list[Out]:
-    """native_group_norm: a group is one row of a layer norm."""
-    if not call.alone(axis=0):
-        return unknown(call, out)
+    """native_group_norm."""
+    if not call.only_first(axis=0):
+        return by_jvp(call, out)
     x, weight, groups = call.args[0], call.arg(1, "weight"), call.args[6]
-    p, dot = (a.reshape(len(a), groups, -1) for a in (x.small(), x.tangent))
-    mean, rstd = (x.small(a, 0).reshape(len(p), groups, 1) for a in out[1:])
-    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd, None).reshape(x.tangent.shape)
-    return [Out((t if weight is None else t * _channels(weight, x)).to(out[0].dtype), x.rows)]
+    mean, rstd = (x.take(a, 0)[..., None] for a in out[1:])  # [B_t, groups, 1]
+    return [_norm_of_groups(x, groups, mean, rstd, weight)]
+
+
+def _norm_of_groups(x: Slot, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Out:
+    """A group of channels is one row of a layer norm."""
+    p, dot = (a.reshape(len(a), groups, -1) for a in (x.take(), x.tangent))
+    t = _layer_norm_tangent(p, dot, p.shape[-1:], mean, rstd).reshape(x.tangent.shape)
+    return Out(t if weight is None else t * _channels(weight, x), x.rows)
 
 
 def _channels(weight: Tensor, x: Slot) -> Tensor:
@@ -222,26 +205,25 @@ def _channels(weight: Tensor, x: Slot) -> Tensor:
 
 
 def linear(call: Call, out: Any) -> list[Out]:
-    """An operator that is linear in its first argument, with the batch in dimension 0 before and after."""
-    # dimension 0 of fewer is the channels'
-    return same(call, out) if call.alone(4 if "shuffle" in call.name else 3, axis=0) else unknown(call, out)
+    """An operator that is linear in its first argument, with the batch in dimension 0 of argument and result."""
+    # with fewer dimensions, dimension 0 is that of the channels
+    return same(call, out) if call.only_first(4 if "shuffle" in call.name else 3, axis=0) else by_jvp(call, out)
 
 
 def convolution(call: Call, out: Tensor) -> list[Out]:
     call.refuse_mixing()
-    if call.alone() and call.args[0].rows is not None:
-        x, weight, groups = call.args[0], call.args[1], call.args[8]
-        axis = x.rows.axis
-        if (axis == 1 and groups == 1) or (axis > 1 and weight.shape[axis] > 1):
-            raise MixesRows(f"it works along dimension {axis} of {tuple(x.shape)}, which is the batch's")
-    if not call.alone(axis=0):
-        return unknown(call, out)
     x, weight, _, *rest = call.args
+    groups = call.args[8]
+    if call.only_first():
+        mixed = [groups == 1, *(n > 1 for n in weight.shape[2:])]  # of dimensions 1, 2 …
+        _refuse_batch_in(x, [d for d, is_mixed in enumerate(mixed, 1) if is_mixed])
+    if not call.only_first(axis=0):
+        return by_jvp(call, out)
     return [Out(call.func(x.tangent, weight, None, *rest), x.rows)]
 
 
 def pad(call: Call, out: Tensor) -> list[Out]:
-    """constant_pad_nd, reflection_pad1d …: zeros or copies, sample by sample."""
+    """constant_pad_nd, reflection_pad1d …, within samples."""
     x, amounts = call.args[:2]
     rows = x.rows
     if rows is not None:
@@ -254,10 +236,10 @@ def pad(call: Call, out: Tensor) -> list[Out]:
 
 
 def by_sample(call: Call, out: Any) -> list[Out]:
-    """Pooling by maxima, sampling …: the batch in dimension 0 of every operand, before and after."""
+    """Max pooling, grid sampling …, with the batch in dimension 0 of all operands and results."""
     x = call.slots()[0]
     if x.rows is None or x.rows.axis != 0 or x.ndim < 3 or any(y.shape[:1] != x.shape[:1] for y in call.operands()):
-        return unknown(call, out)
+        return by_jvp(call, out)
     return [Out(t, x.rows) for t in call.on_rows()[0].jvp()]
 
 
@@ -265,24 +247,24 @@ def by_sample(call: Call, out: Any) -> list[Out]:
 
 
 def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
-    """PyTorch's fused kernels, whichever serves the call."""
+    """All of PyTorch's fused kernels, by the op of this package or its reference tangent."""
     call.refuse_mixing()
     inner, from_right, rows = call.on_rows()
     if rows is not None and from_right < 3:
-        raise MixesRows("a sequence dimension is the batch's")
-    given, whole = inner.named(), call.named()
-    if rows is not None and from_right == 3 and whole["query"].shape[1] != whole["key"].shape[1]:
+        raise MixesRows("the batch is in the dimension of queries, keys or channels")
+    if rows is not None and from_right == 3 and call.args[0].shape[1] != call.args[1].shape[1]:
         raise Untracked(call.name)  # heads that are samples, in groups
-    if given.get("dropout_p", 0.0) > 0:
+    given = inner.named()
+    if given["dropout_p"] > 0:
         raise NotImplementedError(
-            "forward AD of dropout inside fused attention: it draws where dualize cannot see it; set dropout_p to 0"
+            "forward AD of dropout inside fused attention: its mask is not available to dualize; set dropout_p to 0"
         )
     mask = given.get("attn_mask", given.get("attn_bias"))
     q, k, v = (given[name] for name in ("query", "key", "value"))
     p = [primal(x).transpose(1, 2) for x in (q, k, v)]  # [B_t, N, H, d]
     dots = [x.tangent.transpose(1, 2) if isinstance(x, Slot) else None for x in (q, k, v)]
-    scale, is_causal = given.get("scale"), given.get("is_causal", False)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    is_causal = given["is_causal"]
+    scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     same_batch = mask is None and k.shape == v.shape and k.shape[0] == q.shape[0]
     if same_batch and (out[0].is_cuda or requested_backend("attention")):
         duals = [x if dot is None else Dual(x, dot) for x, dot in zip(p, dots, strict=True)]
@@ -290,11 +272,11 @@ def scaled_dot_product_attention(call: Call, out: Any) -> list[Out]:
     else:
         o_dot = attention_tangent(*p, *dots, scale, is_causal, primal(mask), tangent(mask))  # type: ignore[call-arg]
     o = out[0]
-    return [broadcast(o_dot.transpose(1, 2).to(o.dtype), o, from_right, rows)]  # type: ignore[union-attr]
+    return [broadcast(o_dot.transpose(1, 2), o, from_right, rows)]  # type: ignore[union-attr]
 
 
-# Rules of operators that may put a batch together from its samples.
-ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, unknown, pad)
+# Rules of operators whose operands may be different samples, from which they assemble a batch.
+ASSEMBLES = (views.join, views.index_put, views.aligned, views.overwrite, by_jvp, pad)
 
 _TABLE: dict[Rule, str] = {
     **views.TABLE,
@@ -302,13 +284,14 @@ _TABLE: dict[Rule, str] = {
         new_ones new_full new_empty_strided bernoulli multinomial sign round special_round floor ceil trunc fix
         floor_divide eq ne lt le gt ge logical_and logical_or logical_not logical_xor random normal uniform exponential
         log_normal cauchy geometric""",
-    # and all that PyTorch tags as pointwise, which not all versions do of these
+    # and all operators with PyTorch's tag `pointwise`, which these lack in some versions
     elementwise: """addcdiv addcmul celu clamp clamp_max clamp_min complex elu hardsigmoid hardswish hardtanh heaviside
         leaky_relu lerp log_sigmoid_forward logit masked_fill mish _prelu_kernel polar softplus softshrink hardshrink
         threshold where xlogy nan_to_num copysign square""",
-    along: " ".join(ALONG),
-    matmul: "mm bmm mv",
-    addmm: " ".join(_PRODUCTS),
+    along: """nansum var std var_mean std_mean amax amin aminmax logsumexp prod median nanmedian max min cummax cummin
+        cumprod logcumsumexp _softmax _log_softmax _safe_softmax sort mode glu norm linalg_vector_norm topk kthvalue""",
+    linear_along: """sum mean cumsum flip roll tril triu view_as_complex view_as_real _fft_r2c _fft_c2r _fft_c2c""",
+    matmul: "mm bmm mv " + " ".join(_PRODUCTS),
     layer_norm: "native_layer_norm",
     fused_rms_norm: "_fused_rms_norm",
     group_norm: "native_group_norm",
@@ -336,11 +319,12 @@ RULES = {name: rule for rule, text in _TABLE.items() for name in text.split()}
 
 
 class Operator(NamedTuple):
-    """name: without overload and trailing underscore.
+    """What dualize needs to know of an ATen operator.
 
-    reshapes: changes its first argument's shape in place.
-    functional: of an operator that writes into its first argument, the one that does not.
-    refusal: why it cannot take an operand that carries a tangent.
+    name: without overload and trailing underscore.
+    reshapes: whether it changes the shape of its first argument in place.
+    functional: the out-of-place variant of an operator that writes into its first argument.
+    refusal: why it cannot take an operand with a tangent; None if it can.
     """
 
     name: str
@@ -357,10 +341,10 @@ NUMBER = (
     "a number taken out of a tensor has no derivative, so what is computed from it would lack one; keep it a tensor, "
     "or detach() it if it is a constant by design"
 )
-MEMORY = "it sees a tensor's memory, where its tangent is not; reshape, index or slice it instead"
+MEMORY = "it accesses the memory of a tensor, which does not hold the tangent; reshape, index or slice it instead"
 RESHAPES = (
-    "it changes in place the shape of a tensor that is a view or has views, through which autograd cannot go back then;"
-    " take the function without the underscore"
+    "it changes in place the shape of a tensor that is a view or has views, which autograd cannot differentiate here; "
+    "use the function without the underscore"
 )
 _FAST_PATH = (
     "PyTorch's fused transformer layer has no forward-mode rule; torch.backends.mha.set_fastpath_enabled(False) gives "
@@ -372,18 +356,16 @@ _REFUSED = {
     "mkldnn_rnn_layer": "oneDNN's LSTM has no forward-mode rule; torch.backends.mkldnn.flags(enabled=False) avoids it",
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FAST_PATH),
 }
-# Views in PyTorch, copies here: below autograd the conjugate and negative bits of a tensor are not resolved.
-APART = frozenset(["_conj", "_neg_view"])
+# Views in PyTorch that are copies here: the conjugate and negative bits are not resolved below autograd.
+COPIED_VIEWS = frozenset(["_conj", "_neg_view"])
 _SHOWN = {"_local_scalar_dense": "item"}
 
 
 def _out_of_place(name: str, func: Any) -> Any:
-    """The operator `name` that takes what `func` takes: of the same overload name, but for transpose.int."""
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None or hasattr(packet, _torch.overload_of(func)):
-        return packet and getattr(packet, _torch.overload_of(func))
-    overloads, types = (getattr(packet, o) for o in packet.overloads()), _types(func)
-    return next((o for o in overloads if _types(o) == types), None)
+    """The overload of the operator `name` that has the arguments of `func`; overload names can differ."""
+    packet = getattr(aten, name, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+    return next((overload for overload in overloads if _types(overload) == _types(func)), None)
 
 
 def _types(func: Any) -> list[str]:
@@ -392,7 +374,7 @@ def _types(func: Any) -> list[str]:
 
 @cache
 def operator(func: Any) -> Operator:
-    """What is known of an OpOverload."""
+    """The properties of an OpOverload."""
     arguments = _torch.schema_of(func).arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     aliased = any(a.alias_info is not None and not a.alias_info.is_write for a in arguments)
@@ -404,15 +386,15 @@ def operator(func: Any) -> Operator:
     if func.namespace != "aten":
         if written:
             refusal = f"{func} writes into a tensor and has no forward-mode (JVP) rule"
-        return Operator(str(func), foreign, False, False, in_place, False, None, refusal)
+        return Operator(str(func), not_aten, False, False, in_place, False, None, refusal)
     if refusal is None and any(arguments[i].kwarg_only for i in written):
         refusal = "out= is not supported; use the result it returns"
     if in_place and refusal is None:
         functional = _out_of_place(name, func)
         if functional is None and RULES.get(name) is not constant:
             refusal = "it writes in place, and there is no out-of-place operator with the same arguments"
-    view = aliased and not written and name not in APART
-    kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else unknown
+    view = aliased and not written and name not in COPIED_VIEWS
+    kind = views.part if view else elementwise if torch.Tag.pointwise in (functional or func).tags else by_jvp
     rule = RULES.get(name, kind)
     name = _SHOWN.get(name, name)
     reshapes = functional is not None and rule is not constant and torch.Tag.inplace_view in func.tags
@@ -423,7 +405,7 @@ def operator(func: Any) -> Operator:
 
 
 def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: int, report: Report | None) -> list[Out]:
-    """Tangents by the operator's rule; where the batch cannot be tracked, of all rows, with zeros filled in."""
+    """Tangents by the operator's rule; of all rows, with zeros, where the batch cannot be tracked."""
     primals = differentiable(out)
     if not primals:
         return []
@@ -433,7 +415,7 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
             outs = _fitting(op.rule(call, out), primals, shared)
         except Untracked:
             if report:
-                report.filled(call.name)
+                report.zero_filled[call.name] += 1
             outs = _fitting(op.rule(call.dense(), out), primals, shared)
         if report:
             report.add(call.name, by_jvp=bool(call.jvps), seconds=time.perf_counter() - start)
@@ -450,9 +432,9 @@ def tangents(op: Operator, call: Call, out: Any, shared: list[Tensor], batch: in
 
 
 def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> list[Out]:
-    """`outs`, marked with the one sample that all operands depend on; unmarked where one holds part of the batch."""
+    """`outs` with `sample` set where all operands depend on the same single sample."""
     if op.rule in ASSEMBLES or op.name == "where":
-        return outs  # of samples, of which those without a tangent are plain tensors
+        return outs  # samples without a tangent are plain tensors there, so several may be involved
     slots = call.slots()
     if any(out.sample is not None for out in outs):
         of_all = all(slot.rows is None or slot.rows.batch == batch for slot in slots)
@@ -464,15 +446,15 @@ def _of_one_sample(op: Operator, call: Call, outs: list[Out], batch: int) -> lis
 
 
 def _fitting(outs: list[Out], primals: list[Tensor], shared: list[Tensor]) -> list[Out]:
-    """`outs` in the primals' dtypes and in memory that no write will reach.
+    """`outs` in the primals' dtypes, in memory that no later write changes.
 
-    shared: the operands' tangents whose memory a write may reach.
+    shared: tangents of operands in memory that later writes may change.
 
     Raises:
-        Untracked: one is not of the shape that its primal and its rows ask for.
+        Untracked: the shape of one does not fit its primal and its rows.
     """
     fitting, missing = [], len(primals) - len(outs)
-    for p, (t, rows, sample) in zip(primals, outs + [UNKNOWN] * missing, strict=True):
+    for p, (t, rows, sample) in zip(primals, outs + [NOT_COMPUTED] * missing, strict=True):
         if t is not None:
             if not (t.shape == p.shape if rows is None else rows.fit(t.shape, p.shape)):
                 raise Untracked("shape")

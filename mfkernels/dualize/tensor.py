@@ -1,9 +1,9 @@
-"""The tensor that carries its tangent through an ordinary module, and the pass that it belongs to.
+"""The tensor that carries its tangent through an ordinary module, and the dual pass that it belongs to.
 
-A `DualTensor` lies below autograd: the tape is made of it as of any tensor, and what reaches `__torch_dispatch__` are
-the ATen operators that the module's functions consist of. There the primal's operator runs, and beside it the rule for
-its tangent. What autograd saves is unwrapped on the way, so the tape holds primals, and after the pass a `DualTensor`
-is its primal: backward formulas and a checkpoint's recomputation never see a tangent.
+A `DualTensor` works below autograd: autograd records its operators as those of any tensor, and the ATen operators that
+reach `__torch_dispatch__` are run on the primal and, by their rules, on the tangent. Hooks unwrap the tensors that
+autograd saves, so the tape holds primals. After the pass a `DualTensor` behaves as its primal: backward formulas and
+the recomputation of a checkpoint see no tangent.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from .. import _torch
 from ..dual import Dual, padded_tangent, primal_of, unshared
 from ..forward_mode import CarriesTangent
 from .autograd import Functions, OwnRule, saving_primals
-from .call import UNKNOWN, Call, Out, Rows, Slot, differentiable, has_tangent, leaves, mapped
+from .call import NOT_COMPUTED, Call, Out, Rows, Slot, can_have_tangent, differentiable, leaves, mapped
 from .memory import Memory
 from .report import Report, refused
-from .rules import APART, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
+from .rules import COPIED_VIEWS, MEMORY, NUMBER, RESHAPES, Operator, operator, tangents
 
 
 class DualTensor(CarriesTangent):
-    """A primal and the tangent of some of its rows. To its user, and to autograd, a tensor."""
+    """A primal and the tangent of some of its rows, which the module and autograd use as an ordinary tensor."""
 
     _primal: Tensor
     _slot: Slot | None  # None: a tangent of zero
     _run: DualPass
     _memory: Memory | None = None  # shared with the views of this tensor, once there are any
-    # the Function in whose forward it was made, which gives the tangents of its outputs; UNKNOWN: it has none
+    # of a tensor made in the forward of a Function with a `jvp`: its rule; NOT_COMPUTED: the tangent is not available
     _rule: OwnRule | Out | None = None
 
     @staticmethod
@@ -51,22 +51,22 @@ class DualTensor(CarriesTangent):
         x._primal, x._slot, x._run = primal, slot, run
         if not _torch.forward_mode_enabled():
             x._rule = run.functions.own_rule(run.slot)
-        run.living.append(weakref.ref(x))
+        run.tensors.append(weakref.ref(x))
         return x
 
     @property
     def _rows(self) -> Rows | None:
         return None if self._slot is None else self._slot.rows
 
-    def forget(self) -> None:
-        """Have no tangent any more."""
+    def drop_tangent(self) -> None:
+        """Make this tensor one with a tangent of zero."""
         self._slot = self._memory = self._rule = None
 
     __torch_function__ = _torch.disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        # not under the pass's mode: on another thread, below another mode, or after the pass
+        # the mode of the pass is not active: on another thread, below another mode, or after the pass
         kwargs = kwargs or {}
         duals = (x for x in leaves((args, *kwargs.values())) if isinstance(x, DualTensor))
         run = next((x._run for x in duals if x._run.active), None)
@@ -75,15 +75,13 @@ class DualTensor(CarriesTangent):
         op = operator(func)
         if op.refusal is MEMORY:
             raise refused(op.name, op.refusal)
-        if op.reshapes:
-            return args[0].turn(
-                func, op, args[1:], kwargs, has_views=args[0].requires_grad
-            )  # views are tracked in a pass alone
+        if op.reshapes:  # outside a pass it is not known whether there are views
+            return args[0].change_shape(func, op, args[1:], kwargs, has_views=args[0].requires_grad)
         return func(*mapped(_bare, args), **{k: mapped(_bare, x) for k, x in kwargs.items()})
 
-    def turn(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
+    def change_shape(self, func: Any, op: Operator, args: Any, kwargs: Any, has_views: bool) -> DualTensor:
         """transpose_, unsqueeze_ …, of the primal and of this tensor itself."""
-        # autograd makes the views of tensors like this one anew, by what they were of what has another shape now
+        # autograd computes views of a wrapper again from their base, which would have another shape now
         if torch.is_grad_enabled() and (has_views or _torch.viewed(self) is not self):
             raise refused(op.name, RESHAPES)
         self._primal = op.functional(self._primal, *args, **kwargs)
@@ -97,8 +95,8 @@ class DualTensor(CarriesTangent):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DualTensor({self._primal!r})"
 
-    def detach_(self) -> DualTensor:  # PyTorch does this above where operators arrive
-        self.forget()
+    def detach_(self) -> DualTensor:  # does not reach `__torch_dispatch__`
+        self.drop_tangent()
         return super().detach_()  # type: ignore[return-value]
 
     @property
@@ -107,7 +105,7 @@ class DualTensor(CarriesTangent):
 
     @data.setter
     def data(self, value: Any) -> None:
-        raise refused("x.data = y", "the tensor would be another; x.copy_(y) writes its values")
+        raise refused("x.data = y", "it replaces the tensor; use x.copy_(y) to write the values of y")
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.clone() if self._run.active else copy.deepcopy(self._primal, memo)
@@ -151,10 +149,10 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def _begin(self) -> None:
         self.functions = Functions()
-        self.leaving = False
-        self.written_by_rule: list[tuple[DualTensor, OwnRule]] = []
-        self.living: list[weakref.ref[DualTensor]] = []
-        self.written: dict[Any, Memory] = {}  # memory of plain tensors that were written to with tangents
+        self.unwrapping = False
+        self.written_by_functions: list[tuple[DualTensor, OwnRule]] = []
+        self.tensors: list[weakref.ref[DualTensor]] = []
+        self.written: dict[Any, Memory] = {}  # of plain tensors into which tangents were written
 
     # ------------------------------------------------------------------------------------------------- begin and end
 
@@ -169,65 +167,68 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         super().__exit__(*error)
         self.active = False
         self._tape.__exit__(*error)
-        for ref in self.living:  # a closure on the tape, such as a checkpoint's, may keep one
+        for ref in self.tensors:  # a closure, such as that of a checkpoint, may keep one
             x = ref()
             if x is not None:
-                x.forget()
+                x.drop_tangent()
         self._begin()
 
-    def outlived(self) -> bool:
+    def has_live_tensors(self) -> bool:
         """Whether tensors of this pass are still in use."""
-        return any(ref() is not None for ref in self.living)
+        return any(ref() is not None for ref in self.tensors)
 
     def _to_be_saved(self, x: Tensor) -> Tensor:
-        # what is saved must not hold the node that saves it
+        # a saved tensor with a grad_fn would be a reference cycle
         return self.primal(x) if x.grad_fn is not None or isinstance(x, DualTensor) else x
 
     def primal(self, x: Tensor) -> Tensor:
-        """The primal of `x`, off the tape, with PyTorch's count of the writes to `x` and its views."""
-        self.leaving = True
+        """The detached primal of `x`; it shares the version counter of `x`."""
+        self.unwrapping = True
         try:
             return x.detach()
         finally:
-            self.leaving = False
+            self.unwrapping = False
 
     def enter(self, x: Dual) -> Tensor:
-        """A Dual as a tensor that carries its tangent, on the tape where the primal is; the primal if it has none."""
+        """A Dual as a DualTensor, on the tape if the primal is; the primal if there is no tangent."""
         if x.rows == 0:
             return x.primal
-        # one sample is all of them: nothing to keep apart
-        rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
-        return _entered(x.primal, padded_tangent(x, self.active_rows), rows, self)
+        rows = (
+            Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
+        )  # a single sample cannot be mixed
+        return _dual_tensor(x.primal, padded_tangent(x, self.active_rows), rows, self)
 
     def slot(self, x: Tensor) -> Slot | None:
         """A tensor's primal and tangent, if it carries one in this pass."""
-        if self.written_by_rule:
-            self._settle()
+        if self.written_by_functions:
+            self._assign_function_tangents()
         if isinstance(x, DualTensor):
             if x._run is not self:
                 if x._run.active:
-                    raise refused("a tensor of another dual pass", "this pass lies within that one; one is enough")
+                    raise refused(
+                        "a tensor of another dual pass", "dual passes cannot be nested; dualize the outer module only"
+                    )
                 return None
             if isinstance(x._rule, Out):
                 raise refused("a statistic", "the tangent of this output of a fused operator is not computed")
             if x._rule is not None and not x._rule.is_running():
-                self._outside(x, x._rule)
+                self._assign_function_tangent(x, x._rule)
             if x._memory is not None and x._memory.buffer is not None:
                 return x._memory.read(x._primal, x._rows)
             return x._slot
-        memory = self.written.get(_torch.memory_of(x)) if self.written and has_tangent(x) else None
+        memory = self.written.get(_torch.memory_of(x)) if self.written and can_have_tangent(x) else None
         return None if memory is None else memory.read(x, None)
 
-    def _settle(self) -> None:
-        """Give outputs that a Function with a `jvp` of its own wrote in place their tangents, once it has returned."""
-        over = [(x, rule) for x, rule in self.written_by_rule if not rule.is_running()]
-        self.written_by_rule = [(x, rule) for x, rule in self.written_by_rule if rule.is_running()]
+    def _assign_function_tangents(self) -> None:
+        """Set the tangents of tensors that Functions with a `jvp` wrote in place and returned."""
+        over = [(x, rule) for x, rule in self.written_by_functions if not rule.is_running()]
+        self.written_by_functions = [(x, rule) for x, rule in self.written_by_functions if rule.is_running()]
         for x, rule in over:
             if rule.has(x._primal):
-                self._outside(x, rule)
+                self._assign_function_tangent(x, rule)
 
-    def _outside(self, x: DualTensor, rule: OwnRule) -> None:
-        """Give an output of a Function with a `jvp` of its own, used outside it, the tangent of that rule."""
+    def _assign_function_tangent(self, x: DualTensor, rule: OwnRule) -> None:
+        """Set the tangent of `x`, an output of a Function with a `jvp`, by that."""
         t, rows = rule.tangent_of(x._primal), None
         if t is not None and t.ndim and len(t) == self.batch > self.active_rows and not t[self.active_rows :].any():
             t, rows = t[: self.active_rows], Rows(0, 1, self.batch, 1, self.active_rows)
@@ -235,15 +236,15 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         self._store(x, x._primal, Out(None if t is None else t.to(x.dtype), rows))
 
     def through(self, run: Callable[..., Any], operands: Sequence[Any]) -> Any:
-        """`run` on Duals: one of this package's operations, which computes value and tangent in one kernel."""
+        """`run`, an op of this package, on Duals in place of DualTensors."""
         given = []
         for x in operands:
             slot = self.slot(x) if isinstance(x, Tensor) else None
             if slot is None:
-                given.append(leave(x))
+                given.append(primal_on_tape(x))
                 continue
             t, rows = slot.tangent, slot.rows
-            given.append(Dual(leave(x), t if rows is None or rows[:2] == (0, 1) else rows.fill(t)))
+            given.append(Dual(primal_on_tape(x), t if rows is None or rows[:2] == (0, 1) else rows.fill(t)))
         out = run(*given)
         return tuple(map(self._return, out)) if type(out) is tuple else self._return(out)
 
@@ -252,17 +253,17 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             return primal_of(x)
         n = x.primal.shape[0]
         if self.batch > 1 and n % self.batch == 0 and x.rows == n // self.batch * self.active_rows:
-            return _entered(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
-        return _entered(x.primal, padded_tangent(x, n), None, self)
+            return _dual_tensor(*x, Rows(0, 1, self.batch, n // self.batch, self.active_rows), self)
+        return _dual_tensor(x.primal, padded_tangent(x, n), None, self)
 
     # ------------------------------------------------------------------------------------------------------- dispatch
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # op.py arranges how Dynamo treats the pass
+        return False  # Dynamo does not trace the pass: see op.py
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.leaving and func is torch.ops.aten.detach.default:
+        if self.unwrapping and func is torch.ops.aten.detach.default:
             return func(_bare(args[0]))
         if not types and not self.written and not operator(func).in_place:
             return func(*args, **(kwargs or {}))  # on plain tensors
@@ -270,7 +271,7 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run one ATen operator on primals, and its tangent's rule where an operand carries one."""
-        op, found = operator(func), _Found()
+        op, found = operator(func), _Operands()
         slots, primals = self._taken(args, found)
         slot_kwargs, p_kwargs = kwargs, kwargs
         if kwargs:
@@ -279,9 +280,9 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         if not found.dual and not op.in_place:
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
-            super().__enter__()  # the parts come here
+            super().__enter__()  # the parts are dispatched to this mode
             try:
-                parts = func.decompose(*args, **kwargs)  # which autograd does elsewhere
+                parts = func.decompose(*args, **kwargs)  # as autograd does outside inference mode
             finally:
                 super().__exit__(None, None, None)
             if parts is not NotImplemented:
@@ -296,38 +297,39 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             if rule is not None and op.in_place:
                 if not isinstance(args[0], DualTensor):
                     raise refused(rule.cls.__name__, "it has a jvp of its own and writes in place")
-                self.written_by_rule.append((args[0], rule))
+                self.written_by_functions.append((args[0], rule))
         if op.reshapes:
-            return self._turn(func, op, args, kwargs, slots, found)
-        call = Call(func, op.name, slots, slot_kwargs)
+            return self._change_shape(func, op, args, kwargs, slots, found)
+        call = Call(func, op.name, slots, slot_kwargs, [])
         if op.in_place:
             return self._in_place(op, call, args, primals, p_kwargs, found)
 
         out = func(*primals, **p_kwargs)
         source = args[0] if args and isinstance(args[0], DualTensor) else None
-        apart = op.name in APART
-        if apart and source is not None:
-            self._memory_of(source).apart = True
+        copied = op.name in COPIED_VIEWS
+        if copied and source is not None:
+            self._memory_of(source).copied = True
         if not op.view or op.constant:
             source = None
         elif source is None:
-            return out  # its tangent is looked up by its memory
+            return out  # a view of a plain tensor: its tangent is found by its memory
         if found.tangent and not op.constant:
-            if apart:
+            if copied:
                 out = out.resolve_conj().resolve_neg()
-            outs = self._tangents(op, call, out, [] if source is not None else found.shared)
+            shared = [] if source is not None else found.shared
+            outs = tangents(op, call, out, shared, self.batch, self.report)
             result = self._wrap(out, outs, source, keep=source is not None)
-            if apart:
-                self._memory_of(result).apart = True
+            if copied:
+                self._memory_of(result).copied = True
             return result
-        # zero; still wrapped where a later write or the Function's rule may give it a tangent
+        # the tangent is zero; a DualTensor is needed where a later write or the rule of a Function can change that
         cut_off = op.view and op.constant and self.written and _torch.memory_of(out) in self.written
         if source is not None or rule is not None or cut_off:
             return self._wrap(out, [Out(None)] * len(differentiable(out)), source, keep=True)
         return out
 
-    def _taken(self, xs: Iterable[Any], found: _Found) -> tuple[list[Any], list[Any]]:
-        """Operands, with a `Slot` for each tensor that carries a tangent; and their primals."""
+    def _taken(self, xs: Iterable[Any], found: _Operands) -> tuple[list[Any], list[Any]]:
+        """Operands, with a `Slot` for each that carries a tangent, and the primals of the operands."""
         slots: list[Any] = []
         primals: list[Any] = []
         for x in xs:
@@ -348,48 +350,45 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             primals.append(primal)
         return slots, primals
 
-    def _tangents(self, op: Operator, call: Call, out: Any, shared: list[Tensor]) -> list[Out]:
-        return tangents(op, call, out, shared, self.batch, self.report)
-
     def _wrap(self, out: Any, outs: list[Out], source: DualTensor | None, keep: bool) -> Any:
-        """`out` with tangents, as a view of `source` if that is given; those of zero are followed if `keep`."""
+        """`out` with tangents, as views of `source` if it is given; with `keep` also where the tangent is zero."""
         memory = None if source is None else self._memory_of(source)
         given = iter(outs)
 
         def one(p: Any) -> Any:
-            if not has_tangent(p):
+            if not can_have_tangent(p):
                 return p
             t, rows, sample = next(given)
-            if t is None and not keep and rows is not UNKNOWN.rows:
+            if t is None and not keep and rows is not NOT_COMPUTED.rows:
                 return p
             x = DualTensor.make(p, None if t is None else Slot(p, t, rows, sample), self)
-            if rows is UNKNOWN.rows:
-                x._rule = UNKNOWN
+            if rows is NOT_COMPUTED.rows:
+                x._rule = NOT_COMPUTED
             x._memory = memory
             return x
 
         return mapped(one, out)
 
     def _adopt(self, x: DualTensor) -> None:
-        """A tensor that the module has kept from an earlier pass is one of this pass."""
+        """Make a tensor that the module has kept from an earlier pass one of this pass."""
         if x._run is not self:
-            x.forget()
+            x.drop_tangent()
             x._run = self
-            self.living.append(weakref.ref(x))
+            self.tensors.append(weakref.ref(x))
 
     def _memory_of(self, x: DualTensor) -> Memory:
-        """What `x` shares with its views."""
+        """The `Memory` that `x` shares with its views."""
         self._adopt(x)
         if x._memory is None:
             x._memory = Memory(x._primal, x._slot, self.batch, self.active_rows)
         return x._memory
 
-    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, found: _Found) -> Any:
-        """Tangent first, which needs the old primal; then the primal."""
+    def _in_place(self, op: Operator, call: Call, args: Any, p_args: Any, p_kwargs: Any, found: _Operands) -> Any:
+        """Compute the tangent, which needs the old primal; then write the primal."""
         target = args[0]
         if isinstance(target, DualTensor):
             self._adopt(target)
-            if target._memory is not None and target._memory.apart:
+            if target._memory is not None and target._memory.copied:
                 why = "writes into conj(), which is a copy here, or after it was taken; clone() before"
                 raise refused(op.name, why)
             base = p_args[0] if target._memory is None else target._memory.primal
@@ -397,14 +396,14 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
                 if base is not p_args[0] or self._has_views(target):
                     raise refused(op.name, "writes into an expanded tensor, where several elements are one; clone() it")
                 target._memory = None
-                # such as an expanded argument: make it contiguous before the write
+                # an expanded argument, say
                 target._primal = p_args[0] = p_args[0].contiguous()
         elif found.tangent and not isinstance(target, Tensor):
             raise refused(op.name, "writes into a list of tensors")
         outs: list[Out] = []
-        if found.tangent and has_tangent(target):
-            outside = Call(op.functional, op.name, call.args, call.kwargs, call.jvps)
-            outs = self._tangents(op, outside, p_args[0], found.shared)
+        if found.tangent and can_have_tangent(target):
+            functional = call._replace(func=op.functional)
+            outs = tangents(op, functional, p_args[0], found.shared, self.batch, self.report)
         out = call.func(*p_args, **p_kwargs)
         if not isinstance(target, Tensor):
             return out
@@ -412,32 +411,30 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
             self._store(target, p_args[0], outs[0])
         return target
 
-    def _turn(self, func: Any, op: Operator, args: Any, kwargs: Any, slots: list[Any], found: _Found) -> Any:
-        """transpose_, unsqueeze_ …: the same memory in another shape."""
+    def _change_shape(self, func: Any, op: Operator, args: Any, kwargs: Any, slots: list[Any], found: _Operands) -> Any:
+        """transpose_, unsqueeze_ …"""
         x, turned = args[0], operator(op.functional)
         if not isinstance(x, DualTensor):
-            return func(*args, **kwargs)  # its tangent is looked up by its memory
+            return func(*args, **kwargs)  # its tangent is found by its memory
         self._adopt(x)
-        x.turn(func, op, args[1:], kwargs, has_views=self._has_views(x))
+        x.change_shape(func, op, args[1:], kwargs, has_views=self._has_views(x))
         x._slot = None
         if found.tangent:
-            ((t, rows, sample),) = self._tangents(
-                turned, Call(op.functional, turned.name, slots, kwargs), x._primal, []
-            )
-            x._slot = None if t is None else Slot(x._primal, t, rows, sample)
+            call = Call(op.functional, turned.name, slots, kwargs, [])
+            x._slot = _slot_of(x._primal, *tangents(turned, call, x._primal, [], self.batch, self.report))
         return x
 
     def _has_views(self, x: DualTensor) -> bool:
-        """Whether a view of `x`, or what `x` is a view of, is in use."""
-        others = (ref() for ref in self.living) if x._memory is not None else ()
+        """Whether another tensor shares the memory of `x`."""
+        others = (ref() for ref in self.tensors) if x._memory is not None else ()
         return any(y is not x and y is not None and y._memory is x._memory for y in others)
 
     def _store(self, target: Tensor, p: Tensor, out: Out) -> None:
-        """Make `out` the tangent of `target`, whose primal `p` has just been written to."""
+        """Set the tangent of `target`, whose primal `p` was written to, to `out`."""
         t, rows, _ = out
         if isinstance(target, DualTensor):
             if target._memory is None:  # no view shares it
-                target._slot = None if t is None else Slot(p, t, rows, out.sample)
+                target._slot = _slot_of(p, out)
             else:
                 target._memory.write(p, target._rows, t, rows)
             return
@@ -450,48 +447,46 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         memory.write(p, None, t, rows)
 
 
-class _Found:
-    """Properties of the operands of a call."""
+def _slot_of(p: Tensor, out: Out) -> Slot | None:
+    """The primal `p` with the tangent that a rule gave; None where that is zero."""
+    return None if out.tangent is None else Slot(p, out.tangent, out.rows, out.sample)
+
+
+class _Operands:
+    """What is known of the operands of a call."""
 
     __slots__ = ("dual", "shared", "tangent")
 
     def __init__(self) -> None:
-        self.dual = self.tangent = False  # whether one is a tensor of a pass, and whether one carries a tangent
-        self.shared: list[Tensor] = []  # tangents in memory that later writes may reach
+        self.dual = self.tangent = False  # whether there is a DualTensor, and whether there is a tangent
+        self.shared: list[Tensor] = []  # tangents in memory that later writes may change
 
 
-def _entered(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Enter.apply(x, t, rows, run)
-    if 0 in x.stride():
-        x = unshared(x.detach())  # the caller's until now, where it has a gradient
-    # below autograd the conjugate bit is not resolved
-    x, t = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
-    return DualTensor.make(x, Slot(x, t, rows), run)
+class _Identity(torch.autograd.Function):
+    """`convert(x)`, which has the value of `x` and passes its gradient on to `x`."""
 
-
-class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, rows: Rows | None, run: DualPass) -> Tensor:
-        return _entered(x, t, rows, run)
+    def forward(ctx: Any, x: Tensor, convert: Callable[[Any], Tensor]) -> Tensor:
+        return convert(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return grad, None, None, None
+        return grad, None
 
 
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: DualTensor) -> Tensor:
-        return x._run.primal(x)
+def _dual_tensor(x: Tensor, t: Any, rows: Rows | None, run: DualPass) -> DualTensor:
+    def convert(x: Tensor) -> DualTensor:
+        if 0 in x.stride():
+            x = unshared(x.detach())  # one that requires grad has not been copied yet
+        # conjugate bits are not resolved below autograd
+        p, p_dot = (a.detach().resolve_conj().resolve_neg() for a in (x, t))
+        return DualTensor.make(p, Slot(p, p_dot, rows), run)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        return grad
+    return _Identity.apply(x, convert) if x.requires_grad and torch.is_grad_enabled() else convert(x)
 
 
-def leave(x: Any) -> Any:
-    """A DualTensor's primal, on the tape where it is."""
+def primal_on_tape(x: Any) -> Any:
+    """The primal of a DualTensor, on the tape if that is; anything else unchanged."""
     if not isinstance(x, DualTensor):
         return x
-    return _Leave.apply(x) if x.requires_grad else x._run.primal(x)
+    return _Identity.apply(x, x._run.primal) if x.requires_grad else x._run.primal(x)

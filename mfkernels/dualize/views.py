@@ -1,6 +1,6 @@
-"""Rules of operators that move values and change none: shapes, slices, joins, indexing, writing.
+"""Rules of operators that move values without changing them: shapes, slices, joins, indexing, copies.
 
-Where a view's batch cannot be followed, its tangent may be a copy: writes go through `memory.py`, not through it.
+The tangent of a view need not be a view: writes are handled by `memory.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .call import Call, Out, Rows, Slot, Untracked
 
 
 def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out:
-    """A tangent of the shape that the operands have, as one of the shape of `out`."""
+    """The tangent `t`, of the operands' shape, expanded to the shape of `out`."""
     if rows is None:
         return Out(t if t.shape == out.shape else t.expand(out.shape))
     if out.ndim < from_right or out.shape[-from_right] != rows.size:
@@ -27,13 +27,13 @@ def broadcast(t: Tensor, out: Tensor, from_right: int, rows: Rows | None) -> Out
 
 
 def same(call: Call, out: Any) -> list[Out]:
-    """The operator itself on the tangent, which leaves the batch where it is."""
+    """A linear operator that does not move the batch."""
     x = call.args[0]
     return [Out(call.func(x.tangent, *call.args[1:], **call.kwargs), x.rows)]
 
 
-def apart(call: Call, out: Tensor) -> list[Out]:
-    """_conj, _neg_view: a copy: below autograd the conjugate and negative bits are not resolved."""
+def copied(call: Call, out: Tensor) -> list[Out]:
+    """_conj, _neg_view: as copies, since the conjugate and negative bits are not resolved below autograd."""
     x = call.args[0]
     return [Out(call.func(x.tangent).resolve_conj().resolve_neg(), x.rows)]
 
@@ -70,10 +70,10 @@ def repeat(call: Call, out: Tensor) -> list[Out]:
 
 
 def part(call: Call, out: Any) -> list[Out]:
-    """permute, select, slice, split, diagonal …: views that keep each dimension's order, drop it or cut it.
+    """permute, select, slice, split, diagonal …: views that move, drop or cut dimensions.
 
-    They are linear, so the tangent's is the operator's own; where the batch went is asked of a tensor whose strides
-    name its dimensions.
+    They are linear: the tangent is the operator's result on the tangent. Where the batch is in it is found by running
+    the operator on a meta tensor in which each dimension can be told by its stride.
     """
     x, rows = call.args[0], call.args[0].rows
     if rows is not None:
@@ -86,18 +86,18 @@ def part(call: Call, out: Any) -> list[Out]:
 
 
 def _places(call: Call, shape: Sequence[int], axis: int) -> list[tuple[int, int, int]]:
-    """Where dimension `axis` is in each output, and from which element on how many of it; at -1 if it is gone."""
+    """For each output: where dimension `axis` is (-1: nowhere), its first element there and their number."""
     hashable = tuple(tuple(a) if isinstance(a, list) else a for a in call.args[1:])
     try:
-        return _asked(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
-    except TypeError:  # sizes that the compiler leaves open cannot be remembered
-        return _asked.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+        return _probe(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
+    except TypeError:  # symbolic sizes are not hashable
+        return _probe.__wrapped__(call.func, tuple(shape), axis, hashable, tuple(call.kwargs.items()))
 
 
 @lru_cache(maxsize=4096)
-def _asked(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
+def _probe(func: Any, shape: tuple[int, ...], axis: int, args: Any, kwargs: Any) -> list[tuple[int, int, int]]:
     strides = [1000033] * len(shape)
-    strides[axis] = 1000003  # prime too: no sum, multiple or step of the others
+    strides[axis] = 1000003  # another prime: no sum or multiple of the other strides
     made = func(torch.empty_strided(shape, strides, device="meta"), *args, **dict(kwargs))
     places = []
     for o in made if isinstance(made, (list, tuple)) else [made]:
@@ -138,7 +138,7 @@ def join(call: Call, out: Tensor) -> list[Out]:
     slots = call.slots()
     rows = slots[0].rows
     if not stacked and rows is not None and dim == rows.axis:
-        # batches one after the other, as guidance has them: their number is `outer`
+        # several batches, as in guidance: their number is `outer`
         outer = [x.rows.outer for x in slots if x.rows is not None and x.rows._replace(outer=rows.outer) == rows]
         if len(outer) < len(parts):
             raise Untracked(call.name)
@@ -181,8 +181,6 @@ def _moved(x: Slot, indices: Sequence[Any]) -> Rows | None:
 
 def index(call: Call, out: Tensor) -> list[Out]:
     x, indices = call.args
-    if not isinstance(x, Slot):
-        raise NotImplementedError("an index cannot carry a tangent")
     rows = _moved(x, indices)
     return [Out(call.func(x.tangent, indices), rows)]
 
@@ -204,19 +202,19 @@ def index_put(call: Call, out: Tensor) -> list[Out]:
 
 def index_select(call: Call, out: Tensor) -> list[Out]:
     x, dim = call.args[0], call.args[1]
-    if not isinstance(x, Slot) or (x.rows is not None and dim % x.ndim == x.rows.axis):
+    if x.rows is not None and dim % x.ndim == x.rows.axis:
         raise Untracked(call.name)
     return same(call, out)
 
 
 def aligned(call: Call, out: Tensor) -> list[Out]:
-    """gather, scatter …: operands of one rank, of which sample i takes the rows i."""
+    """gather, scatter …: operands with the same number of dimensions and the batch in the same one."""
     if call.name == "scatter_reduce" and call.arg(4, "reduce") == "prod":
         raise NotImplementedError("forward AD of scatter_reduce's products is wrong in PyTorch")
     dim, first = call.args[1], call.slots()[0]
     rows, ndim = first.rows, first.ndim
     if rows is None:
-        return unknown(call, out)
+        return by_jvp(call, out)
     others = [x for x in call.operands() if x.ndim > 0]
     if dim % ndim == rows.axis or any(x.ndim != ndim or x.shape[rows.axis] != rows.size for x in others):
         raise Untracked(call.name)
@@ -224,7 +222,7 @@ def aligned(call: Call, out: Tensor) -> list[Out]:
 
 
 def overwrite(call: Call, out: Tensor) -> list[Out]:
-    """copy_(x, value), fill_(x, value), zero_(x): the old tangent is discarded."""
+    """copy_(x, value), fill_(x, value), zero_(x)."""
     value = call.arg(1, "value")
     if not isinstance(value, Slot):
         return [Out(None)]
@@ -234,8 +232,8 @@ def overwrite(call: Call, out: Tensor) -> list[Out]:
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
-def unknown(call: Call, out: Any) -> list[Out]:
-    """Any operator: the tangent of all rows through jvp."""
+def by_jvp(call: Call, out: Any) -> list[Out]:
+    """Any operator: tangents of all rows by `torch.func.jvp`."""
     if any(slot.rows is not None for slot in call.slots()):
         raise Untracked(call.name)
     return [Out(t) for t in call.jvp()]
@@ -244,7 +242,7 @@ def unknown(call: Call, out: Any) -> list[Out]:
 TABLE = {
     reshape: "view _unsafe_view _reshape_alias",
     same: "clone _to_copy alias lift_fresh resolve_conj resolve_neg",
-    apart: "_conj _neg_view",
+    copied: "_conj _neg_view",
     join: "cat stack",
     aligned: "gather scatter scatter_add scatter_reduce",
     expand: "expand",

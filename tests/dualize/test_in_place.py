@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dualized import Wrapped, duals
+from dualized import Wrapped, assert_same_jvp, duals
 from minimum import needs_compile_of_a_pass
 from torch import nn
 
@@ -23,6 +23,13 @@ def test_what_a_module_writes_into_its_input_is_not_the_callers(net, dualized):
     assert torch.equal(v, before[1])
     assert torch.equal(out, value)
     torch.testing.assert_close(out_dot, expected[:3], rtol=1e-14, atol=1e-15)
+
+
+def test_operators_whose_out_of_place_overload_has_another_name_or_none():
+    x, v = torch.rand(2, 6, 4).double() + 0.5
+    assert_same_jvp(Wrapped(lambda x: torch.complex(x, x).pow_(2).imag + (x * 1).ldexp_(torch.tensor(2))), (x,), (v,))
+    with pytest.raises(NotImplementedError, match="polygamma: it writes in place, and there is no out-of-place"):
+        dualize(Wrapped(lambda x: (x * 1).polygamma_(1)))(Dual(x, v))
 
 
 @pytest.mark.parametrize("dualized", [False, True])
