@@ -1,5 +1,7 @@
 """For tests that run alike on the reference and on the Triton kernels (interpreted where there is no GPU)."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 
@@ -13,11 +15,15 @@ DTYPES = {
 
 
 def cases(**bounds):
-    """A fixture: (dtype, bound) on each backend in turn; `bounds` in the order of DTYPES.
+    """A fixture: (dtype, bound) on each backend in turn; `bounds` in the order of DTYPES, or by dtype.
 
     The interpreter cuts bfloat16 off where a GPU rounds it, so the kernels' errors are twice the reference's there.
     """
-    params = [(name, *case) for name, of in bounds.items() for case in zip(DTYPES[name], of, strict=True)]
+    params = [
+        (name, *case)
+        for name, of in bounds.items()
+        for case in (of.items() if isinstance(of, Mapping) else zip(DTYPES[name], of, strict=True))
+    ]
 
     @pytest.fixture(params=params, ids=[f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype, _ in params])
     def case(request, poison_empty):
