@@ -12,7 +12,7 @@ from op_checks import (
 
 from mfkernels import Dual, ada_layer_norm
 from mfkernels.ada_layer_norm import op
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 ALL = ["x", "shift", "scale"]
 SIZES = [(4, 7, 24), (3, 17, 48), (2, 276, 48), (2, 1, 2730), (2, 3, 768), (1, 5, 1152)]
@@ -49,30 +49,24 @@ def float32(*size):
 
 @pytest.mark.parametrize(("size", "duals"), [(s, ALL) for s in SIZES] + [((2, 17, 24), some) for some in SOME])
 def test_against_float64(size, duals, case):
-    dtype, bound = case
     inputs = make(*size)
-    assert_dual(ada_layer_norm, oracles.ada_layer_norm, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(ada_layer_norm, oracles.ada_layer_norm, inputs, duals)
 
 
 def test_a_large_mean(large_mean):
-    dtype, bound = large_mean
     inputs = make(4, 7, 48, mean=1e4)
-    assert_dual(ada_layer_norm, oracles.ada_layer_norm, inputs, duals=ALL, dtype=dtype, bound=bound, device=DEVICE)
+    large_mean.check(ada_layer_norm, oracles.ada_layer_norm, inputs, ALL)
 
 
 def test_a_constant_row_and_other_strides(strided):
-    dtype, bound = strided
     x = torch.randn(3, 24, 5, dtype=torch.float64).transpose(1, 2)  # [3, 5, 24], not contiguous
     x[0, 1] = 7.0
     shift, scale = torch.randn(2, 24, 3, dtype=torch.float64).transpose(1, 2)  # columns are strided as well
-    assert_dual(
+    strided.check(
         lambda **kw: ada_layer_norm(**kw, eps=1e-2),
         lambda **kw: oracles.ada_layer_norm(**kw, eps=1e-2),
         {"x": x, "shift": shift, "scale": scale},
-        duals=ALL,
-        dtype=dtype,
-        bound=bound,
-        device=DEVICE,
+        ALL,
     )
 
 
@@ -89,11 +83,8 @@ def test_forward_mode_of_half_precision_inputs_that_hardly_vary(deviation, half)
 
 
 def test_tangents_of_different_rows(case):
-    dtype, bound = case
     rows = {"x": 2, "scale": 3}
-    assert_tangents_of_different_rows(
-        ada_layer_norm, oracles.ada_layer_norm, make(4, 3, 8), rows, dtype=dtype, bound=bound
-    )
+    assert_tangents_of_different_rows(ada_layer_norm, oracles.ada_layer_norm, make(4, 3, 8), rows, *case)
 
 
 def test_plain_tensors_and_duals_without_a_tangent(backend):

@@ -3,16 +3,16 @@
 import oracles
 import pytest
 import torch
-from attention_cases import packed, separate
+from attention_cases import assert_block_compiles, packed, separate
 from both_backends import DEVICE, both, cases
 from memory import saved_bytes
 from op_checks import assert_forward_mode, assert_no_gradient_through_the_tangent
 
-from meanflow.models import DiT, DiTBlock
+from meanflow.models import DiT
 from meanflow.objectives import MeanFlow
 from mfkernels import Attention, Dual, attention, use_backend
 from mfkernels.attention import op
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 backend = both()
 # the interpreter gets products of bfloat16 wrong; on a GPU not yet measured
@@ -48,42 +48,37 @@ def bind(**options):
 
 @pytest.mark.parametrize(("B", "N", "H", "d"), [(3, 17, 2, 24), (2, 1, 1, 8), (2, 63, 1, 72), (1, 100, 1, 64)])
 def test_packed(B, N, H, d, case):
-    dtype, bound = case
-    assert_dual(attention, oracles.attention, packed(B, N, H, d), duals="qkv", dtype=dtype, bound=bound, device=DEVICE)
+    case.check(attention, oracles.attention, packed(B, N, H, d), "qkv")
 
 
 @pytest.mark.parametrize("duals", ["q", "k", "v", "qk", "kv"])
 def test_some_tangents_are_zero(duals, some_zero):
-    dtype, bound = some_zero
     inputs = packed(2, 17, 2, 24)
-    assert_dual(attention, oracles.attention, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    some_zero.check(attention, oracles.attention, inputs, duals)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("N_q", "N_kv"), [(5, 17), (17, 5), (1, 9), (9, 1), (19, 17)])
 @pytest.mark.parametrize("H_kv", [1, 2, 4])
 def test_cross_grouped_causal(N_q, N_kv, H_kv, is_causal, cross):
-    dtype, bound = cross
     run, oracle = bind(scale=0.3, is_causal=is_causal)
     inputs = separate(2, N_q, N_kv, 4, H_kv, 16)
-    assert_dual(run, oracle, inputs, duals="qkv", dtype=dtype, bound=bound, device=DEVICE)
+    cross.check(run, oracle, inputs, "qkv")
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("scale", [0.0, -0.3])
 def test_a_scale_that_is_not_positive(scale, is_causal, not_positive):
     """PyTorch's fused attention gives NaN with a mask."""
-    dtype, bound = not_positive
     run, oracle = bind(scale=scale, is_causal=is_causal)
     inputs = separate(2, 19, 17, 4, 2, 16)
-    assert_dual(run, oracle, inputs, duals="qkv", dtype=dtype, bound=bound, device=DEVICE)
+    not_positive.check(run, oracle, inputs, "qkv")
 
 
 def test_scores_of_80(scores_of_80):
-    dtype, bound = scores_of_80
     inputs = packed(2, 33, 2, 16)
     inputs["q"] *= 80 / (inputs["q"].norm(dim=-1, keepdim=True) * inputs["k"].norm(dim=-1).amax() / 4)
-    assert_dual(attention, oracles.attention, inputs, duals="qkv", dtype=dtype, bound=bound, device=DEVICE)
+    scores_of_80.check(attention, oracles.attention, inputs, "qkv")
 
 
 def test_forward_mode_ad(forward_mode):
@@ -175,21 +170,8 @@ def test_num_heads_must_divide():
 # ----------------------------------------------------------------------------------------------- Triton's kernels alone
 
 
-def test_a_block_on_duals_compiles_as_one_graph_and_gradients_reach_qkv(triton):
-    block = DiTBlock(32, 2)
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x, c = torch.randn(3, 9, 32), torch.randn(3, 32)
-    duals = Dual(x, torch.randn_like(x[:2])), Dual(c, torch.randn_like(c[:2]))
-    results = []
-    for fn in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        block.zero_grad()
-        y = fn(*duals)
-        y.primal.square().sum().backward()
-        results.append((y.primal, y.tangent, block.attn.qkv.weight.grad.clone()))
-    for eager, compiled in zip(*results, strict=True):
-        assert eager.abs().sum() > 0
-        assert relative_error(compiled, eager) <= 5e-7
+def test_a_block_compiles_as_one_graph_and_gradients_reach_qkv(triton):
+    assert_block_compiles(32, 2, std=0.2, bound=5e-7)
 
 
 def test_training_steps_give_the_reference_losses(triton):

@@ -12,7 +12,7 @@ from op_checks import (
 
 from mfkernels import Dual, gated_residual, gated_residual_ada_layer_norm, use_backend
 from mfkernels.gated_residual import op
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 RESIDUAL, ALL = ["x", "y", "gate"], ["x", "y", "gate", "shift", "scale"]
 SIZES = [(4, 7, 24), (3, 17, 48), (2, 276, 48), (2, 1, 2730), (1, 5, 1152), (1, 5, 8)]
@@ -68,9 +68,8 @@ def with_tangents(inputs, rows):
 
 @pytest.mark.parametrize(("size", "duals"), [(s, RESIDUAL) for s in SIZES] + [((2, 17, 24), some) for some in SOME])
 def test_alone_against_float64(size, duals, case):
-    dtype, bound = case
     inputs = residual(make(*size))
-    assert_dual(gated_residual, oracles.gated_residual, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(gated_residual, oracles.gated_residual, inputs, duals)
 
 
 @pytest.mark.parametrize(
@@ -78,23 +77,20 @@ def test_alone_against_float64(size, duals, case):
     [(s, ALL) for s in SIZES] + [((2, 17, 24), [*some, *more]) for some in SOME for more in ([], ["shift"])],
 )
 def test_stream_and_norm_against_float64(size, duals, norm_case):
-    dtype, bound = norm_case
-    assert_dual(joined, joined_oracle, make(*size), duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    norm_case.check(joined, joined_oracle, make(*size), duals)
 
 
 @pytest.mark.parametrize("size", [(2, 7, 24), (3, 1, 2730)])
 def test_one_of_the_two_results_unused(size, norm_case):
     """The gradient of the other is then absent, not zero."""
-    dtype, bound = norm_case
     inputs = make(*size)
-    modulation = {name: inputs[name].to(DEVICE, dtype) for name in ("shift", "scale")}
-    options = {"duals": RESIDUAL, "dtype": dtype, "bound": bound, "device": DEVICE}
+    modulation = {name: inputs[name].to(DEVICE, norm_case.dtype) for name in ("shift", "scale")}
 
     def stream(**kw):
         return gated_residual_ada_layer_norm(**kw, **modulation)[0]
 
-    assert_dual(stream, oracles.gated_residual, residual(inputs), **options)
-    assert_dual(norm, norm_oracle, inputs, **options)
+    norm_case.check(stream, oracles.gated_residual, residual(inputs), RESIDUAL)
+    norm_case.check(norm, norm_oracle, inputs, RESIDUAL)
 
 
 def test_each_result_has_the_tangent_of_what_it_depends_on(backend):

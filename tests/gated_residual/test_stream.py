@@ -9,7 +9,7 @@ from memory import saved_bytes
 from meanflow.models import DiTBlock, FinalLayer
 from mfkernels import Dual, ResidualStream, checkpoint, use_backend
 from mfkernels.dual import primal_of
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 # reference, then Triton; twice what was measured
 case = cases(reference=(7.6e-16, 3.5e-7, 1.1e-2), triton=(3e-7, 8.2e-4, 1.1e-2))
@@ -45,10 +45,9 @@ def make(B, N, D):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_two_updates(size, case):
-    dtype, bound = case
     inputs = make(*size)
     duals = [name for name in inputs if name not in BIASES]
-    assert_dual(two_updates, oracle, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(two_updates, oracle, inputs, duals)
 
 
 @pytest.mark.parametrize("some", [["x"], ["gate", "next_y"], ["next_shift"], ["y", "next_scale"]])

@@ -1,12 +1,11 @@
 import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import both, cases
 from memory import saved_bytes
 from op_checks import assert_tangents_of_different_rows
 
 from mfkernels import Dual, layer_scale_residual
-from mfkernels.testing import assert_dual
 
 
 def make(*shape, dtype=torch.float64):
@@ -29,24 +28,12 @@ case = cases(
     ("shape", "duals"), [(s, "xy") for s in SHAPES] + [(s, one) for s in SHAPES[:2] for one in "xy"]
 )
 def test_against_float64(duals, shape, case):
-    dtype, bound = case
-    assert_dual(
-        layer_scale_residual,
-        oracles.layer_scale_residual,
-        make(*shape),
-        duals=duals,
-        dtype=dtype,
-        bound=bound,
-        device=DEVICE,
-    )
+    case.check(layer_scale_residual, oracles.layer_scale_residual, make(*shape), duals)
 
 
 def test_tangents_of_different_rows(case):
-    dtype, bound = case
     inputs, rows = make(4, 3, 8), {"x": 1, "y": 3}
-    assert_tangents_of_different_rows(
-        layer_scale_residual, oracles.layer_scale_residual, inputs, rows, dtype=dtype, bound=bound
-    )
+    assert_tangents_of_different_rows(layer_scale_residual, oracles.layer_scale_residual, inputs, rows, *case)
 
 
 def test_the_scale_may_be_wider_than_the_inputs(backend):

@@ -4,7 +4,6 @@ import torch
 from both_backends import DEVICE, both, cases
 
 from mfkernels import Dual, qk_norm_rotary, rms_norm, rotary, split_map
-from mfkernels.testing import assert_dual
 
 
 def tables(N, d, dtype=torch.float32):
@@ -88,12 +87,11 @@ case = cases(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", [rotary, qk_norm_rotary])
 def test_against_float64(op, shape, case, interleaved):
-    dtype, bound = case
     inputs = packed(*shape)
     if op is rotary:
         inputs = {"qkv": inputs["qkv"]}
     run, oracle = bind(op, *shape[1:], interleaved)
-    assert_dual(run, oracle, inputs, duals=["qkv"], dtype=dtype, bound=bound, device=DEVICE)
+    case.check(run, oracle, inputs, ["qkv"])
 
 
 @pytest.mark.parametrize("name", ["q", "k"])

@@ -1,11 +1,14 @@
 """For tests that run alike on the reference and on the Triton kernels (interpreted where there is no GPU)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from mfkernels import use_backend
+from mfkernels.testing import assert_dual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {
@@ -14,8 +17,23 @@ DTYPES = {
 }
 
 
+class Case(NamedTuple):
+    dtype: torch.dtype
+    bound: Any  # a number, or several for tests that make several comparisons
+
+    def check(
+        self,
+        op: Callable[..., object],
+        oracle: Callable[..., Tensor],
+        inputs: Mapping[str, Tensor],
+        duals: Iterable[str],
+    ) -> None:
+        """`assert_dual` in this dtype, within this bound: primal, tangent, gradients; rows none, some and all."""
+        assert_dual(op, oracle, inputs, duals=duals, dtype=self.dtype, bound=self.bound, device=DEVICE)
+
+
 def cases(**bounds):
-    """A fixture: (dtype, bound) on each backend in turn; `bounds` in the order of DTYPES, or by dtype.
+    """A fixture: a `Case` on each backend in turn; `bounds` in the order of DTYPES, or by dtype.
 
     The interpreter cuts bfloat16 off where a GPU rounds it, so the kernels' errors are twice the reference's there.
     """
@@ -31,7 +49,7 @@ def cases(**bounds):
         if name == "triton":
             pytest.importorskip("triton", minversion="3.4")
         with use_backend(name):
-            yield dtype, bound
+            yield Case(dtype, bound)
 
     return case
 

@@ -63,7 +63,6 @@ def assert_tangents_of_different_rows(
     oracle: Callable[..., Tensor],
     inputs: Mapping[str, Tensor],
     rows: Mapping[str, int],
-    *,
     dtype: torch.dtype,
     bound: float,
 ) -> None:

@@ -6,7 +6,6 @@ from memory import saved_bytes
 from op_checks import assert_tangents_of_different_rows
 
 from mfkernels import Dual, SwiGLU, split_map, swiglu
-from mfkernels.testing import assert_dual
 
 
 def make(*shape, dtype=torch.float64):
@@ -29,34 +28,22 @@ module_case = cases(
     ("shape", "duals"), [(s, "ab") for s in SHAPES] + [(s, one) for s in SHAPES[:2] for one in "ab"]
 )
 def test_against_float64(duals, shape, case):
-    dtype, bound = case
-    assert_dual(swiglu, oracles.swiglu, make(*shape), duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(swiglu, oracles.swiglu, make(*shape), duals)
 
 
 @pytest.mark.parametrize("shape", [(4, 7, 2 * 24), (2, 3, 2 * 2730), (5, 2 * 300)])
 def test_halves_of_one_projection(shape, case):
-    dtype, bound = case
-
     def run(ab):
         a, b = split_map(lambda x: x.chunk(2, -1), ab)
         return swiglu(a, b)
 
     inputs = {"ab": torch.randn(shape, dtype=torch.float64)}
-    assert_dual(
-        run,
-        lambda ab: oracles.swiglu(*ab.chunk(2, -1)),
-        inputs,
-        duals=["ab"],
-        dtype=dtype,
-        bound=bound,
-        device=DEVICE,
-    )
+    case.check(run, lambda ab: oracles.swiglu(*ab.chunk(2, -1)), inputs, ["ab"])
 
 
 def test_tangents_of_different_rows(case):
-    dtype, bound = case
     rows = {"a": 1, "b": 3}
-    assert_tangents_of_different_rows(swiglu, oracles.swiglu, make(4, 3, 8), rows, dtype=dtype, bound=bound)
+    assert_tangents_of_different_rows(swiglu, oracles.swiglu, make(4, 3, 8), rows, *case)
 
 
 def mlp_oracle(x, w1, w2, w3):
@@ -65,18 +52,17 @@ def mlp_oracle(x, w1, w2, w3):
 
 @pytest.mark.parametrize("shape", [(4, 7, 24), (3, 10)])
 def test_module(shape, module_case):
-    dtype, bound = module_case
     D, hidden = shape[-1], 27
     inputs = {"x": torch.randn(shape, dtype=torch.float64)}
     for name, size in (("w1", (hidden, D)), ("w2", (D, hidden)), ("w3", (hidden, D))):
         inputs[name] = torch.randn(size, dtype=torch.float64) / size[1] ** 0.5
-    net = SwiGLU(D, hidden).to(DEVICE, dtype)
+    net = SwiGLU(D, hidden).to(DEVICE, module_case.dtype)
     assert list(net.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
 
     def run(x, **weights):
         return torch.func.functional_call(net, {f"{name}.weight": w for name, w in weights.items()}, (x,))
 
-    assert_dual(run, mlp_oracle, inputs, duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
+    module_case.check(run, mlp_oracle, inputs, ["x"])
 
 
 def test_backward_keeps_nothing_of_the_tangent(backend):

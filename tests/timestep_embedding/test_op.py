@@ -5,7 +5,7 @@ from memory import saved_bytes
 from op_checks import assert_compiles, assert_forward_mode, assert_no_gradient_through_the_tangent
 
 from mfkernels import Dual, TimestepEmbedder, timestep_embedding
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 from mfkernels.timestep_embedding import op
 
 backend = both()
@@ -35,16 +35,12 @@ def of_dim(dim):
 
 @pytest.mark.parametrize(("B", "dim"), [(1, 16), (5, 6), (17, 256), (33, 2), (64, 16)])
 def test_against_float64(B, dim, case):
-    dtype, bound = case
-    t = torch.rand(B, dtype=torch.float64)
-    options = {"duals": ["t"], "dtype": dtype, "bound": bound, "device": DEVICE}
-    assert_dual(of_dim(dim), lambda t: oracle(t, dim), {"t": t}, **options)
+    case.check(of_dim(dim), lambda t: oracle(t, dim), {"t": torch.rand(B, dtype=torch.float64)}, ["t"])
 
 
 def test_times_in_thousandths_in_half_precision(thousandths):
-    dtype, bound = thousandths
     t = 1000 * torch.rand(9, dtype=torch.float64)
-    assert_dual(of_dim(16), oracle, {"t": t}, duals=["t"], dtype=dtype, bound=bound, device=DEVICE)
+    thousandths.check(of_dim(16), oracle, {"t": t}, ["t"])
 
 
 def test_times_in_thousandths_and_another_period(backend):
@@ -62,8 +58,7 @@ def test_strided_times(backend):
 
 
 def test_module_against_float64(module_case):
-    dtype, bound = module_case
-    net = TimestepEmbedder(24).to(DEVICE, dtype)
+    net = TimestepEmbedder(24).to(DEVICE, module_case.dtype)
     w = [p.detach().double().cpu() for p in net.parameters()]
 
     def reference(t):
@@ -71,7 +66,7 @@ def test_module_against_float64(module_case):
         return (h / (1 + torch.exp(-h))) @ w[2].T + w[3]
 
     t = torch.rand(5, dtype=torch.float64)
-    assert_dual(net, reference, {"t": t}, duals=["t"], dtype=dtype, bound=bound, device=DEVICE)
+    module_case.check(net, reference, {"t": t}, ["t"])
 
 
 def test_no_times(backend):
