@@ -15,7 +15,7 @@ from mfkernels.gated_residual import op
 from mfkernels.testing import relative_error
 
 RESIDUAL, ALL = ["x", "y", "gate"], ["x", "y", "gate", "shift", "scale"]
-SIZES = [(4, 7, 24), (3, 17, 48), (2, 276, 48), (2, 1, 2730), (1, 5, 1152), (1, 5, 8)]
+SIZES = [(4, 7, 24), (3, 17, 48), (2, 276, 48), (2, 1, 2730), (1, 5, 1152)]
 SOME = [["x"], ["y"], ["gate"], ["x", "gate"], ["y", "gate"]]
 backend = both()
 case = cases(
@@ -23,7 +23,7 @@ case = cases(
     triton=(2.2e-7, 4.4e-4, 7e-3),  # 1.1e-7, 2.2e-4, 3.5e-3
 )
 norm_case = cases(
-    reference=(6.5e-16, 8.9e-7, 2.2e-2),  # measured: 3.2e-16, 4.4e-7, 1.1e-2
+    reference=(6.5e-16, 3.4e-7, 1.2e-2),  # measured: 3.1e-16, 1.7e-7, 5.9e-3
     triton=(3e-7, 6.4e-4, 7.6e-3),  # 1.5e-7, 3.2e-4, 3.8e-3
 )
 
@@ -74,16 +74,15 @@ def test_alone_against_float64(size, duals, case):
 
 @pytest.mark.parametrize(
     ("size", "duals"),
-    [(s, ALL) for s in SIZES] + [((2, 17, 24), [*some, *more]) for some in SOME for more in ([], ["shift"])],
+    [(s, ALL) for s in SIZES] + [((2, 17, 24), some) for some in (*SOME, ["gate", "shift"], ["y", "gate", "shift"])],
 )
 def test_stream_and_norm_against_float64(size, duals, norm_case):
     norm_case.check(joined, joined_oracle, make(*size), duals)
 
 
-@pytest.mark.parametrize("size", [(2, 7, 24), (3, 1, 2730)])
-def test_one_of_the_two_results_unused(size, norm_case):
+def test_one_of_the_two_results_unused(norm_case):
     """The gradient of the other is then absent, not zero."""
-    inputs = make(*size)
+    inputs = make(2, 7, 24)
     modulation = {name: inputs[name].to(DEVICE, norm_case.dtype) for name in ("shift", "scale")}
 
     def stream(**kw):
