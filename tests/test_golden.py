@@ -1,9 +1,9 @@
 """The authors' own JAX programs (MeanFlow, arXiv 2505.13447), in float32: same weights, same draws, equal numbers."""
 
-import golden
+import golden_values
 import pytest
 from both_backends import DEVICE, both
-from golden import image, tensor, vector
+from golden_values import image, tensor, vector
 
 from meanflow import sample
 from meanflow.convert import dit_from_flax
@@ -14,18 +14,7 @@ from mfkernels.backend import recorded_choices
 from mfkernels.testing import relative_error
 
 CASES = {
-    "meanflow_dit_a": (
-        {
-            "input_size": 8,
-            "patch_size": 2,
-            "in_channels": 4,
-            "hidden_size": 48,
-            "depth": 3,
-            "num_heads": 4,
-            "num_classes": 10,
-        },
-        MeanFlow(ratio=0.25, omega=1.0, kappa=0.5),
-    ),
+    "meanflow_dit_a": (golden_values.DIT_A, MeanFlow(ratio=0.25, omega=1.0, kappa=0.5)),
     "meanflow_dit_c": (
         {
             "input_size": 12,
@@ -46,9 +35,9 @@ backend = both()
 
 def load(name):
     size, objective = CASES[name]
-    data = golden.load(name)
+    data = golden_values.load(name)
     net = DiT(**size).to(DEVICE)
-    net.load_state_dict(dit_from_flax(golden.part(data, "param/")))
+    net.load_state_dict(dit_from_flax(golden_values.part(data, "param/")))
     return net, objective, data
 
 
@@ -59,7 +48,7 @@ def case(request):
 
 def test_objective_and_gradients(case, backend):
     net, objective, data = case
-    x, (y, drop) = image(data["x"]), golden.labels(data)
+    x, (y, drop) = image(data["x"]), golden_values.labels(data)
     t, r = vector(data["t"]), vector(data["r"])
     noise = x + image(data["v"] if "v" in data.files else data["v_g"])
     with recorded_choices() as chosen:
@@ -74,14 +63,14 @@ def test_objective_and_gradients(case, backend):
     assert out.du_dt[~moved].abs().sum() == 0
     assert relative_error(out.loss, tensor(data["loss"])) <= 2e-7
     out.loss.backward()
-    wanted = dit_from_flax(golden.part(data, "grad/"))
+    wanted = dit_from_flax(golden_values.part(data, "grad/"))
     for name, p in net.named_parameters():
         if p.requires_grad:
             assert relative_error(p.grad, wanted[name]) <= 8e-7, name
 
 
 def assert_samples(net, data, steps, **how):
-    noise, (y, _) = image(data[f"sample_{steps}_noise"]), golden.labels(data)
+    noise, (y, _) = image(data[f"sample_{steps}_noise"]), golden_values.labels(data)
     error = relative_error(sample(net, noise, y, **how), image(data[f"sample_{steps}"]))
     assert error <= 3e-7  # measured 1.3e-7
 

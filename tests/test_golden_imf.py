@@ -1,9 +1,9 @@
 """The authors' own JAX program (improved MeanFlow, arXiv 2512.02012), in float32: same weights and draws."""
 
-import golden
+import golden_values
 import pytest
 from both_backends import DEVICE, both
-from golden import image, tensor, vector
+from golden_values import image, tensor, vector
 
 from meanflow import sample
 from meanflow.convert import imf_dit_from_flax
@@ -12,14 +12,7 @@ from meanflow.objectives import ImprovedMeanFlow
 from mfkernels.backend import recorded_choices
 from mfkernels.testing import relative_error
 
-SIZE = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 48,
-    "depth": 3,
-    "num_heads": 4,
-    "num_classes": 10,
+SIZE = golden_values.DIT_A | {
     "aux_head_depth": 1,
     "num_class_tokens": 2,
     "num_time_tokens": 2,
@@ -39,18 +32,18 @@ def _served(backend):
 
 @pytest.fixture(scope="module")
 def data():
-    return golden.load("imf_dit_a")
+    return golden_values.load("imf_dit_a")
 
 
 @pytest.fixture
 def net(data):
     net = IMFDiT(**SIZE).to(DEVICE)
-    net.load_state_dict(imf_dit_from_flax(golden.part(data, "param/")))
+    net.load_state_dict(imf_dit_from_flax(golden_values.part(data, "param/")))
     return net
 
 
 def test_objective_and_gradients(net, data):
-    x, (y, drop) = image(data["x"]), golden.labels(data)
+    x, (y, drop) = image(data["x"]), golden_values.labels(data)
     times = {
         name: vector(data[key])
         for name, key in (("t", "t"), ("r", "r"), ("omega", "omega"), ("t_min", "cfg_t_min"), ("t_max", "cfg_t_max"))
@@ -67,7 +60,7 @@ def test_objective_and_gradients(net, data):
     for ours, name in ((out.squared_error, "loss_u"), (out.squared_error_v, "loss_v")):
         assert relative_error(ours.mean() / x[0].numel(), tensor(data[f"metric/{name}"])) <= 5e-7
     out.loss.backward()
-    wanted = imf_dit_from_flax(golden.part(data, "grad/"))
+    wanted = imf_dit_from_flax(golden_values.part(data, "grad/"))
     assert sorted(wanted) == sorted(name for name, _ in net.named_parameters())
     for name, p in net.named_parameters():
         assert relative_error(p.grad, wanted[name]) <= 1.5e-6, name  # measured 7.5e-7
@@ -75,7 +68,7 @@ def test_objective_and_gradients(net, data):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_samples(net, data, steps):
-    noise, (y, _) = image(data[f"sample_{steps}_noise"]), golden.labels(data)
+    noise, (y, _) = image(data[f"sample_{steps}_noise"]), golden_values.labels(data)
     guidance = {name: data[f"sample_{name}"].item() for name in ("omega", "t_min", "t_max")}
     wanted = image(data[f"sample_{steps}"])
     assert relative_error(sample(net, noise, y, steps=steps, **guidance), wanted) <= 4e-7  # measured 1.5e-7

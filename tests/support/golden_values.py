@@ -6,6 +6,17 @@ import numpy as np
 import torch
 from both_backends import DEVICE
 
+# of the networks named *_dit_a
+DIT_A = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "num_classes": 10,
+}
+
 
 def load(name):
     return np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz")
