@@ -1,7 +1,7 @@
 import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import DEVICE, both, cases, float32
 from memory import saved_bytes
 from op_checks import (
     assert_compiles,
@@ -41,10 +41,6 @@ half = cases(
 def make(B, N, D, mean=0.0):
     shift, scale = torch.randn(B, 6 * D, dtype=torch.float64).chunk(6, dim=1)[1:3]  # strided, as in a DiT block
     return {"x": torch.randn(B, N, D, dtype=torch.float64) + mean, "shift": shift, "scale": scale}
-
-
-def float32(*size):
-    return {name: a.float() for name, a in make(*size).items()}
 
 
 @pytest.mark.parametrize(("size", "duals"), [(s, ALL) for s in SIZES] + [((2, 17, 24), some) for some in SOME])
@@ -88,7 +84,7 @@ def test_tangents_of_different_rows(case):
 
 
 def test_plain_tensors_and_duals_without_a_tangent(backend):
-    m = float32(2, 3, 8)
+    m = float32(make(2, 3, 8))
     assert isinstance(ada_layer_norm(**m), torch.Tensor)
     y = ada_layer_norm(Dual(m["x"]), m["shift"], m["scale"])
     assert isinstance(y, Dual)
@@ -106,7 +102,7 @@ def test_no_samples_or_no_tokens(shape, backend):
 
 
 def test_bad_arguments(backend):
-    m = float32(2, 3, 8)
+    m = float32(make(2, 3, 8))
     with pytest.raises(ValueError, match=r"shift: expected shape \(B, D\) of x = \(2, 8\)"):
         ada_layer_norm(m["x"], m["shift"][:1], m["scale"])
     with pytest.raises(TypeError, match="scale: expected the dtype of x"):
@@ -126,15 +122,15 @@ def test_forward_mode_ad(triton):
 
 
 def test_a_gradient_through_the_tangent_is_an_error(triton):
-    assert_no_gradient_through_the_tangent("ada_layer_norm", ada_layer_norm, float32(1, 5, 8), ALL)
+    assert_no_gradient_through_the_tangent("ada_layer_norm", ada_layer_norm, float32(make(1, 5, 8)), ALL)
 
 
 def test_compiles_as_one_graph(triton):
-    assert_compiles(ada_layer_norm, [Dual(x, torch.randn_like(x[:2])) for x in float32(3, 5, 24).values()])
+    assert_compiles(ada_layer_norm, [Dual(x, torch.randn_like(x[:2])) for x in float32(make(3, 5, 24)).values()])
 
 
 def test_backward_keeps_x_scale_and_two_numbers_a_row(triton):
-    x, shift, scale = (torch.randn(s, requires_grad=True) for s in ((4, 7, 24), (4, 24), (4, 24)))
+    x, shift, scale = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((4, 7, 24), (4, 24), (4, 24)))
     wanted = 4 * (x.numel() + scale.numel() + 2 * 4 * 7)
     assert saved_bytes(lambda: ada_layer_norm(x, shift, scale)) == wanted
     assert saved_bytes(lambda: ada_layer_norm(*(Dual(a, torch.randn_like(a)) for a in (x, shift, scale)))) == wanted
@@ -142,14 +138,14 @@ def test_backward_keeps_x_scale_and_two_numbers_a_row(triton):
 
 def test_what_they_do_not_serve_is_refused_by_name(triton):
     with pytest.raises(NotImplementedError, match=r"ada_layer_norm: the triton backend cannot serve.*torch.float64"):
-        ada_layer_norm(**make(1, 2, 8))
-    wide = torch.zeros(1, 1, 16385)
+        ada_layer_norm(**{name: a.to(DEVICE) for name, a in make(1, 2, 8).items()})
+    wide = torch.zeros(1, 1, 16385, device=DEVICE)
     with pytest.raises(NotImplementedError, match=r"x: expected a width from 1 to 16384, got 16385"):
         ada_layer_norm(wide, wide[0], wide[0])
 
 
 def test_the_operators_obey_pytorchs_rules(triton):
-    x, shift, scale = float32(2, 5, 12).values()
+    x, shift, scale = float32(make(2, 5, 12)).values()
     leaves = [a.detach().requires_grad_() for a in (x, shift, scale)]
     dots = [torch.randn_like(a[:1]) for a in (x, shift, scale)]
     for tangents in (dots, [None, None, None], [None, dots[1], None]):

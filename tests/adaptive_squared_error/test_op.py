@@ -147,5 +147,5 @@ def test_the_operators_obey_pytorchs_rules(triton):
         for with_error in (True, False):
             leaf = u if with_error else u.detach()
             torch.library.opcheck(op._forward.custom_op, (leaf, *rest, 1.0, 0.01, with_error))
-    error, weight = u.detach(), torch.rand(3)
-    torch.library.opcheck(op._backward.custom_op, (torch.rand(1).expand(3), error, weight))
+    error, weight = u.detach(), torch.rand(3, device=DEVICE)
+    torch.library.opcheck(op._backward.custom_op, (torch.rand(1, device=DEVICE).expand(3), error, weight))

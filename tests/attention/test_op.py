@@ -188,11 +188,11 @@ def test_a_block_compiles_as_one_graph_and_gradients_reach_qkv(triton):
 
 def test_training_steps_give_the_reference_losses(triton):
     size = {"input_size": 6, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 1, "num_heads": 2}
-    x, y = torch.randn(8, 1, 6, 6), torch.arange(8) % 3
+    x, y = torch.randn(8, 1, 6, 6, device=DEVICE), torch.arange(8, device=DEVICE) % 3
     losses = {}
     for name in ("reference", "triton"):
         torch.manual_seed(0)
-        net = DiT(**size, num_classes=3)
+        net = DiT(**size, num_classes=3).to(DEVICE)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
         generator = torch.Generator(DEVICE).manual_seed(0)
         losses[name] = []
@@ -208,14 +208,14 @@ def test_training_steps_give_the_reference_losses(triton):
 
 def test_what_they_do_not_serve_is_refused_by_name(triton):
     with pytest.raises(NotImplementedError, match=r"attention: the triton backend cannot serve.*multiple of 4.*got 7"):
-        attention(*torch.randn(3, 1, 5, 1, 7))
+        attention(*torch.randn(3, 1, 5, 1, 7, device=DEVICE))
     with pytest.raises(NotImplementedError, match=r"expected float16, bfloat16 or float32, got torch.float64"):
-        attention(*torch.randn(3, 1, 5, 1, 8, dtype=torch.float64))
+        attention(*torch.randn(3, 1, 5, 1, 8, dtype=torch.float64, device=DEVICE))
 
 
 def test_the_operators_obey_pytorchs_rules(triton):
-    q, k, v = (torch.randn(2, 9, 2, 8, requires_grad=True) for _ in range(3))
-    dots = [torch.randn(1, 9, 2, 8) for _ in range(3)]
+    q, k, v = (torch.randn(2, 9, 2, 8, device=DEVICE, requires_grad=True) for _ in range(3))
+    dots = [torch.randn(1, 9, 2, 8, device=DEVICE) for _ in range(3)]
     for tangents in (dots, [None, None, None], [None, dots[1], None]):
         torch.library.opcheck(op.forward.custom_op, (q, k, v, *tangents, 0.3, False))
     with torch.no_grad():

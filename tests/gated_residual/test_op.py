@@ -1,7 +1,7 @@
 import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import DEVICE, both, cases, float32
 from memory import saved_bytes
 from op_checks import (
     assert_compiles,
@@ -58,10 +58,6 @@ def residual(inputs):
     return {name: inputs[name] for name in RESIDUAL}
 
 
-def float32(*size):
-    return {name: a.float() for name, a in make(*size).items()}
-
-
 def with_tangents(inputs, rows):
     return {name: Dual(a, torch.randn_like(a[:rows])) for name, a in inputs.items()}
 
@@ -93,7 +89,7 @@ def test_one_of_the_two_results_unused(norm_case):
 
 
 def test_each_result_has_the_tangent_of_what_it_depends_on(backend):
-    inputs = float32(3, 5, 8)
+    inputs = float32(make(3, 5, 8))
     duals = with_tangents(inputs, rows=2)
     modulation = {name: duals[name] for name in ("shift", "scale")}
     for more, kind in (({}, torch.Tensor), ({"x": duals["x"], "gate": Dual(inputs["gate"])}, Dual)):
@@ -119,7 +115,7 @@ def test_no_samples_or_no_tokens(shape, backend):
 
 
 def test_bad_arguments(backend):
-    m = float32(2, 3, 8)
+    m = float32(make(2, 3, 8))
     with pytest.raises(ValueError, match="y: expected shape"):
         gated_residual(m["x"], m["y"][:, :2], m["gate"])
     with pytest.raises(ValueError, match="gate: expected shape"):
@@ -137,17 +133,17 @@ def test_forward_mode_ad(triton):
 
 def test_a_gradient_through_the_tangent_is_an_error(triton):
     name = "gated_residual_ada_layer_norm"
-    assert_no_gradient_through_the_tangent(name, gated_residual_ada_layer_norm, float32(2, 5, 8), ALL)
+    assert_no_gradient_through_the_tangent(name, gated_residual_ada_layer_norm, float32(make(2, 5, 8)), ALL)
 
 
 def test_compile_as_one_graph(triton):
-    duals = list(with_tangents(float32(3, 5, 24), rows=2).values())
+    duals = list(with_tangents(float32(make(3, 5, 24)), rows=2).values())
     assert_compiles(gated_residual, duals[:3])
     assert_compiles(gated_residual_ada_layer_norm, duals)
 
 
 def test_backward_keeps_nothing_of_the_tangent(triton):
-    leaves = {name: a.requires_grad_() for name, a in float32(4, 7, 24).items()}
+    leaves = {name: a.requires_grad_() for name, a in float32(make(4, 7, 24)).items()}
     duals = {name: Dual(a, torch.randn_like(a)) for name, a in leaves.items()}
     stream, vector = leaves["x"].nbytes, leaves["gate"].untyped_storage().nbytes()
     alone = saved_bytes(lambda: gated_residual(**residual(leaves)))
@@ -160,7 +156,7 @@ def test_backward_keeps_nothing_of_the_tangent(triton):
 
 def test_mixed_dtypes_under_autocast(triton):
     """The residual stream stays float32, what linears give is bfloat16; results and gradients as the reference's."""
-    x, *others = with_tangents(float32(3, 5, 24), rows=2).values()
+    x, *others = with_tangents(float32(make(3, 5, 24)), rows=2).values()
     duals = [x, *(Dual(d.primal.bfloat16(), d.tangent.bfloat16()) for d in others)]
     results = []
     for name in ("triton", "reference"):
@@ -177,7 +173,7 @@ def test_mixed_dtypes_under_autocast(triton):
 
 
 def test_what_they_do_not_serve_is_refused_by_name(triton):
-    inputs = make(1, 2, 8)
+    inputs = {name: a.to(DEVICE) for name, a in make(1, 2, 8).items()}
     with pytest.raises(NotImplementedError, match=r"gated_residual: the triton backend cannot serve.*torch.float64"):
         gated_residual(**residual(inputs))
     with pytest.raises(NotImplementedError, match=r"gated_residual_ada_layer_norm: the triton backend cannot serve"):
@@ -185,9 +181,9 @@ def test_what_they_do_not_serve_is_refused_by_name(triton):
 
 
 def test_the_operators_obey_pytorchs_rules(triton):
-    duals = with_tangents(float32(2, 5, 12), rows=1).values()
+    duals = with_tangents(float32(make(2, 5, 12)), rows=1).values()
     leaves, dots = [d.primal.detach().requires_grad_() for d in duals], [d.tangent for d in duals]
-    vector = torch.randn(12, requires_grad=True)
+    vector = torch.randn(12, device=DEVICE, requires_grad=True)
     for tangents in (dots, [None] * 5, [None, dots[1], None, None, dots[4]]):
         torch.library.opcheck(op._forward.custom_op, (*leaves[:3], *tangents[:3]))
         for bias, base, defer in ((None, None, False), (vector, None, True), (vector, leaves[:3], False)):

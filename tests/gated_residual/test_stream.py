@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import DEVICE, both, cases, float32
 from memory import saved_bytes
 
 from meanflow.models import DiTBlock, FinalLayer
@@ -52,7 +52,7 @@ def test_two_updates(size, case):
 
 @pytest.mark.parametrize("some", [["x"], ["gate", "next_y"], ["next_shift"], ["y", "next_scale"]])
 def test_some_tangents_are_zero(some, backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(3, 5, 24).items()}
+    inputs = float32(make(3, 5, 24))
     dots = {name: torch.randn_like(inputs[name]) for name in some}
     duals = {name: Dual(a, dots[name][:2]) if name in some else a for name, a in inputs.items()}
     h, stream = (
@@ -79,7 +79,7 @@ def test_some_tangents_are_zero(some, backend):
 
 
 def test_the_first_sum_is_not_written(backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    inputs = float32(make(2, 7, 24))
     stream = ResidualStream(inputs["x"]).updated(inputs["y"], inputs["gate"], inputs["bias"])
     _, normed = stream.normed(inputs["shift"], inputs["scale"])
     if backend == "reference":
@@ -131,7 +131,7 @@ def test_what_is_kept_for_the_backward(backend):
 
 
 def test_it_goes_through_a_checkpoint(backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    inputs = float32(make(2, 7, 24))
     grads = []
     for wrap in (lambda fn, *args: fn(*args), checkpoint):
         x, y = (inputs[name].clone().requires_grad_() for name in ("x", "y"))

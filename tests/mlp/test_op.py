@@ -2,7 +2,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from both_backends import DEVICE, both, cases
+from both_backends import DEVICE, both, cases, float32
 from memory import saved_bytes
 from mlp_inputs import make
 from op_checks import assert_compiles, assert_forward_mode, assert_no_gradient_through_the_tangent
@@ -35,10 +35,6 @@ without_biases = cases(
 triton_case = cases(triton=(2.2e-6, 1e-3, 9.6e-3))
 
 
-def float32(*shape, **sizes):
-    return {name: a.to(DEVICE, torch.float32) for name, a in make(*shape, **sizes).items()}
-
-
 @pytest.mark.parametrize(("shape", "hidden"), SIZES)
 def test_against_float64(shape, hidden, case):
     case.check(mlp, oracles.mlp, make(*shape, hidden=hidden), ["x"])
@@ -63,7 +59,7 @@ def test_backward_keeps_nothing_of_the_tangent(backend):
 
 @pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
 def test_no_samples_or_no_tokens(shape, backend):
-    inputs = {name: a.requires_grad_() for name, a in float32(*shape, hidden=12).items()}
+    inputs = {name: a.requires_grad_() for name, a in float32(make(*shape, hidden=12)).items()}
     x = inputs.pop("x")
     out = mlp(Dual(x, x.detach()), **inputs)
     assert out.primal.shape == out.tangent.shape == shape
@@ -72,7 +68,7 @@ def test_no_samples_or_no_tokens(shape, backend):
 
 
 def test_bad_arguments(backend):
-    m = float32(2, 3, 8, hidden=12)
+    m = float32(make(2, 3, 8, hidden=12))
     with pytest.raises(ValueError, match="w2: expected"):
         mlp(**{**m, "w2": m["w1"]})
     with pytest.raises(ValueError, match="b1: expected shape"):
@@ -119,7 +115,7 @@ def test_without_gradients_the_product_ends_in_gelu(triton_case, fused):
 
 
 def test_without_gradients_under_autocast_and_a_compiler(triton, fused):
-    low = float32(3, 17, 24, hidden=54)
+    low = float32(make(3, 17, 24, hidden=54))
     with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.float16):
         y = mlp(**low)
         compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")(**low)
@@ -131,9 +127,9 @@ def test_without_gradients_under_autocast_and_a_compiler(triton, fused):
 
 def test_far_out_on_both_tails(triton):
     """gelu'(h) is 1 and 0 to the last bit; nothing overflows."""
-    h = torch.tensor([[-1e20, -60.0, -12.0, -5.0, 0.0, 5.0, 12.0, 60.0, 1e20]])
-    x = torch.ones(1, 1)
-    y = mlp(Dual(x, x), h.T.contiguous(), None, torch.eye(9), None)
+    h = torch.tensor([[-1e20, -60.0, -12.0, -5.0, 0.0, 5.0, 12.0, 60.0, 1e20]], device=DEVICE)
+    x = torch.ones(1, 1, device=DEVICE)
+    y = mlp(Dual(x, x), h.T.contiguous(), None, torch.eye(9, device=DEVICE), None)
     wide = h.double()
     wanted, wanted_dot = torch.func.jvp(lambda h: F.gelu(h, approximate="tanh"), (wide,), (wide,))
     torch.testing.assert_close(y.primal.double(), wanted, rtol=1e-6, atol=1e-7)
@@ -141,7 +137,7 @@ def test_far_out_on_both_tails(triton):
 
 
 def test_autocast(triton):
-    net, x = Mlp(24, 96), torch.randn(4, 7, 24)
+    net, x = Mlp(24, 96).to(DEVICE), torch.randn(4, 7, 24, device=DEVICE)
     results = []
     for name in ("triton", "reference"):
         net.zero_grad()
@@ -159,40 +155,40 @@ def test_forward_mode_ad(triton):
 
 
 def test_a_gradient_through_the_tangent_is_an_error(triton):
-    assert_no_gradient_through_the_tangent("mlp", mlp, float32(2, 5, 8, hidden=12), ["x"])
+    assert_no_gradient_through_the_tangent("mlp", mlp, float32(make(2, 5, 8, hidden=12)), ["x"])
 
 
 def test_compiles_as_one_graph(triton):
-    inputs = float32(3, 5, 24, hidden=50)
+    inputs = float32(make(3, 5, 24, hidden=50))
     x = inputs.pop("x")
     assert_compiles(mlp, [Dual(x, torch.randn_like(x[:2])), *inputs.values()])
 
 
 def test_backward_keeps_the_input_and_the_pre_activation(triton):
-    net, x = Mlp(24, 96), torch.randn(4, 7, 24, requires_grad=True)
+    net, x = Mlp(24, 96).to(DEVICE), torch.randn(4, 7, 24, device=DEVICE, requires_grad=True)
     parameters = net.fc1.weight.nbytes + net.fc1.bias.nbytes + net.fc2.weight.nbytes
     wanted = parameters + 4 * 4 * 7 * (24 + 96)
     assert saved_bytes(lambda: net(x)) == wanted
-    assert saved_bytes(lambda: net(Dual(x, torch.randn(4, 7, 24)))) == wanted
+    assert saved_bytes(lambda: net(Dual(x, torch.randn_like(x)))) == wanted
     with use_backend("reference"):
         assert saved_bytes(lambda: net(x)) >= wanted + 4 * 4 * 7 * 96 - net.fc1.bias.nbytes  # the activation as well
 
 
 def test_what_they_do_not_serve_is_refused_by_name(triton):
     with pytest.raises(NotImplementedError, match=r"mlp: the triton backend cannot serve.*torch.float64"):
-        mlp(**make(2, 3, 8, hidden=12))
-    inputs = float32(2, 3, 8, hidden=12)
+        mlp(**{name: a.to(DEVICE) for name, a in make(2, 3, 8, hidden=12).items()})
+    inputs = float32(make(2, 3, 8, hidden=12))
     w1 = inputs.pop("w1")
     with pytest.raises(NotImplementedError, match="a forward-mode tangent of a parameter is not supported"):
         torch.func.jvp(lambda w1: mlp(w1=w1, **inputs), (w1,), (w1,))
 
 
 def test_the_operators_obey_pytorchs_rules(triton):
-    x, w1, b1, w2, b2 = float32(7, 5, hidden=12).values()
-    h, dy = torch.randn(7, 12), torch.randn(7, 5)
+    x, w1, b1, w2, b2 = float32(make(7, 5, hidden=12)).values()
+    h, dy = torch.randn(7, 12, device=DEVICE), torch.randn(7, 5, device=DEVICE)
     for biases in ((b1, b2), (None, None), (b1, None)):
         leaves = [a if a is None else a.detach().requires_grad_() for a in (x, w1, biases[0], w2, biases[1])]
-        for x_dot in (torch.randn(3, 5), None):
+        for x_dot in (torch.randn(3, 5, device=DEVICE), None):
             for dtype in (torch.float32, torch.float16):
                 torch.library.opcheck(op._forward.custom_op, (leaves[0], x_dot, *leaves[1:], dtype))
         args = (dy, x, h, w1, biases[0], w2, biases[1] is not None, torch.float32)

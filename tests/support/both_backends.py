@@ -17,6 +17,11 @@ DTYPES = {
 }
 
 
+def float32(inputs):
+    """The inputs of an op, in float32 on the tests' device."""
+    return {name: a.to(DEVICE, torch.float32) for name, a in inputs.items()}
+
+
 class Case(NamedTuple):
     dtype: torch.dtype
     bound: Any  # a number, or several for tests that make several comparisons

@@ -106,29 +106,29 @@ def test_forward_mode_ad(triton):
 
 
 def test_a_gradient_through_the_tangent_is_an_error(triton):
-    assert_no_gradient_through_the_tangent("timestep_embedding", of_dim(8), {"t": torch.rand(5)}, ["t"])
+    assert_no_gradient_through_the_tangent("timestep_embedding", of_dim(8), {"t": torch.rand(5, device=DEVICE)}, ["t"])
 
 
 def test_compiles_as_one_graph(triton):
-    t = torch.rand(5)
+    t = torch.rand(5, device=DEVICE)
     assert_compiles(of_dim(8), [Dual(t, torch.randn_like(t[:2]))])
 
 
 def test_backward_keeps_the_times_alone(triton):
-    t = torch.rand(5, requires_grad=True)
+    t = torch.rand(5, device=DEVICE, requires_grad=True)
     assert saved_bytes(lambda: timestep_embedding(t, 8)) == t.nbytes
     assert saved_bytes(lambda: timestep_embedding(Dual(t, t.detach()), 8)) == t.nbytes
 
 
 def test_what_they_do_not_serve_is_refused_by_name(triton):
     with pytest.raises(NotImplementedError, match=r"timestep_embedding: the triton backend cannot.*torch.float64"):
-        timestep_embedding(torch.rand(3, dtype=torch.float64), 8)
+        timestep_embedding(torch.rand(3, dtype=torch.float64, device=DEVICE), 8)
     with pytest.raises(NotImplementedError, match="dim: expected at most 16384, got 20000"):
-        timestep_embedding(torch.rand(3), 20000)
+        timestep_embedding(torch.rand(3, device=DEVICE), 20000)
 
 
 def test_the_operators_obey_pytorchs_rules(triton):
-    t, t_dot = torch.rand(5, requires_grad=True), torch.randn(2)
+    t, t_dot = torch.rand(5, device=DEVICE, requires_grad=True), torch.randn(2, device=DEVICE)
     for tangent in (t_dot, None):
         torch.library.opcheck(op._forward.custom_op, (t, tangent, 8, 10000.0))
-    torch.library.opcheck(op._backward.custom_op, (torch.randn(5, 8), t.detach(), 10000.0))
+    torch.library.opcheck(op._backward.custom_op, (torch.randn(5, 8, device=DEVICE), t.detach(), 10000.0))
