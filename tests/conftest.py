@@ -52,3 +52,13 @@ def poison_empty(monkeypatch):
     """An element that a kernel does not write stays NaN and fails the comparison."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (torch, "empty_strided")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def triton(poison_empty):
+    """The Triton kernels, interpreted where there is no GPU."""
+    pytest.importorskip("triton", minversion="3.4")
+    from mfkernels import use_backend
+
+    with use_backend("triton"):
+        yield

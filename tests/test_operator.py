@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from both_backends import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfkernels import Dual, ada_layer_norm, mlp, use_backend
+from mfkernels import Dual, ada_layer_norm, mlp
 from mfkernels.ada_layer_norm import op
 from mfkernels.operator import runs_plainly
 
-pytest.importorskip("triton", minversion="3.4")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("triton")
 
 
 class Names(TorchDispatchMode):
@@ -22,12 +22,6 @@ class Names(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func.name())
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def _triton(poison_empty):
-    with use_backend("triton"):
-        yield
 
 
 def operands(rows=2):

@@ -3,17 +3,13 @@
 from functools import partial
 
 import torch
-from ahead_of_time import print_reports
+from ahead_of_time import meta, print_reports
 
 from mfkernels.ada_layer_norm.kernels import Tangents, Update, backward_launch, forward_launch
 from mfkernels.launch import Launch, find_config
 
 DTYPE = torch.bfloat16
 B, B_t, N = 8, 2, 256
-
-
-def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def forward(arch: str, D: int, *, update: bool = False, base: bool = False, defer: bool = False) -> Launch:

@@ -1,16 +1,12 @@
-"""Compile the attention kernels in their shipped configurations and print what came out, as JSON.
+"""Run by test_compile.py: what ptxas makes of the shipped configurations, as JSON."""
 
-Run by test_compile.py in a process of its own: the tests' process interprets its kernels, and there is no way back.
-"""
-
-import dataclasses
 import json
 
 import torch
+from ahead_of_time import meta, report_of
 
 from mfkernels.attention.backward_kernels import dkdv_launch, dq_launch
 from mfkernels.attention.kernels import forward_launch
-from mfkernels.inspect import inspect_launch
 from mfkernels.launch import Launch, find_config
 
 B, B_t, H = 4, 2, 16
@@ -38,12 +34,12 @@ def meta_launch(op: str, D: int, N: int, causal: bool, arch: str) -> Launch:
     sizes = {"head_dim": D, "tokens": N, "packed": int(PACKED in op)}
 
     def packed(batch: int) -> tuple[torch.Tensor, ...]:
-        return torch.empty((batch, N, 3, H, D), dtype=dtype, device="meta").unbind(2)
+        return meta(batch, N, 3, H, D, dtype=dtype).unbind(2)
 
     def plain(batch: int) -> torch.Tensor:
-        return torch.empty((batch, N, H, D), dtype=dtype, device="meta")
+        return meta(batch, N, H, D, dtype=dtype)
 
-    row = torch.empty((B, H, N), device="meta")
+    row = meta(B, H, N, dtype=torch.float32)
     q, k, v = packed(B)
     options = {
         "scale": D**-0.5,
@@ -58,7 +54,7 @@ def meta_launch(op: str, D: int, N: int, causal: bool, arch: str) -> Launch:
     dq, dk, dv, partials = plain(B), plain(B), plain(B), None
     if PACKED in op:
         dq, dk, dv = packed(B)
-        partials = torch.empty((B, N // 64, 3, H, D), device="meta")
+        partials = meta(B, N // 64, 3, H, D, dtype=torch.float32)
     if kernel == DQ:
         return dq_launch(plain(B), q, k, v, plain(B), row, row, dq, partials, **options)
     return dkdv_launch(plain(B), q, k, v, row, row, dk, dv, partials, **options)
@@ -69,9 +65,7 @@ def main() -> None:
     for arch, cases in CASES.items():
         for op, D, N, causal in cases:
             launch = meta_launch(op, D, N, causal, arch)
-            report = dataclasses.asdict(inspect_launch(launch, arch))
-            case = {"arch": arch, "op": op, "head_dim": D, "tokens": N, "causal": causal, "config": launch.config}
-            reports.append({**case, **report})
+            reports.append(report_of(launch, arch, op=op, head_dim=D, tokens=N, causal=causal))
     print(json.dumps(reports))
 
 

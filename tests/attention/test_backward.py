@@ -3,11 +3,12 @@
 import sys
 from types import ModuleType, SimpleNamespace
 
+import oracles
 import pytest
 import torch
+from attention_cases import CASES, DTYPES, Case, check_backward, draw, inputs, packed
+from both_backends import DEVICE
 from op_checks import forward_ad
-from test_kernels import CASES, DEVICE, DTYPES, Case, check_backward, draw, inputs
-from test_op import oracle, packed
 
 from mfkernels import attention, use_backend
 from mfkernels.attention import backward, op, projected
@@ -35,7 +36,7 @@ def test_anothers_backward_takes_our_output_and_lse(name: str, case: Case, dtype
     def gradients(*args, **options):
         return attention_backward_by(name, *args, **options)
 
-    check_backward(primals, case.D**-0.5, case.causal, bound=BOUND[dtype], backward=gradients)
+    check_backward(gradients, primals, case.D**-0.5, case.causal, bound=BOUND[dtype])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -58,7 +59,7 @@ def test_it_is_chosen_by_the_call_of_the_forward(monkeypatch, is_causal, compile
     with use_backend("triton,attention_backward=flash"):
         assert_dual(
             fn,
-            lambda **qkv: oracle(**qkv, is_causal=is_causal),
+            lambda **qkv: oracles.attention(**qkv, is_causal=is_causal),
             packed(2, 17, 2, 24),
             duals="qkv",
             dtype=dtype,
@@ -92,7 +93,7 @@ def test_forward_mode_keeps_the_choice(transform, monkeypatch):
     got = torch.autograd.grad(out.square().sum(), primals)
     assert served == ["flash"]
     wide = [a.detach().double().requires_grad_() for a in primals]
-    for mine, theirs in zip(got, torch.autograd.grad(oracle(*wide).square().sum(), wide), strict=True):
+    for mine, theirs in zip(got, torch.autograd.grad(oracles.attention(*wide).square().sum(), wide), strict=True):
         assert relative_error(mine, theirs) <= (1e-6 if DEVICE == "cpu" else 3e-3)
     with (
         use_backend("triton,attention_backward=cudnn" if DEVICE == "cpu" else "reference,attention_backward=cudnn"),
@@ -242,7 +243,7 @@ def test_determinism_is_respected(hopper, monkeypatch):
 
 def math_gradients(do, q, k, v, scale, causal):
     leaves = [a.detach().double().requires_grad_() for a in (q, k, v)]
-    out = oracle(*leaves, scale=scale, is_causal=causal)
+    out = oracles.attention(*leaves, scale=scale, is_causal=causal)
     return [g.to(q.dtype) for g in torch.autograd.grad(out, leaves, do.double())]
 
 

@@ -1,35 +1,22 @@
 """The shipped configurations, compiled for GPUs that need not be there: they fit, spill nothing and overlap."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
+from ahead_of_time import Report, reports_of
 
 pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels.inspect import SHARED_LIMIT, TENSOR_MEMORY_LIMIT
 from mfkernels.launch import triton_minor
 
-Report = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Report]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["MFKERNELS_CACHE_DIR"] = str(tmp_path_factory.mktemp("no_table"))  # the package's table, not the user's
-    root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), environment.get("PYTHONPATH")]))
-    script = Path(__file__).with_name("compile_shipped.py")
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return reports_of("attention", tmp_path_factory.mktemp("no_table"))
 
 
-def failing(reports: list[Report], bad: Any) -> list[Report]:
+def failing(reports: list[Report], bad: Callable[[Report], bool]) -> list[Report]:
     return [report for report in reports if bad(report)]
 
 

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import oracles
 import pytest
 import torch
 from cuda_emulator import CSRC, EMULATOR, FLAGS, compiler
-from test_op import oracle
 
 # three tiles of keys, the last one ragged; three blocks of queries, of the last of which one warpgroup has none; all of
 # them the work of one thread block
@@ -115,7 +115,7 @@ def test_mistake_is_found(name: str, tmp_path: Path) -> None:
     outputs = [ctypes.c_void_p(x.data_ptr()) for x in (o, o_dot, lse)]
     said = run(pointers, *outputs, B, N, D)
     wide = [x.double() for x in inputs]
-    ref, ref_dot = torch.func.jvp(lambda *qkv: oracle(*qkv, 0.125), tuple(wide[:3]), tuple(wide[3:]))
+    ref, ref_dot = torch.func.jvp(lambda *qkv: oracles.attention(*qkv, 0.125), tuple(wide[:3]), tuple(wide[3:]))
     worst = torch.stack([(a.double() - b).norm() / b.norm() for a, b in ((o, ref), (o_dot, ref_dot))]).max()  # NaN wins
     if mistake.found == "nothing":
         assert said is None

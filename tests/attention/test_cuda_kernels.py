@@ -4,33 +4,32 @@ from collections.abc import Callable
 from typing import Any
 
 import cuda_emulator
+import oracles
 import pytest
 import torch
-
-# test_kernels, whose cases and oracle these are, is about Triton's kernels
-pytest.importorskip("triton", minversion="3.4")
-
-from test_kernels import (
+from attention_cases import (
     CASES,
-    DEVICE,
     LARGE_SCORE_LSE_BOUND,
     LARGE_SCORE_OUTPUT_BOUND,
     Case,
+    assert_block_compiles,
     check_forward,
     draw,
-    error,
     inputs,
-    oracle_tangent,
-    oracle_with_lse,
+    packed,
+    scale_for_scores_of_eighty,
+    separate,
+    tangent_of_oracle,
     uncentred_tangent,
 )
-from test_op import oracle, packed, separate
+from both_backends import DEVICE
 from torch import Tensor
 
-from meanflow.models import DiTBlock
-from mfkernels import Dual, attention, use_backend
+from mfkernels import attention, use_backend
 from mfkernels.attention import cuda, op
 from mfkernels.testing import assert_dual, relative_error
+
+pytest.importorskip("triton", minversion="3.4")  # the kernels' backward is Triton's
 
 # Measured in the emulator, the largest over SERVED: float16 o 2.9e-4, o_dot 2.9e-4; bfloat16 o 2.2e-3, o_dot 2.3e-3;
 # lse 4.3e-8. On a GPU: not yet.
@@ -72,7 +71,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> Forward:
 
 def check(forward: Forward, primals: list[Tensor], tangents: list[Any], scale: float, **options: Any) -> None:
     bound = options.pop("bound", OUTPUT_BOUND[primals[0].dtype])
-    check_forward(primals, tangents, scale, bound=bound, forward=forward, **options)
+    check_forward(forward, primals, tangents, scale, bound=bound, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +110,7 @@ def test_permuted_and_expanded_strides(forward: Forward) -> None:
 def test_scores_of_eighty(dtype: torch.dtype, forward: Forward) -> None:
     primals, tangents = inputs(Case(63, 300, 64), dtype)
     q, k, _ = primals
-    scale = 80 / (q.double().flatten(0, 2) @ k.double().flatten(0, 2).T).abs().max().item()
+    scale = scale_for_scores_of_eighty(q, k)
     bounds = {"bound": LARGE_SCORE_OUTPUT_BOUND[dtype], "lse_bound": LARGE_SCORE_LSE_BOUND}
     check(forward, primals, tangents, scale, **bounds)
 
@@ -124,7 +123,7 @@ def test_large_constant_tangent_scores(constant: int, dtype: torch.dtype, forwar
     k[..., 0], tangents[0][..., 0] = 8, constant
     check(forward, [q, k, v], tangents, 1 / 8)
     uncentred = uncentred_tangent([q, k, v], tangents, 1 / 8)
-    assert error(uncentred, oracle_tangent([q, k, v], tangents, 1 / 8, False)) > 2 * OUTPUT_BOUND[dtype]
+    assert relative_error(uncentred, tangent_of_oracle([q, k, v], tangents, 1 / 8, False)) > 2 * OUTPUT_BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,7 +153,7 @@ def test_empty_results(empty: str, forward: Forward) -> None:
     assert o_dot.shape == (B_t, N_q, 1, 64)
     assert lse.shape == (B, 1, N_q)
     if o.numel():
-        assert error(o, oracle_with_lse(*(x.double() for x in primals), 0.3, False)[0]) < OUTPUT_BOUND[o.dtype]
+        assert relative_error(o, oracles.attention(*(x.double() for x in primals), 0.3)) < OUTPUT_BOUND[o.dtype]
 
 
 def test_repeats_bit_for_bit(forward: Forward) -> None:
@@ -191,7 +190,7 @@ def test_public_function(is_causal: bool, scale: float | None, forward: Forward)
     with use_backend("cuda"):
         assert_dual(
             lambda **kw: attention(**kw, scale=scale, is_causal=is_causal),
-            lambda **kw: oracle(**kw, scale=scale, is_causal=is_causal),
+            lambda **kw: oracles.attention(**kw, scale=scale, is_causal=is_causal),
             separate(2, 19, 17, 2, 1, 64) if is_causal else packed(2, 33, 1, 72),
             duals="qkv",
             dtype=torch.float16,
@@ -207,21 +206,8 @@ def test_opcheck(forward: Forward) -> None:
 
 
 def test_a_block_compiles_as_one_graph_with_attention_alone_on_cuda(forward: Forward) -> None:
-    block = DiTBlock(64, 1).to(DEVICE)
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    x, c = torch.randn(2, 9, 64, device=DEVICE), torch.randn(2, 64, device=DEVICE)
-    duals = Dual(x, torch.randn_like(x[:1])), Dual(c, torch.randn_like(c[:1]))
-    results = []
     with use_backend("reference,attention=cuda"), torch.autocast(DEVICE, torch.float16):
-        for fn in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-            block.zero_grad()
-            y = fn(*duals)
-            y.primal.float().square().sum().backward()
-            results.append((y.primal, y.tangent, block.attn.qkv.weight.grad.clone()))
-    for eager, compiled in zip(*results, strict=True):
-        assert eager.abs().sum() > 0
-        assert relative_error(compiled, eager) <= 2e-3  # autocast casts elsewhere in a graph
+        assert_block_compiles(64, 1, std=0.1, bound=2e-3)  # autocast casts elsewhere in a graph
 
 
 def test_what_it_does_not_serve_is_refused_by_name(forward: Forward) -> None:

@@ -1,12 +1,30 @@
 """The Triton kernels against a float64 oracle written independently of them."""
 
 import inspect
-from collections.abc import Callable
-from typing import NamedTuple
 
+import oracles
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import (
+    CASES,
+    DTYPES,
+    GRADIENT_BOUND,
+    LARGE_SCORE_GRADIENT_BOUND,
+    LARGE_SCORE_LSE_BOUND,
+    LARGE_SCORE_OUTPUT_BOUND,
+    OUTPUT_BOUND,
+    Case,
+    check_backward,
+    check_forward,
+    draw,
+    inputs,
+    scale_for_scores_of_eighty,
+    tangent_of_oracle,
+    uncentred_tangent,
+)
+from both_backends import DEVICE
+
+from mfkernels.testing import relative_error
 
 pytest.importorskip("triton", minversion="3.4")
 
@@ -22,156 +40,34 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch.func.jvp, at first use
 ]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-
-# Measured in the interpreter, the largest over CASES: float16 o 3.3e-4, o_dot 3.1e-4, gradients 3.6e-4; float32 o
-# 4.7e-7, o_dot 5.1e-7, gradients 5.7e-7; lse 6.0e-8. The bounds are twice that; bfloat16 keeps 3 bits fewer.
-OUTPUT_BOUND = {torch.float16: 6.6e-4, torch.bfloat16: 5.3e-3, torch.float32: 1e-6}
-GRADIENT_BOUND = {torch.float16: 7.2e-4, torch.bfloat16: 5.8e-3, torch.float32: 1.1e-6}
-LSE_BOUND = 1.2e-7
-# At scores of +-80: float16 o_dot 6.8e-4, gradients 1.5e-3 (SDPA's: 1.6e-3); float32 o_dot 2.5e-6, gradients 1.0e-5
-# (SDPA's: 1.1e-5).
-LARGE_SCORE_OUTPUT_BOUND = {torch.float16: 1.4e-3, torch.bfloat16: 1.1e-2, torch.float32: 5e-6}
-LARGE_SCORE_GRADIENT_BOUND = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2, torch.float32: 2e-5}
-LARGE_SCORE_LSE_BOUND = 2.5e-7
-
-
-class Case(NamedTuple):
-    N_q: int
-    N_kv: int
-    D: int
-    B: int = 1
-    B_t: int = 1
-    H: int = 1
-    H_kv: int = 1
-    causal: bool = False
-
-
-CASES = [
-    Case(1, 17, 8, B=2),
-    Case(17, 17, 24, B=2, H=2, H_kv=2),
-    Case(63, 63, 64, B=2, B_t=2),
-    Case(100, 100, 72, B=2, H=2, H_kv=2),
-    Case(276, 276, 72),
-    Case(64, 128, 80),
-    Case(100, 276, 80, H=2, H_kv=1),
-    Case(276, 63, 128, B_t=0),
-    Case(17, 100, 96),
-    Case(63, 17, 48),
-    Case(17, 63, 136),
-    Case(17, 100, 256),
-    Case(100, 100, 64, causal=True),
-    Case(276, 100, 24, causal=True, H=4, H_kv=2),
-    Case(63, 276, 72, causal=True),
-]
-
-
-def oracle(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    o, _ = oracle_with_lse(q, k, v, scale, causal)
-    return o
-
-
-def oracle_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)  # [B, N_kv, H, D]
-    s = scale * torch.einsum("bihd,bjhd->bhij", q, k)  # [B, H, N_q, N_kv]
-    if causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -torch.inf)
-    return torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v), s.logsumexp(-1)
-
-
-def error(out: Tensor, ref: Tensor) -> float:
-    assert out.shape == ref.shape
-    return ((out.double() - ref).norm() / ref.norm()).item()
-
-
-def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-
-def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    shapes = [(case.N_q, case.H, case.D), (case.N_kv, case.H_kv, case.D), (case.N_kv, case.H_kv, case.D)]
-    primals = [draw((case.B, *shape), dtype, seed) for seed, shape in enumerate(shapes)]
-    tangents = [draw((case.B_t, *shape), dtype, 3 + seed) for seed, shape in enumerate(shapes)]
-    return primals, tangents
-
-
-def oracle_tangent(primals: list[Tensor], tangents: list[Tensor | None], scale: float, causal: bool) -> Tensor:
-    rows = next(x.shape[0] for x in tangents if x is not None)
-    primals = [x[:rows].double() for x in primals]
-    pairs = zip(primals, tangents, strict=True)
-    tangents = [torch.zeros_like(x) if x_dot is None else x_dot.double() for x, x_dot in pairs]
-    return torch.func.jvp(lambda q, k, v: oracle(q, k, v, scale, causal), tuple(primals), tuple(tangents))[1]
-
-
-def check_forward(
-    primals: list[Tensor],
-    tangents: list[Tensor | None],
-    scale: float,
-    causal: bool = False,
-    bound: float | None = None,
-    lse_bound: float = LSE_BOUND,
-    forward: Callable[..., tuple[Tensor, Tensor | None, Tensor]] = attention_forward,
-    **options: object,
-) -> None:
-    o, o_dot, lse = forward(*primals, *tangents, scale=scale, causal=causal, **options)
-    ref, ref_lse = oracle_with_lse(*(x.double() for x in primals), scale, causal)
-    bound = bound or OUTPUT_BOUND[o.dtype]
-    assert o.is_contiguous()
-    assert error(o, ref) < bound
-    assert error(lse, ref_lse) < lse_bound
-    if all(x is None for x in tangents):
-        assert o_dot is None
-    elif next(x for x in tangents if x is not None).shape[0]:
-        assert o_dot.is_contiguous()
-        assert error(o_dot, oracle_tangent(primals, tangents, scale, causal)) < bound
-
-
-def check_backward(
-    primals: list[Tensor],
-    scale: float,
-    causal: bool = False,
-    bound: float | None = None,
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention_backward,
-    **options: object,
-) -> None:
-    o, _, lse = attention_forward(*primals, scale=scale, causal=causal)
-    do = draw(tuple(o.shape), o.dtype, 7)
-    gradients = backward(do, *primals, o, lse, scale=scale, causal=causal, **options)
-    leaves = [x.double().requires_grad_() for x in primals]
-    expected = torch.autograd.grad(oracle(*leaves, scale, causal), leaves, do.double())
-    for gradient, reference in zip(gradients, expected, strict=True):
-        assert gradient.is_contiguous()
-        assert error(gradient, reference) < (bound or GRADIENT_BOUND[o.dtype])
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case: Case, dtype: torch.dtype) -> None:
     primals, tangents = inputs(case, dtype)
-    check_forward(primals, tangents, case.D**-0.5, case.causal)
+    check_forward(attention_forward, primals, tangents, case.D**-0.5, case.causal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(case: Case, dtype: torch.dtype) -> None:
     primals, _ = inputs(case, dtype)
-    check_backward(primals, case.D**-0.5, case.causal)
+    check_backward(attention_backward, primals, case.D**-0.5, case.causal)
 
 
 @pytest.mark.parametrize("given", ["q", "k", "v", "qk", "qv", "kv", ""])
 def test_absent_tangents_are_zero(given: str) -> None:
     primals, tangents = inputs(Case(17, 100, 24, B=2), torch.float32)
-    check_forward(primals, [x if name in given else None for name, x in zip("qkv", tangents, strict=True)], 0.3)
+    check_forward(
+        attention_forward, primals, [x if name in given else None for name, x in zip("qkv", tangents, strict=True)], 0.3
+    )
 
 
 def test_no_tangent_rows() -> None:
     primals, tangents = inputs(Case(17, 17, 8, B=2, B_t=0), torch.float32)
     o, o_dot, _ = attention_forward(*primals, *tangents, scale=0.3)
     assert o_dot.shape == (0, 17, 1, 8)
-    assert error(o, oracle(*(x.double() for x in primals), 0.3, False)) < OUTPUT_BOUND[torch.float32]
+    assert relative_error(o, oracles.attention(*(x.double() for x in primals), 0.3)) < OUTPUT_BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,8 +75,8 @@ def test_no_tangent_rows() -> None:
 def test_views_of_a_packed_buffer(D: int, dtype: torch.dtype) -> None:
     primals = draw((2, 63, 3, 2, D), dtype, 0).unbind(2)
     tangents = draw((1, 63, 3, 2, D), dtype, 1).unbind(2)
-    check_forward(list(primals), list(tangents), D**-0.5)
-    check_backward(list(primals), D**-0.5)
+    check_forward(attention_forward, list(primals), list(tangents), D**-0.5)
+    check_backward(attention_backward, list(primals), D**-0.5)
 
 
 def test_permuted_and_expanded_strides() -> None:
@@ -190,8 +86,8 @@ def test_permuted_and_expanded_strides() -> None:
     v = draw((2, 63, 3, 25), dtype, 2)[..., 1:]  # rows of no aligned length: copied
     q_dot = draw((1, 17, 1, 24), dtype, 3).expand(2, 17, 3, 24)
     k_dot = draw((2, 63, 24, 3), dtype, 4).transpose(2, 3)  # the last dimension is not contiguous: copied
-    check_forward([q, k, v], [q_dot, k_dot, None], 0.2)
-    check_backward([q, k, v], 0.2)
+    check_forward(attention_forward, [q, k, v], [q_dot, k_dot, None], 0.2)
+    check_backward(attention_backward, [q, k, v], 0.2)
 
 
 def test_strides_of_dimensions_of_one_are_ignored() -> None:
@@ -205,31 +101,18 @@ def test_strides_of_dimensions_of_one_are_ignored() -> None:
 def test_every_block_shape(blocks: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
     config = {"BLOCK_M": blocks[0], "BLOCK_N": blocks[1], "num_warps": 4, "num_stages": 2}
     primals, tangents = inputs(Case(100, 63, 40), dtype)
-    check_forward(primals, tangents, 0.15, causal, config=config)
-    check_backward(primals, 0.15, causal, dq_config=config, dkdv_config=config)
+    check_forward(attention_forward, primals, tangents, 0.15, causal, config=config)
+    check_backward(attention_backward, primals, 0.15, causal, dq_config=config, dkdv_config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_of_eighty(dtype: torch.dtype) -> None:
-    """Scores reach +-80: one key takes nearly all the weight of a row, and exp(80) alone would overflow float16."""
     primals, tangents = inputs(Case(63, 100, 64, B=1), dtype)
     q, k, v = primals
-    scale = 80 / (q.double().flatten(0, 2) @ k.double().flatten(0, 2).T).abs().max().item()
+    scale = scale_for_scores_of_eighty(q, k)
     output_bound = LARGE_SCORE_OUTPUT_BOUND[dtype]
-    check_forward([q, k, v], tangents, scale, bound=output_bound, lse_bound=LARGE_SCORE_LSE_BOUND)
-    check_backward([q, k, v], scale, bound=LARGE_SCORE_GRADIENT_BOUND[dtype])
-
-
-def uncentred_tangent(primals: list[Tensor], tangents: list[Tensor], scale: float) -> Tensor:
-    """The tangent as kernels without a centre compute it: float32, with p and p s_dot rounded before the products."""
-    (q, k, v), (q_dot, k_dot, v_dot) = ([x.float().transpose(1, 2) for x in xs] for xs in (primals, tangents))
-    low = primals[0].dtype
-    s = scale * q @ k.mT  # [B, H, N_q, N_kv]
-    p = (s - s.amax(-1, keepdim=True)).exp()  # [B, H, N_q, N_kv]
-    h = p * scale * (q_dot @ k.mT + q @ k_dot.mT)  # [B, H, N_q, N_kv]
-    l, mu = p.sum(-1, keepdim=True), h.sum(-1, keepdim=True)  # [B, H, N_q, 1]  # noqa: E741
-    p, h = p.to(low).float(), h.to(low).float()
-    return ((h @ v + p @ v_dot) / l - mu / l * (p @ v / l)).transpose(1, 2)  # [B, N_q, H, D]
+    check_forward(attention_forward, [q, k, v], tangents, scale, bound=output_bound, lse_bound=LARGE_SCORE_LSE_BOUND)
+    check_backward(attention_backward, [q, k, v], scale, bound=LARGE_SCORE_GRADIENT_BOUND[dtype])
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
@@ -238,9 +121,9 @@ def test_large_constant_tangent_scores(constant: int, dtype: torch.dtype) -> Non
     """Measured in float16 for 10, 100 and 1000: 2.8e-4, 2.8e-4, 2.9e-4; uncentred 1.6e-3, 1.6e-2, 1.5e-1."""
     (q, k, v), tangents = inputs(Case(100, 276, 64), dtype)
     k[..., 0], tangents[0][..., 0] = 8, constant
-    check_forward([q, k, v], tangents, 1 / 8)
+    check_forward(attention_forward, [q, k, v], tangents, 1 / 8)
     uncentred = uncentred_tangent([q, k, v], tangents, 1 / 8)
-    assert error(uncentred, oracle_tangent([q, k, v], tangents, 1 / 8, False)) > 2 * OUTPUT_BOUND[dtype]
+    assert relative_error(uncentred, tangent_of_oracle([q, k, v], tangents, 1 / 8, False)) > 2 * OUTPUT_BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -252,7 +135,7 @@ def test_tangent_scores_of_negligible_first_keys(dtype: torch.dtype) -> None:
     (q, k, v), tangents = inputs(Case(100, 276, 64), dtype)
     k[:, :64, :, 0], k[:, 64:, :, 0] = 4, -4
     q[..., 0], tangents[0][..., 0] = -8, 100
-    check_forward([q, k, v], tangents, 1 / 8, bound=1e-5 if dtype == torch.float32 else None)
+    check_forward(attention_forward, [q, k, v], tangents, 1 / 8, bound=1e-5 if dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,7 +150,7 @@ def test_one_key(dtype: torch.dtype) -> None:
     dq, dk, dv = attention_backward(do, q, k, v, o, lse, scale=0.5)
     assert dq.abs().max() < 1e-6
     assert dk.abs().max() < 1e-5
-    assert error(dv, do.double().sum(1, keepdim=True)) < GRADIENT_BOUND[dtype]
+    assert relative_error(dv, do.double().sum(1, keepdim=True)) < GRADIENT_BOUND[dtype]
 
 
 def test_backward_repeats_bit_for_bit() -> None:
@@ -280,14 +163,16 @@ def test_backward_repeats_bit_for_bit() -> None:
 
 def test_tf32_on_request() -> None:
     primals, tangents = inputs(Case(17, 63, 64), torch.float32)
-    check_forward(primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None)
+    check_forward(
+        attention_forward, primals, tangents, 0.125, precision="tf32", bound=2e-3 if DEVICE == "cuda" else None
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 5])
 def test_batches_of_more_rows_than_a_grid_has(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(inspect.unwrap(attention_forward).__globals__, "MAX_BATCH", 2)
     primals, tangents = inputs(Case(17, 17, 8, B=5, B_t=rows), torch.float32)
-    check_forward(primals, tangents, 0.3)
+    check_forward(attention_forward, primals, tangents, 0.3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -304,7 +189,7 @@ def test_primal_rows_in_a_launch_of_their_own(apart: int, rows: int, dtype: torc
         forced_config("attention_forward_primal", primal),
         recorded(launches),
     ):
-        check_forward(primals, tangents, 72**-0.5)
+        check_forward(attention_forward, primals, tangents, 72**-0.5)
     made = [(launch.arguments["o_ptr"].shape[0], launch.config) for launch, _ in launches]
     if apart and 0 < rows < 4:
         assert made == [(rows, dual), (4 - rows, primal)]
@@ -334,7 +219,7 @@ def test_batches_of_more_rows_than_a_grid_has_apart(monkeypatch: pytest.MonkeyPa
     primals, tangents = inputs(Case(17, 17, 8, B=6, B_t=3), torch.float32)
     launches: list[tuple[Launch, object]] = []
     with forced_config("attention_forward_apart", {"LEAST_BLOCKS": 1}), recorded(launches):
-        check_forward(primals, tangents, 0.3)
+        check_forward(attention_forward, primals, tangents, 0.3)
     assert [launch.arguments["o_ptr"].shape[0] for launch, _ in launches] == [2, 1, 1, 2]
     assert [launch.arguments["B_t"] for launch, _ in launches] == [2, 1, 0, 0]
 

@@ -1,5 +1,6 @@
 """The module's projection and attention as one op: dqkv in one buffer, the bias's gradient summed by the kernels."""
 
+import oracles
 import pytest
 import torch
 from both_backends import DEVICE, both, cases
@@ -8,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mfkernels import Attention, Dual, Linear, requested_backend, use_backend
 from mfkernels.attention import projected
 from mfkernels.attention.projected import projected_attention
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 # reference, then Triton; twice what was measured. The interpreter gets products of bfloat16 wrong
 case = cases(reference=(3.8e-15, 2e-6, 2e-2), triton=(1.7e-6, 2.2e-3, 2e-2))
@@ -16,11 +17,9 @@ backend = both()
 
 
 def oracle(x, weight, bias=None, num_heads=2):
-    B, N, D = x.shape
     qkv = x @ weight.T if bias is None else x @ weight.T + bias
-    q, k, v = qkv.reshape(B, N, 3, num_heads, D // num_heads).permute(2, 0, 3, 1, 4)
-    p = torch.softmax(q @ k.transpose(-1, -2) * (D // num_heads) ** -0.5, dim=-1)
-    return (p @ v).transpose(1, 2).reshape(B, N, D)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return oracles.attention(q, k, v).flatten(2)
 
 
 def make(B, N, D, bias=True):
@@ -36,10 +35,9 @@ def op(x, weight, bias=None):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [(3, 17, 48), (2, 1, 16), (1, 67, 144), (4, 130, 16)])
 def test_value_tangent_and_gradients(size, bias, case):
-    dtype, bound = case
-    if DEVICE == "cpu" and dtype == torch.bfloat16 and requested_backend() == "triton":
+    if DEVICE == "cpu" and case.dtype == torch.bfloat16 and requested_backend() == "triton":
         pytest.skip("the interpreter gets products of bfloat16 wrong")
-    assert_dual(op, oracle, make(*size, bias), duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
+    case.check(op, oracle, make(*size, bias), ["x"])
 
 
 def test_autocast_keeps_the_gradients_of_float32_weights(backend):

@@ -1,17 +1,13 @@
 """Run by test_compile.py: what ptxas makes of the shipped configurations, as JSON."""
 
 import torch
-from ahead_of_time import print_reports
+from ahead_of_time import meta, print_reports
 
 from mfkernels.gated_residual.kernels import backward_launch, forward_launch
 from mfkernels.launch import Launch, find_config
 
 DTYPE = torch.bfloat16
 B, B_t, N = 8, 2, 256
-
-
-def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def forward(arch: str, D: int) -> Launch:

@@ -1,13 +1,15 @@
 """The stream between a block's parts: two updates, each with a bias and a norm, the first of them never written."""
 
+import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import DEVICE, both, cases, float32
+from memory import saved_bytes
 
 from meanflow.models import DiTBlock, FinalLayer
 from mfkernels import Dual, ResidualStream, checkpoint, use_backend
 from mfkernels.dual import primal_of
-from mfkernels.testing import assert_dual, relative_error
+from mfkernels.testing import relative_error
 
 # reference, then Triton; twice what was measured
 case = cases(reference=(7.6e-16, 3.5e-7, 1.1e-2), triton=(3e-7, 8.2e-4, 1.1e-2))
@@ -16,17 +18,11 @@ SIZES = [(4, 17, 24), (2, 1, 2730), (1, 5, 1152), (3, 67, 40)]
 BIASES = ["bias", "next_bias"]
 
 
-def norm(x, shift, scale):
-    mean = x.mean(-1, keepdim=True)
-    var = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / torch.sqrt(var + 1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
 def oracle(x, y, gate, bias, shift, scale, next_y, next_gate, next_bias, next_shift, next_scale):
-    x = x + gate[:, None] * (y + bias)
-    h = norm(x, shift, scale)
-    x = x + next_gate[:, None] * (next_y + next_bias)
-    return torch.cat([h, norm(x, next_shift, next_scale), x], dim=1)
+    x = oracles.gated_residual(x, y + bias, gate)
+    h = oracles.ada_layer_norm(x, shift, scale)
+    x = oracles.gated_residual(x, next_y + next_bias, next_gate)
+    return torch.cat([h, oracles.ada_layer_norm(x, next_shift, next_scale), x], dim=1)
 
 
 def two_updates(x, y, gate, bias, shift, scale, next_y, next_gate, next_bias, next_shift, next_scale):
@@ -49,15 +45,14 @@ def make(B, N, D):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_two_updates(size, case):
-    dtype, bound = case
     inputs = make(*size)
     duals = [name for name in inputs if name not in BIASES]
-    assert_dual(two_updates, oracle, inputs, duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(two_updates, oracle, inputs, duals)
 
 
 @pytest.mark.parametrize("some", [["x"], ["gate", "next_y"], ["next_shift"], ["y", "next_scale"]])
 def test_some_tangents_are_zero(some, backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(3, 5, 24).items()}
+    inputs = float32(make(3, 5, 24))
     dots = {name: torch.randn_like(inputs[name]) for name in some}
     duals = {name: Dual(a, dots[name][:2]) if name in some else a for name, a in inputs.items()}
     h, stream = (
@@ -84,7 +79,7 @@ def test_some_tangents_are_zero(some, backend):
 
 
 def test_the_first_sum_is_not_written(backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    inputs = float32(make(2, 7, 24))
     stream = ResidualStream(inputs["x"]).updated(inputs["y"], inputs["gate"], inputs["bias"])
     _, normed = stream.normed(inputs["shift"], inputs["scale"])
     if backend == "reference":
@@ -124,33 +119,19 @@ def test_what_is_kept_for_the_backward(backend):
     inputs = {name: a.to(DEVICE, torch.float32).requires_grad_() for name, a in make(4, 7, 24).items()}
     duals = {name: a if name in BIASES else Dual(a, torch.randn_like(a)) for name, a in inputs.items()}
 
-    def kept(run):
-        storages = {}
-
-        def pack(a):
-            storages[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-            return a
-
-        def outputs(h, next_h, stream):
-            return h, next_h, stream
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
-            outputs(*run())
-        return sum(storages.values())
-
     def run(of):
         h, stream = ResidualStream(of["x"]).updated(of["y"], of["gate"], of["bias"]).normed(of["shift"], of["scale"])
         rest = [of[name] for name in ("next_y", "next_gate", "next_bias", "next_shift", "next_scale")]
         return h, *stream.update_and_norm(*rest)
 
     stream_bytes = 4 * 4 * 7 * 24
-    plain = kept(lambda: run(inputs))
+    plain = saved_bytes(lambda: run(inputs))
     assert plain <= 4 * stream_bytes + 16 * 1024  # vectors and statistics besides
-    assert kept(lambda: run(duals)) == plain
+    assert saved_bytes(lambda: run(duals)) == plain
 
 
 def test_it_goes_through_a_checkpoint(backend):
-    inputs = {name: a.to(DEVICE, torch.float32) for name, a in make(2, 7, 24).items()}
+    inputs = float32(make(2, 7, 24))
     grads = []
     for wrap in (lambda fn, *args: fn(*args), checkpoint):
         x, y = (inputs[name].clone().requires_grad_() for name in ("x", "y"))

@@ -1,14 +1,11 @@
+import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import both, cases
 from memory import saved_bytes
+from op_checks import assert_tangents_of_different_rows
 
 from mfkernels import Dual, layer_scale_residual
-from mfkernels.testing import assert_dual
-
-
-def oracle(x, y, scale):
-    return x + y * scale
 
 
 def make(*shape, dtype=torch.float64):
@@ -31,16 +28,12 @@ case = cases(
     ("shape", "duals"), [(s, "xy") for s in SHAPES] + [(s, one) for s in SHAPES[:2] for one in "xy"]
 )
 def test_against_float64(duals, shape, case):
-    dtype, bound = case
-    assert_dual(layer_scale_residual, oracle, make(*shape), duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(layer_scale_residual, oracles.layer_scale_residual, make(*shape), duals)
 
 
-def test_tangents_of_different_rows(backend):
-    m = make(4, 3, 8, dtype=torch.float32)
-    x_dot, y_dot = torch.randn(1, 3, 8), torch.randn(3, 3, 8)
-    out = layer_scale_residual(Dual(m["x"], x_dot), Dual(m["y"], y_dot), m["scale"])
-    padded = torch.cat([x_dot, torch.zeros(2, 3, 8)])
-    torch.testing.assert_close(out.tangent, padded + y_dot * m["scale"])
+def test_tangents_of_different_rows(case):
+    inputs, rows = make(4, 3, 8), {"x": 1, "y": 3}
+    assert_tangents_of_different_rows(layer_scale_residual, oracles.layer_scale_residual, inputs, rows, *case)
 
 
 def test_the_scale_may_be_wider_than_the_inputs(backend):

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import cuda_emulator
+import oracles
 import pytest
 import torch
 from both_backends import DEVICE
-from plain_mlp import make, oracle
+from mlp_inputs import make
 
 from mfkernels import Dual, mlp, use_backend
 from mfkernels.mlp import cublaslt, op
@@ -59,7 +60,7 @@ DTYPES = {torch.float16: 1e-3, torch.bfloat16: 1.25e-2}
 def test_against_float64(shape, hidden, dtype, served):
     with use_backend("mlp=cublaslt"):
         assert_dual(
-            mlp, oracle, make(*shape, hidden=hidden), duals=["x"], dtype=dtype, bound=DTYPES[dtype], device=DEVICE
+            mlp, oracles.mlp, make(*shape, hidden=hidden), duals=["x"], dtype=dtype, bound=DTYPES[dtype], device=DEVICE
         )
 
 

@@ -1,7 +1,7 @@
 """Run by test_compile.py: what ptxas makes of the shipped configurations, as JSON."""
 
 import torch
-from ahead_of_time import print_reports
+from ahead_of_time import meta, print_reports
 
 from mfkernels.launch import Launch, find_config
 from mfkernels.layer_scale_residual import kernels as layer_scale
@@ -14,10 +14,6 @@ DTYPE = torch.bfloat16
 R, R_t = 4096, 1024
 B, B_t, N, H = 16, 4, 276, 16
 HEAD_DIMS = {768: 64, 1152: 72, 2730: 128}  # the three head dims that matter, by the width they are reported under
-
-
-def meta(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def rms_norm_forward(arch: str, D: int) -> Launch:

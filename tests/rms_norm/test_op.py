@@ -1,14 +1,10 @@
+import oracles
 import pytest
 import torch
-from both_backends import DEVICE, both, cases
+from both_backends import both, cases
 from memory import saved_bytes
 
 from mfkernels import Dual, RMSNorm, linear_map, rms_norm
-from mfkernels.testing import assert_dual
-
-
-def oracle(x, weight):
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * weight
 
 
 def make(*shape):
@@ -26,25 +22,20 @@ case = cases(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_float64(shape, case):
-    dtype, bound = case
-    assert_dual(rms_norm, oracle, make(*shape), duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
+    case.check(rms_norm, oracles.rms_norm, make(*shape), ["x"])
 
 
 @pytest.mark.parametrize(
     "view", [lambda a: a[:, 5:], lambda a: a.unflatten(1, (3, 4))[:, :, 1], lambda a: a[..., :7].mT]
 )
 def test_strided_views(view, case):
-    dtype, bound = case
     inputs = {"x": torch.randn(3, 12, 24, dtype=torch.float64), "weight": make(24)["weight"]}
     width = view(inputs["x"]).shape[-1]
-    assert_dual(
+    case.check(
         lambda x, weight: rms_norm(linear_map(view, x), weight[:width]),
-        lambda x, weight: oracle(view(x), weight[:width]),
+        lambda x, weight: oracles.rms_norm(view(x), weight[:width]),
         inputs,
-        duals=["x"],
-        dtype=dtype,
-        bound=bound,
-        device=DEVICE,
+        ["x"],
     )
 
 
@@ -68,7 +59,7 @@ def test_the_weight_may_be_wider_than_the_input(backend):
     weight = 1 + 0.3 * torch.randn(24)
     y = rms_norm(Dual(x, x), weight)
     assert y.primal.dtype == y.tangent.dtype == torch.bfloat16
-    torch.testing.assert_close(y.primal, oracle(x.double(), weight.double()).bfloat16(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y.primal, oracles.rms_norm(x.double(), weight.double()).bfloat16(), rtol=1e-2, atol=1e-2)
 
 
 def test_module_is_the_ops_and_saves_what_torch_saves(backend):

@@ -1,5 +1,6 @@
 """The drop-in for PyTorch's attention: same arguments, same numbers, and a tangent however one is asked for."""
 
+import oracles
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -24,15 +25,11 @@ def qkv(case):
 
 
 def oracle(options):
-    """Softmax attention from its definition."""
+    """Of heads in front of tokens."""
+    known = {name: options[name] for name in ("scale", "is_causal") if name in options}
 
     def attend(query, key, value):
-        n = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
-        s = query @ key.mT * options.get("scale", query.shape[-1] ** -0.5)
-        if options.get("is_causal"):
-            s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-        return s.softmax(-1) @ value
+        return oracles.attention(*(x.transpose(1, 2) for x in (query, key, value)), **known).transpose(1, 2)
 
     return attend
 

@@ -1,14 +1,11 @@
+import oracles
 import pytest
 import torch
 from both_backends import DEVICE, both, cases
 from memory import saved_bytes
+from op_checks import assert_tangents_of_different_rows
 
 from mfkernels import Dual, SwiGLU, split_map, swiglu
-from mfkernels.testing import assert_dual
-
-
-def oracle(a, b):
-    return a / (1 + torch.exp(-a)) * b
 
 
 def make(*shape, dtype=torch.float64):
@@ -31,57 +28,41 @@ module_case = cases(
     ("shape", "duals"), [(s, "ab") for s in SHAPES] + [(s, one) for s in SHAPES[:2] for one in "ab"]
 )
 def test_against_float64(duals, shape, case):
-    dtype, bound = case
-    assert_dual(swiglu, oracle, make(*shape), duals=duals, dtype=dtype, bound=bound, device=DEVICE)
+    case.check(swiglu, oracles.swiglu, make(*shape), duals)
 
 
 @pytest.mark.parametrize("shape", [(4, 7, 2 * 24), (2, 3, 2 * 2730), (5, 2 * 300)])
 def test_halves_of_one_projection(shape, case):
-    dtype, bound = case
-
     def run(ab):
         a, b = split_map(lambda x: x.chunk(2, -1), ab)
         return swiglu(a, b)
 
     inputs = {"ab": torch.randn(shape, dtype=torch.float64)}
-    assert_dual(
-        run,
-        lambda ab: oracle(*ab.chunk(2, -1)),
-        inputs,
-        duals=["ab"],
-        dtype=dtype,
-        bound=bound,
-        device=DEVICE,
-    )
+    case.check(run, lambda ab: oracles.swiglu(*ab.chunk(2, -1)), inputs, ["ab"])
 
 
-def test_tangents_of_different_rows(backend):
-    m = make(4, 3, 8, dtype=torch.float32)
-    a_dot, b_dot = torch.randn(1, 3, 8), torch.randn(3, 3, 8)
-    y = swiglu(Dual(m["a"], a_dot), Dual(m["b"], b_dot))
-    tangents = tuple(torch.cat([t, t.new_zeros(4 - t.shape[0], 3, 8)]) for t in (a_dot, b_dot))
-    _, ref = torch.func.jvp(oracle, (m["a"], m["b"]), tangents)
-    torch.testing.assert_close(y.tangent, ref[:3])
+def test_tangents_of_different_rows(case):
+    rows = {"a": 1, "b": 3}
+    assert_tangents_of_different_rows(swiglu, oracles.swiglu, make(4, 3, 8), rows, *case)
 
 
 def mlp_oracle(x, w1, w2, w3):
-    return oracle(x @ w1.T, x @ w3.T) @ w2.T
+    return oracles.swiglu(x @ w1.T, x @ w3.T) @ w2.T
 
 
 @pytest.mark.parametrize("shape", [(4, 7, 24), (3, 10)])
 def test_module(shape, module_case):
-    dtype, bound = module_case
     D, hidden = shape[-1], 27
     inputs = {"x": torch.randn(shape, dtype=torch.float64)}
     for name, size in (("w1", (hidden, D)), ("w2", (D, hidden)), ("w3", (hidden, D))):
         inputs[name] = torch.randn(size, dtype=torch.float64) / size[1] ** 0.5
-    net = SwiGLU(D, hidden).to(DEVICE, dtype)
+    net = SwiGLU(D, hidden).to(DEVICE, module_case.dtype)
     assert list(net.state_dict()) == ["w1.weight", "w2.weight", "w3.weight"]
 
     def run(x, **weights):
         return torch.func.functional_call(net, {f"{name}.weight": w for name, w in weights.items()}, (x,))
 
-    assert_dual(run, mlp_oracle, inputs, duals=["x"], dtype=dtype, bound=bound, device=DEVICE)
+    module_case.check(run, mlp_oracle, inputs, ["x"])
 
 
 def test_backward_keeps_nothing_of_the_tangent(backend):
