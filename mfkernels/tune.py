@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mfkernels.attention.limits import MAX_HEAD_DIM
+from mfkernels.attention.op import MAX_HEAD_DIM
 from mfkernels.backend import triton_unavailable
 from mfkernels.launch import (
     Config,

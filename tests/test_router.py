@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as fwAD
 
 from mfkernels import Dual, backend, dual_aware, dualize, jvp, silu, use_backend
 from mfkernels.backend import recorded_choices, rows_unsupported
-from mfkernels.operator import operator, or_no_rows, rows_of
+from mfkernels.operator import num_tangent_rows, operator, tangent_or_empty
 from mfkernels.router import Backend, DualOp
 from mfkernels.testing import assert_dual
 
@@ -94,17 +94,17 @@ def test_an_op_without_backends_is_recorded_and_takes_no_request(example):
 
 @operator("toy_cube_forward")
 def _cube(x: torch.Tensor, x_dot: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x**3, or_no_rows(None if x_dot is None else 3 * x[: x_dot.shape[0]] ** 2 * x_dot, x), x.sum()
+    return x**3, tangent_or_empty(None if x_dot is None else 3 * x[: x_dot.shape[0]] ** 2 * x_dot, x), x.sum()
 
 
 @_cube.register_fake
 def _(x, x_dot):
-    return x.new_empty(x.shape), x.new_empty((rows_of(x_dot), *x.shape[1:])), x.new_empty(())
+    return x.new_empty(x.shape), x.new_empty((num_tangent_rows(x_dot), *x.shape[1:])), x.new_empty(())
 
 
 _cube.register_gradients(
     lambda ctx, dy: (3 * ctx.saved_tensors[0] ** 2 * dy,),
-    keep=lambda ctx, inputs, output: inputs[:1],
+    save=lambda ctx, inputs, output: inputs[:1],
 )
 
 
