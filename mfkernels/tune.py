@@ -17,6 +17,7 @@ import torch
 
 from mfkernels.attention.op import MAX_HEAD_DIM
 from mfkernels.backend import triton_unavailable
+from mfkernels.folders import modules_of_ops
 from mfkernels.launch import (
     Config,
     clear_cache,
@@ -26,7 +27,7 @@ from mfkernels.launch import (
     user_table,
 )
 from mfkernels.timing import Timing, busy_time
-from mfkernels.tune_problems import Problem, Sizes, of_ops
+from mfkernels.tune_problems import Problem, Sizes
 
 # Largest difference from the first candidate's result, in norms, that rounding in another order explains.
 AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
@@ -105,7 +106,7 @@ def problems(
 ) -> Iterator[Problem]:
     """Every op's problems, on batches of `total` tokens; rows and heads in sequences of 256 tokens."""
     sizes = Sizes(head_dims, widths, hidden_widths, tokens, dtype, device, total)
-    for tuning in of_ops():
+    for tuning in modules_of_ops("tuning"):
         yield from tuning.problems(sizes)
 
 
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
     path = user_table()
-    known = {op for tuning in of_ops() for op in tuning.OPS}
+    known = {op for tuning in modules_of_ops("tuning") for op in tuning.OPS}
     try:
         read_table(path)  # now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):

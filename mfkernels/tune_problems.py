@@ -5,12 +5,9 @@ Each op has its own in `tuning.py` of its folder; this is what they share.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,14 +91,6 @@ def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """The sizes that each measured size speaks for: down to the next smaller one, the smallest for itself alone."""
     ordered = sorted(set(sizes))
     return [(low + 1, high) for low, high in zip([ordered[0] - 1, *ordered], ordered, strict=False)]
-
-
-def of_ops() -> list[ModuleType]:
-    """The `tuning` of each op's folder that has one: `OPS`, the rows it tunes, and `problems(sizes)`."""
-    here = Path(__file__).parent
-    return [
-        importlib.import_module(f"mfkernels.{path.parent.name}.tuning") for path in sorted(here.glob("*/tuning.py"))
-    ]
 
 
 class Source:

@@ -9,8 +9,9 @@ pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels import launch, tune, tune_problems
 from mfkernels.adaptive_squared_error.tuning import CANDIDATES
+from mfkernels.folders import modules_of_ops
 from mfkernels.timing import Timing
-from mfkernels.tune_problems import of_ops, tile
+from mfkernels.tune_problems import tile
 
 REQUEST = {
     "op": "a",
@@ -269,7 +270,7 @@ def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
             problem.run()
         ops.append(problem.op)
     known = {row["op"] for row in launch.shipped()}
-    assert sorted(ops) == sorted(op for tuning in of_ops() for op in tuning.OPS)
+    assert sorted(ops) == sorted(op for tuning in modules_of_ops("tuning") for op in tuning.OPS)
     # two that take microseconds, and a limit that is no kernel's
     assert known - set(ops) == {"sum_partials", "timestep_embedding", "attention_forward_apart"}
 

@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as fwAD
 
 from mfkernels import Dual, backend, dual_aware, dualize, jvp, silu, use_backend
 from mfkernels.backend import recorded_choices, rows_unsupported
+from mfkernels.check.case import channel_cases
 from mfkernels.operator import num_tangent_rows, operator, tangent_or_empty
 from mfkernels.router import Backend, DualOp
 from mfkernels.testing import assert_dual
@@ -87,6 +88,14 @@ def test_an_op_without_backends_is_recorded_and_takes_no_request(example):
             example["scaled_power"](*inputs().values())
             silu(torch.randn(3))
     assert chosen == {"scaled_power": "reference", "silu": "reference"}
+
+
+def test_the_cases_of_the_guide_are_checked(example):
+    line = re.search(r"`(CASES = .*?)`", TEXT)[1]
+    names = {"scaled_power": example["scaled_power"], "formula": oracle, "channel_cases": channel_cases}
+    exec(line, names)
+    for case in names["CASES"]["scaled_power"].small:
+        assert max(case.errors(1, torch.float32, torch.device("cpu"), plain=False).values()) < 1e-6
 
 
 # An op with a backend, whose "kernels" are plain PyTorch; y is differentiable, its tangent and the sum are not.
