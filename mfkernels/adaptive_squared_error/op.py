@@ -19,13 +19,7 @@ from . import reference
 
 @operator("adaptive_squared_error_forward")
 def _forward(
-    u: Tensor,
-    v: Tensor,
-    correction: Tensor | None,
-    interval: Tensor | None,
-    p: float,
-    eps: float,
-    with_error: bool,
+    u: Tensor, v: Tensor, correction: Tensor | None, interval: Tensor | None, p: float, eps: float, with_error: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, squared error and weight (B,) in float32, and u − target (B, …) where asked for, else no elements."""
     from .kernels import error_forward

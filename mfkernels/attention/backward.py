@@ -161,20 +161,11 @@ def attention_backward_by(
 
 def _cudnn(heads: list[Tensor], lse: Tensor, N_q: int, N_kv: int, scale: float, causal: bool) -> Gradients:
     """By published figures 1.3 to 1.6 times as fast as flash's on Hopper; not deterministic."""
+    if _cudnn_lse_rank(lse.device) == 4:
+        lse = lse.unsqueeze(-1)  # [B, H, N_q, 1]
     no_dropout = torch.zeros((), device=lse.device, dtype=torch.int64)
     return attention_backward_cudnn(
-        *heads,
-        lse.unsqueeze(-1) if _cudnn_lse_rank(lse.device) == 4 else lse,
-        no_dropout,
-        no_dropout,
-        None,
-        None,
-        None,
-        N_q,
-        N_kv,
-        0.0,
-        causal,
-        scale=scale,
+        *heads, lse, no_dropout, no_dropout, None, None, None, N_q, N_kv, 0.0, causal, scale=scale
     )
 
 
@@ -190,17 +181,7 @@ def _flash(heads: list[Tensor], lse: Tensor, N_q: int, N_kv: int, scale: float, 
     """`torch.use_deterministic_algorithms` makes it deterministic."""
     no_dropout = torch.zeros((), device=lse.device, dtype=torch.int64)
     return attention_backward_flash(
-        *heads,
-        lse,
-        None,
-        None,
-        N_q,
-        N_kv,
-        0.0,
-        causal,
-        no_dropout,
-        no_dropout,
-        scale=scale,
+        *heads, lse, None, None, N_q, N_kv, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
 
 

@@ -308,7 +308,7 @@ def dq_launch(
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
     config = backward_configs(q, k, precision, config)[0]
-    return Launch.of(
+    return Launch(
         _dq_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]) * H * B,),
         config,
@@ -355,7 +355,7 @@ def dkdv_launch(
     B, N_q, _, D = q.shape
     N_kv, H_kv = k.shape[1:3]
     config = backward_configs(q, k, precision, None, config)[1]
-    return Launch.of(
+    return Launch(
         _dkdv_kernel,
         lambda config: (cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
         config,

@@ -302,7 +302,7 @@ def forward_launch(
             head_dim=D,
             tokens=N_kv,
         )
-    return Launch.of(
+    return Launch(
         _attention_forward_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]), H, B),
         config,

@@ -85,8 +85,7 @@ def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 forward.register_gradients(
-    lambda ctx, do: _backward(do, *ctx.saved_tensors, ctx.scale, ctx.is_causal, ctx.backward),
-    save=_saved,
+    lambda ctx, do: _backward(do, *ctx.saved_tensors, ctx.scale, ctx.is_causal, ctx.backward), save=_saved
 )
 
 
@@ -158,12 +157,7 @@ def _reference_tangent(q: Tensor, *rest: Any) -> Tensor:
 
 
 def attention(
-    q: TensorOrDual,
-    k: TensorOrDual,
-    v: TensorOrDual,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
+    q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, *, scale: float | None = None, is_causal: bool = False
 ) -> TensorOrDual:
     """Softmax attention, O = softmax(scale·QKᵀ) V, and its tangent in the same call.
 

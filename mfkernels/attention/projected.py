@@ -70,13 +70,7 @@ def _(x, x_dot, weight, bias, num_heads, scale, dtype, backend, backward):  # ty
 
 @operator("packed_attention_backward")
 def _packed(
-    do: Tensor,
-    qkv: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias_dtype: torch.dtype | None,
-    backward: str,
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, bias_dtype: torch.dtype | None, backward: str
 ) -> tuple[Tensor, Tensor]:
     """dqkv (B, N, 3, H, d) of do and o (B, N, H, d), and its sum over the tokens (3·D,), (0,) without `bias_dtype`."""
     if backward == "by-length":

@@ -19,12 +19,7 @@ from . import reference
 
 @operator("gated_residual_forward")
 def _forward(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
+    x: Tensor, y: Tensor, gate: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, gate_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x + gate·y (B, N, D) and its tangent (B_t, N, D), B_t = 0 where there is none."""
     from .kernels import gated_residual_forward
@@ -52,9 +47,9 @@ _forward.register_gradients(
 )
 
 
-# The update followed by a norm. `defer` leaves out writing the sum: the next update makes it again, from x and this
-# update's y, gate and bias, which it calls the base. `seen` is what this one returned in the sum's place, and carries
-# the sum's gradient from that update to this one.
+# The update followed by a norm. `defer` leaves out writing the sum: the next update computes it again, from what it was
+# added to, `start`, and this update's y, gate and bias, the base. What this one returned in the sum's place is then the
+# next one's x: nothing reads its values, and its gradient is the sum's.
 
 
 @operator("gated_residual_ada_layer_norm_forward")
@@ -62,11 +57,6 @@ def _norm_forward(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    bias: Tensor | None,
-    seen: Tensor | None,
-    base_y: Tensor | None,
-    base_gate: Tensor | None,
-    base_bias: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     x_dot: Tensor | None,
@@ -74,18 +64,25 @@ def _norm_forward(
     gate_dot: Tensor | None,
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-    defer: bool,
+    keeps_dtype: bool,
+    start: Tensor | None = None,
+    base_y: Tensor | None = None,
+    base_gate: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    defer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_new and h (B, N, D), their tangents (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2).
 
     x_dot is that of the sum with the base, which is written in any case. With `defer` x_new is NaN without memory.
+    `keeps_dtype`, whether the sum has the dtype of x, is for `ResidualStream` alone.
     """
     from ..ada_layer_norm.kernels import Tangents, Update, norm_forward
 
     x_new, h, x_new_dot, h_dot, stats = norm_forward(
-        x,
+        x if start is None else start,
         Update(y, gate, bias),
         None if base_y is None or base_gate is None else Update(base_y, base_gate, base_bias),
         shift,
@@ -101,10 +98,9 @@ def _norm_forward(
 
 
 @_norm_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, y, gate, bias, seen, base_y, base_gate, base_bias, shift, scale, *dots_and_rest
-):
-    *dots, _eps, dtype, defer = dots_and_rest
+def _(x, y, gate, shift, scale, *rest):  # type: ignore[no-untyped-def]
+    *dots, _bias, _eps, dtype, _keeps_dtype = rest[:9]
+    defer = len(rest) == 14 and rest[13]
     rows = num_tangent_rows(*dots)
     B, N, D = x.shape
     x_new = x.new_empty((1, 1, 1) if defer else (B, N, D), dtype=promoted(x, y, gate)).expand(B, N, D)
@@ -143,8 +139,9 @@ def _(dh, dx_new, x, y, gate, bias, scale, stats, deferred):  # type: ignore[no-
 
 
 def _norm_saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, y, gate, bias, seen, _, _, _, _, scale, *_, ctx.deferred = inputs
-    ctx.seen = seen is not None
+    x, y, gate, _, scale = inputs[:5]
+    bias = inputs[10]
+    ctx.deferred = len(inputs) == 19 and inputs[18]
     # nothing of the base: its gradients come from the update that it was
     return x if ctx.deferred else output[0], y, gate, bias, scale, output[4]
 
@@ -161,8 +158,7 @@ def _norm_gradients(ctx, dx_new, dh):  # type: ignore[no-untyped-def]
         dy, dgate = _backward(dx_new, y if bias is None else y + bias, gate)
         dbias = None if bias is None else (dx_new * gate.unsqueeze(1)).sum((0, 1)).to(bias.dtype)
         dy = dy.to(y.dtype)
-    to_x, to_seen = (None, dx) if ctx.seen else (dx, None)
-    return to_x, dy, dgate, dbias, to_seen, None, None, None, dshift, dscale
+    return dx, dy, dgate, dshift, dscale, *(None,) * 5, dbias
 
 
 _norm_forward.register_gradients(_norm_gradients, save=_norm_saved, outputs=2)
@@ -173,33 +169,6 @@ def _wrapper(
 ) -> tuple[Tensor, Tensor]:
     *dots, bias = dots_and_bias
     return forward(x, reference.with_bias(y, bias), gate, *dots)
-
-
-def _norm_wrapper(
-    forward: Callable[..., tuple[Tensor, ...]],
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    _: bool,
-    before: Sequence[Tensor | None] = (None,) * 4,
-    defer: bool = False,
-) -> tuple[Tensor, ...]:
-    """`before`: what `x` was before its base was added, and that base; `x` is then what is called `seen` above."""
-    start, *base = before
-    seen = None if start is None else x
-    x = x if start is None else start
-    dots = (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    return forward(x, y, gate, bias, seen, *base, shift, scale, *dots, eps, dtype, defer)
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -270,12 +239,7 @@ def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | 
 
 
 def _check_norm(
-    x: TensorOrDual,
-    y: TensorOrDual,
-    gate: TensorOrDual,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-    bias: Tensor | None,
+    x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, bias: Tensor | None
 ) -> None:
     _check(x, y, gate, bias)
     check_ada_layer_norm(x, shift, scale)
@@ -308,10 +272,10 @@ class _Norm(DualOp):
         before: tuple[TensorOrDual, TensorOrDual, TensorOrDual, Tensor | None] | None = None,
         defer: bool = False,
     ) -> tuple[TensorOrDual, TensorOrDual]:
-        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_wrapper`."""
+        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_forward`."""
         # the gradients of `before` go through the sum's
         detached = (None,) * 4 if before is None else [None if a is None else primal_of(a).detach() for a in before]
-        rest = (bias, eps, *decision.derived, detached, defer)
+        rest = (bias, eps, *decision.derived, *detached, defer)
         return run_on_duals(self._runs[eager][decision.backend], operands, rest, self.outputs)
 
 
@@ -322,7 +286,7 @@ gated_residual_norm = _Norm(
     check=_check_norm,
     reference=reference.gated_residual_ada_layer_norm,
     tangent=reference.gated_residual_ada_layer_norm_tangent,
-    backends={"triton": Backend(_norm_forward, _unsupported, wrapper=_norm_wrapper)},
+    backends={"triton": Backend(_norm_forward, _unsupported)},
     outputs=((0, 1, 2), None),
     # the dtype of h, and whether the sum has that of x
     derived=lambda x, y, gate, shift, scale, bias: (

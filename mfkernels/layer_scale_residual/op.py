@@ -16,13 +16,7 @@ from . import reference
 
 
 @operator("layer_scale_residual_forward")
-def _forward(
-    x: Tensor,
-    y: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    scale: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x + scale·y (B, …, D) and its tangent (B_t, …, D), B_t = 0 without a y_dot."""
     from .kernels import layer_scale_residual_forward
 

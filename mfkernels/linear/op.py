@@ -20,11 +20,7 @@ from . import reference
 
 @operator("linear_forward")
 def _forward(
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, …, D_out), its tangent (B_t, …, D_out), B_t = 0 without one; x, weight in `dtype`, (0,) if given so."""
     x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)

@@ -33,16 +33,7 @@ def _forward(
     from .kernels import rotary_forward
 
     q_out, k_out, q_out_dot, k_out_dot = rotary_forward(
-        q,
-        k,
-        q_dot,
-        k_dot,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        eps=eps,
-        interleaved=interleaved,
+        q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps=eps, interleaved=interleaved
     )
     return q_out, k_out, tangent_or_empty(q_out_dot, q_out), tangent_or_empty(k_out_dot, k_out)
 
@@ -110,12 +101,7 @@ _forward.register_gradients(_gradients, save=_saved, outputs=2)
 
 
 def rotary(
-    q: TensorOrDual,
-    k: TensorOrDual,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    interleaved: bool = False,
+    q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[TensorOrDual, TensorOrDual]:
     """Rotary position embedding (arXiv 2104.09864) of queries and keys.
 

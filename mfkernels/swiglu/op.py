@@ -36,8 +36,7 @@ def _backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _forward.register_gradients(
-    lambda ctx, dy: _backward(dy, *ctx.saved_tensors),
-    save=lambda ctx, inputs, output: inputs[:2],
+    lambda ctx, dy: _backward(dy, *ctx.saved_tensors), save=lambda ctx, inputs, output: inputs[:2]
 )
 
 # ------------------------------------------------------------------------------------------------- the public function

@@ -32,9 +32,6 @@ def make(B: int, dim: int) -> Case:
 
 CASES = {
     "timestep_embedding": OpCases(
-        make,
-        small=[make(1, 100), make(63, 256), make(100, 2730)],
-        large=[],
-        timed=(make(64, 256), make(256, 256)),
+        make, small=[make(1, 100), make(63, 256), make(100, 2730)], large=[], timed=(make(64, 256), make(256, 256))
     )
 }

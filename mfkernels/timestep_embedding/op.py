@@ -40,10 +40,7 @@ def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     return (t,)
 
 
-_forward.register_gradients(
-    lambda ctx, dout: (_backward(dout, *ctx.saved_tensors, ctx.max_period),),
-    save=_saved,
-)
+_forward.register_gradients(lambda ctx, dout: (_backward(dout, *ctx.saved_tensors, ctx.max_period),), save=_saved)
 
 
 def _triton_unsupported(t: Tensor, dim: int) -> str | None:
