@@ -204,16 +204,14 @@ _MIXES = (
 
 
 class _RefuseWrongTangents(TorchFunctionMode):
-    """Raise where `torch.func.jvp` would return a wrong tangent silently.
-
-    Custom operators have no forward-mode rule and return zero. Batch statistics of the first rows alone differ from the
-    batch's: the tangent would be of another function.
-    """
+    """Raise where `torch.func.jvp` would return a wrong tangent silently."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # batch statistics of the first rows alone differ from the batch's: the tangent would be of another function
         if getattr(func, "__name__", None) == "batch_norm" and (args[5] if len(args) > 5 else kwargs.get("training")):
             raise NotImplementedError(f"fn: batch_norm {_MIXES}")
+        # custom operators have no forward-mode rule: their tangent would be zero
         custom = isinstance(func, _OPERATORS) and not str(func).startswith(("aten", "prim"))
         if custom and tree_any(carries_tangent, (args, kwargs)):
             raise NotImplementedError(f"Trying to use forward AD with {func} that does not support it")

@@ -108,11 +108,9 @@ class ResidualStream(NamedTuple):
 
 
 def _decision(*arguments: TensorOrDual | None) -> tuple[Decision | None, bool]:
-    """The decision for a call of `gated_residual_ada_layer_norm`, and whether the call has a cache key.
-
-    None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and under
-    torch.func, forward mode and for subclasses, where it would not be one op.
-    """
+    """The decision for a call of `gated_residual_ada_layer_norm`, and whether the call has a cache key."""
+    # None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and under
+    # torch.func, forward mode and for subclasses, where it would not be one op
     decision = gated_residual_norm.checked(*arguments)
     eager = decision is not None
     if decision is None and is_untransformed(*arguments):
