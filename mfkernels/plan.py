@@ -70,13 +70,15 @@ class Plan(NamedTuple):
                 for position, base, offset in pointers:
                     arguments[position] = addresses[base] + offset
                 launch.replay(start, arguments)
-        out: list[Tensor | None] = []
-        for result in self.results:
-            if result is None or isinstance(result, int):
-                out.append(None if result is None else buffers[result])
-            else:
-                out.append(buffers[result.base].as_strided(result.size, result.stride, result.offset))
+        out = [
+            None if result is None else buffers[result] if isinstance(result, int) else _view(buffers, result)
+            for result in self.results
+        ]
         return out[0] if self.single else tuple(out)
+
+
+def _view(buffers: list[Tensor], view: View) -> Tensor:
+    return buffers[view.base].as_strided(view.size, view.stride, view.offset)
 
 
 def planned(run: F) -> F:
