@@ -230,7 +230,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     from mfkernels import timing
 
     result = yield
-    usable = not timing.recording_failed
+    usable = not timing.capture_failed
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

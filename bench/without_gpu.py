@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mfkernels import Dual, ResidualStream, calls, launch, use_backend
+from mfkernels.attention import op
 
 ARCH = "sm_90"
 WAYS = ("flow_matching", "meanflow", "plain")
@@ -38,8 +39,6 @@ def as_on_h100(*, chunk: int | None = None, run: Callable[[launch.Launch], None]
 
     replaced: dict[str, Any] = {
         "mfkernels.backend._INTERPRETED": True,  # "Triton runs on CPU tensors"
-        "mfkernels.attention.op.unsupported": lambda q, k, scale: None,  # the interpreter has no bfloat16; a GPU has
-        "mfkernels.attention.kernels.unsupported": lambda q, k, scale: None,
         "mfkernels.launch.find_config": on_h100,
         "mfkernels.launch.multiprocessors": lambda device: 132,
         "mfkernels.launch.user_table": lambda: launch.PACKAGE / "none.json",
@@ -47,16 +46,19 @@ def as_on_h100(*, chunk: int | None = None, run: Callable[[launch.Launch], None]
     if run is not None:
         replaced["mfkernels.launch.Launch.run"] = run
         # a meter of fake tensors is a dispatch mode, for which ops take another way than in a training step
-        replaced["mfkernels.operator.runs_plainly"] = lambda *inputs: True
+        replaced["mfkernels.operator.is_plain_eager"] = lambda *inputs: True
         replaced["mfkernels.calls.nothing_intercepts"] = lambda: True
         replaced["mfkernels.calls.is_plain"] = lambda x: isinstance(x, Tensor)
         replaced["mfkernels.products.writes_float32"] = lambda device: True
     with ExitStack() as stack:
-        for forget in (launch.clear_cache, calls.forget):
-            forget()
-            stack.callback(forget)
+        for clear_cache in (launch.clear_cache, calls.clear_cache):
+            clear_cache()
+            stack.callback(clear_cache)
         for name, value in replaced.items():
             stack.enter_context(patch(name, value))
+        # the interpreter has no bfloat16; a GPU has
+        served = op._attention.backends["triton"]._replace(unsupported=lambda **tensors: None)
+        stack.enter_context(patch.dict(op._attention.backends, triton=served))
         stack.enter_context(use_backend("triton"))
         yield
 

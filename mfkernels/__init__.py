@@ -6,7 +6,7 @@ Every function takes tensors or `Dual`s and returns the same kind; only the prim
 from .ada_layer_norm import ada_layer_norm
 from .adaptive_squared_error import AdaptiveSquaredError, adaptive_squared_error
 from .attention import Attention, attention
-from .backend import requested_backend, use_backend
+from .backend import BackendError, requested_backend, use_backend
 from .checkpoint import checkpoint, checkpoint_module
 from .derivative import jvp
 from .dual import Dual, TensorOrDual, dual_aware, is_dual_aware, linear_map, split_map
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveSquaredError",
     "Attention",
+    "BackendError",
     "Dual",
     "Linear",
     "Mlp",

@@ -1,11 +1,11 @@
-"""Which backend serves which call.
+"""Dispatch: which backend serves which call.
 
-In this order: what the caller asked for (`use_backend`, or the environment variable MFKERNELS_BACKEND); on CUDA tensors
-the fastest backend that supports the call; else `reference`, plain PyTorch, which on CUDA is logged once an op. A
-request that a backend cannot serve is an error that says what is supported, never a silent detour.
+In this order: the requested backend (`use_backend`, or the environment variable MFKERNELS_BACKEND); on CUDA tensors the
+fastest backend that supports the call; else `reference`, plain PyTorch, which on CUDA is logged once per op. A request
+that a backend cannot serve raises `BackendError`, which says what is supported; there is no silent fallback.
 
 A request is a backend ("triton"), or one for a single op ("attention=cuda"), or several with commas between them
-("triton,attention=cuda"). Attention's backward is chosen by itself: "attention_backward=cudnn".
+("triton,attention=cuda"). Attention's backward is chosen separately: "attention_backward=cudnn".
 """
 
 from __future__ import annotations
@@ -22,44 +22,72 @@ from typing import Any, TypeVar
 
 import torch
 
-# What each op that has a choice has beside the reference, fastest first, and the parts of ops that are chosen under a
-# name of their own, of which a request for every op says nothing. Both are filled where the ops are declared.
+# The backends of each op other than the reference, fastest first; and those of each part of an op that is requested by
+# a name of its own (a request for all ops does not apply to it). Filled where the ops are declared.
 OPS: dict[str, tuple[str, ...]] = {}
 PARTS: dict[str, tuple[str, ...]] = {}
 _RULES: dict[str, tuple[str, ...]] = {}
 
 MAX_WIDTH = 16384  # of a row that one block of a row-wise kernel holds in registers
 
-# Answers for one call: None when the backend can serve it, else why it cannot ("head dim 7: expected …").
+# For one call: None when the backend can serve it, else the reason why not ("head dim 7: expected …").
 Support = Callable[[], str | None]
 
 _log = logging.getLogger("mfkernels")
-_said: set[str] = set()  # ops whose slower way has been told
+_warned: set[str] = set()  # ops already warned about
 
 # A plain global, not a context variable: autograd runs backward on threads of its own, and Dynamo guards on globals.
 _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
 
 
+class BackendError(NotImplementedError):
+    """A requested backend cannot serve a call.
+
+    Args:
+        message: the whole text.
+        op: the op, or the part of one, by the name that requests use.
+        backend: the requested backend.
+        reason: why it cannot serve the call.
+    """
+
+    # no __init__ of its own: Dynamo does not trace one, and would hide the message
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def op(self) -> str:
+        return str(self.args[1])
+
+    @property
+    def backend(self) -> str:
+        return str(self.args[2])
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[3])
+
+
 def register(op: str, backends: Iterable[str]) -> None:
-    """Let requests name this op, which has these backends beside the reference."""
+    """Declare an op that requests may name, and its backends other than the reference."""
     OPS[op] = tuple(backends)
 
 
 def register_part(part: str, names: Iterable[str], rules: Iterable[str] = ()) -> None:
-    """Let requests name this part of an op; a rule may be asked for in place of a name, and gives one at each call."""
+    """Declare a part of an op that requests may name, its backends, and rules that select one of them at each call."""
     PARTS[part], _RULES[part] = tuple(names), tuple(rules)
 
 
 def backends() -> tuple[str, ...]:
-    """All that an op has."""
+    """Every backend that some op has."""
     return ("reference", *dict.fromkeys(name for names in OPS.values() for name in names))
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _remembered(run: _F) -> _F:
-    """`functools.cache` in eager alone: Dynamo warns of one, and looks through it."""
+def _cached_in_eager(run: _F) -> _F:
+    """`functools.cache`, bypassed under a compiler: Dynamo warns about cached functions and traces through them."""
     cached = functools.cache(run)
 
     @functools.wraps(run)
@@ -85,7 +113,7 @@ _NO_TRITON = _triton_missing()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@_remembered
+@_cached_in_eager
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -102,27 +130,28 @@ def triton_unavailable(device: torch.device) -> str | None:
     return f"device: expected a CUDA device (on the CPU: TRITON_INTERPRET=1 set before Python starts), got {device}"
 
 
-def unsupported_dtype(name: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot serve `dtype`; None where they can."""
-    if dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return None
-    return f"{name}: expected float16, bfloat16 or float32, got {dtype}"
-
-
-def rows_unsupported(**tensors: torch.Tensor | None) -> str | None:
-    """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments, by name; None where they can."""
+def triton_unsupported(**tensors: torch.Tensor | None) -> str | None:
+    """Why Triton kernels cannot serve the device or a dtype of these arguments; None where they can."""
     given = {name: x for name, x in tensors.items() if x is not None}
     reason = triton_unavailable(next(iter(given.values())).device)
     for name, x in given.items():
-        reason = reason or unsupported_dtype(name, x.dtype)
-        if reason is None and not 1 <= x.shape[-1] <= MAX_WIDTH:
+        if reason is None and x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            reason = f"{name}: expected float16, bfloat16 or float32, got {x.dtype}"
+    return reason
+
+
+def rows_unsupported(**tensors: torch.Tensor | None) -> str | None:
+    """Why the row-wise Triton kernels (rowwise.py) cannot serve these arguments; None where they can."""
+    reason = triton_unsupported(**tensors)
+    for name, x in tensors.items():
+        if reason is None and x is not None and not 1 <= x.shape[-1] <= MAX_WIDTH:
             reason = f"{name}: expected a width from 1 to {MAX_WIDTH}, got {x.shape[-1]}"
     return reason
 
 
-@_remembered
+@_cached_in_eager
 def _parsed(request: str | None, source: str) -> Mapping[str, str]:
-    """Backends by op; "" is every op that the request does not name."""
+    """The requested backends by op; "" stands for every op that the request does not name."""
     wanted: dict[str, str] = {}
     for part in (request or "").split(","):
         op, _, name = part.strip().rpartition("=")
@@ -151,13 +180,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     Args:
         name: "reference", "triton", "cuda" or "cublaslt"; "attention=cuda" or "mlp=cublaslt" for one op;
             "attention_backward=" and one of triton, cudnn, flash, flash-attn-2, flash-attn-3 and flash-attn-4, or
-            by-length for the one that is expected to be fastest, for the backward of attention that its triton and cuda
-            forwards have; several with commas between them; None restores the automatic choice. What holds when an op's
+            by-length for the one that is expected to be fastest, for the backward of attention's triton and cuda
+            forwards; several with commas between them; None restores the automatic choice. The choice made when an op's
             forward is called holds for its backward too; a checkpoint calls the forward again in the backward, so that
             has to be in the block as well.
 
     Raises:
-        ValueError: the name is unknown. Inside the block: `NotImplementedError` by ops that this backend does not have.
+        ValueError: the name is unknown. Inside the block: `BackendError` by calls that this backend cannot serve.
     """
     global _requested
     before = _requested
@@ -169,23 +198,23 @@ def use_backend(name: str | None) -> Iterator[None]:
         _requested = before
 
 
-def circumstances() -> tuple[str | None, bool]:
-    """All that `choose` looks at beside a call's own arguments."""
+def dispatch_state() -> tuple[str | None, bool]:
+    """The global state that `choose` depends on: part of every cache key."""
     return _requested, _INTERPRETED
 
 
 def requested_backend(op: str = "") -> str | None:
-    """The backend that the caller asked for (for this op), or None for the automatic choice."""
+    """The requested backend (of this op), or None for the automatic choice."""
     wanted = _parsed(_requested, "MFKERNELS_BACKEND")
     return wanted.get(op, wanted.get(""))
 
 
-def requested_part(name: str) -> str | None:
-    """What the caller asked for by this name of `PARTS`, or None."""
-    return _parsed(_requested, "MFKERNELS_BACKEND").get(name) if _requested else None
+def requested_part(part: str) -> str | None:
+    """The requested backend or rule of a part of an op (see `PARTS`), or None."""
+    return _parsed(_requested, "MFKERNELS_BACKEND").get(part) if _requested else None
 
 
-# What `choose` answered, by op, while `recorded_choices` is open.
+# The backend of each op, while `recorded_choices` is open.
 _record: dict[str, str] | None = None
 
 
@@ -200,57 +229,56 @@ def recorded_choices() -> Iterator[dict[str, str]]:
         _record = before
 
 
-def choose(op: str, device: torch.device, supports: Mapping[str, Support], *, on_request: Collection[str] = ()) -> str:
+def choose(op: str, device: torch.device, supports: Mapping[str, Support], *, opt_in: Collection[str] = ()) -> str:
     """The backend that serves this call of `op`.
 
     Args:
         op: the op's name, for messages.
         device: where the op's tensors are.
-        supports: the op's backends other than "reference", fastest first, each with its answer for this call. An op
-            that has none (a library GEMM serves every backend) does not ask.
-        on_request: those of them that serve only calls which ask for them by name.
+        supports: the op's backends other than "reference", fastest first, each with its answer for this call.
+        opt_in: those of them that serve only calls which request them by name.
 
     Raises:
-        NotImplementedError: the requested backend does not serve this call.
+        BackendError: the requested backend cannot serve this call.
     """
-    return recorded(op, _choose(op, device, supports, on_request))
+    return recorded(op, _choose(op, device, supports, opt_in))
 
 
 def recorded(op: str, backend: str) -> str:
-    """`backend`, which `recorded_choices` will tell for this op or part of one."""
+    """`backend`, recorded for `recorded_choices` as the one that serves this op or part of one."""
     if _record is not None:
         _record[op] = backend
     return backend
 
 
-def _choose(op: str, device: torch.device, supports: Mapping[str, Support], on_request: Collection[str]) -> str:
-    asked = requested_backend(op)
-    if asked == "reference":
+def _choose(op: str, device: torch.device, supports: Mapping[str, Support], opt_in: Collection[str]) -> str:
+    requested = requested_backend(op)
+    if requested == "reference":
         return "reference"
-    if asked is not None:
-        if asked not in supports:
+    if requested is not None:
+        if requested not in supports:
             has = ", ".join(["reference", *supports])
-            raise NotImplementedError(
-                f"{op}: no {asked} backend (it has: {has}), which use_backend or MFKERNELS_BACKEND asked for"
-            )
-        why_not = supports[asked]()
+            missing = f"no {requested} backend (it has: {has}), which use_backend or MFKERNELS_BACKEND asked for"
+            raise BackendError(f"{op}: {missing}", op, requested, missing)
+        why_not = supports[requested]()
         if why_not is not None:
-            raise NotImplementedError(f"{op}: the {asked} backend cannot serve this call: {why_not}")
-        return asked
+            message = f"{op}: the {requested} backend cannot serve this call: {why_not}"
+            raise BackendError(message, op, requested, why_not)
+        return requested
     if device.type == "cuda":
         reasons = []
         for name, why in supports.items():
-            if name not in on_request:
+            if name not in opt_in:
                 reason = why()
                 if reason is None:
                     return name
                 reasons.append(f"{name}: {reason}")
         if not torch.compiler.is_compiling():
-            _say_once(op, reasons)
+            _warn_once(op, reasons)
     return "reference"
 
 
-def _say_once(op: str, reasons: list[str]) -> None:
-    if op not in _said:
-        _said.add(op)
+def _warn_once(op: str, reasons: list[str]) -> None:
+    if op not in _warned:
+        _warned.add(op)
         _log.warning("%s runs on plain PyTorch, which is slower on a GPU (%s)", op, "; ".join(reasons))

@@ -1,7 +1,7 @@
-"""Checks and decisions (backend, dtype) of a public function's calls, made once for each kind of arguments and cached.
+"""The cache of what a public function decides about its calls: checks passed, backend, dtype.
 
-A layer of a network is called with the same shapes at every step, and Python's checks of them would cost as much as
-launching its kernels.
+A layer of a network is called with the same shapes at every step, and checking them again in Python would cost as much
+as launching its kernels.
 """
 
 from __future__ import annotations
@@ -16,53 +16,54 @@ from ._torch import nothing_intercepts, nothing_transforms
 from .dual import Dual, TensorOrDual
 from .forward_mode import carries_tangent
 
-MAX_CALLS = 4096  # kinds that are remembered; then they are worked out anew
-_PLAIN = (Tensor, torch.nn.Parameter)
-_known: dict[tuple[Any, ...], Any] = {}
+MAX_ENTRIES = 4096  # a full cache is emptied
+PLAIN = (Tensor, torch.nn.Parameter)
+_cache: dict[tuple[Any, ...], Any] = {}
 
 
 def is_plain(x: Any) -> bool:
-    return type(x) in _PLAIN and not x.is_nested
+    """Whether `x` is a tensor, of no subclass but Parameter."""
+    return type(x) in PLAIN and not x.is_nested
 
 
-def kind_of_call(op: str, *operands: Any) -> tuple[Any, ...]:
-    """All that the checks and decisions of a call look at; () where they can depend on more than that.
+def cache_key(op: str, *operands: Any) -> tuple[Any, ...] | None:
+    """Everything that checks and decisions of a call depend on; None where they may depend on more.
 
-    Of tensors and Duals: shapes, dtypes and devices, and of the rest autocast and the backend that was asked for. ()
-    under a compiler, torch.func, forward mode and modes, and for tensor subclasses; so whatever has another kind than
-    () is plain eager PyTorch, and nothing in it carries a tangent but Duals.
+    That is: shapes, dtypes and devices of tensors and Duals, other operands as they are, autocast's dtype and the
+    requested backend. None under a compiler, torch.func, forward mode and dispatch modes, and for tensor subclasses.
+    So a call that has a key is plain eager PyTorch, and only its Duals carry tangents.
     """
     if operands[0] is None or torch.compiler.is_compiling() or not nothing_intercepts():
-        return ()
-    kind: list[Any] = [op, *backend.circumstances()]
+        return None
+    key: list[Any] = [op, *backend.dispatch_state()]
     for x in operands:
         which = type(x)
         if which is Dual:
             p, t = x
             if not is_plain(p):
-                return ()
-            kind += (Dual, p.shape, p.dtype, p.device, p.layout)
+                return None
+            key += (Dual, p.shape, p.dtype, p.device, p.layout)
             if t is not None:
                 if not is_plain(t) or t.requires_grad:
-                    return ()
-                kind += (t.shape, t.dtype, t.device, t.layout)
-        elif x is None or (which is int and len(kind) > 3):  # the first operand is a tensor
-            kind.append(x)
+                    return None
+                key += (t.shape, t.dtype, t.device, t.layout)
+        elif x is None or (which is int and len(key) > 3):  # the first operand is a tensor
+            key.append(x)
         elif is_plain(x):
-            kind += (x.shape, x.dtype, x.device, x.layout)
+            key += (x.shape, x.dtype, x.device, x.layout)
         else:
-            return ()
+            return None
     device_type = operands[0].device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        kind.append(torch.get_autocast_dtype(device_type))
-    return tuple(kind)
+        key.append(torch.get_autocast_dtype(device_type))
+    return tuple(key)
 
 
 def is_untransformed(*operands: TensorOrDual | None) -> bool:
-    """Whether an op may be called on these: whatever has another kind than (), and also what a compiler or modes see.
+    """Whether these carry no tangents of forward mode, no torch.func transform is active, and none is a subclass.
 
-    They see the operators that plain eager runs, so values have the same bits and the tape keeps the same tensors. Not
-    where forward mode, torch.func or a subclass has rules of its own for what the op is made of.
+    So for every call that has a cache key, and also under a compiler and dispatch modes: these see the operators that
+    plain eager runs, values have the same bits, and autograd saves the same tensors.
     """
     compiling = torch.compiler.is_compiling()  # whose tensors are subclasses of its own
     if not (compiling or nothing_transforms()):
@@ -76,19 +77,19 @@ def is_untransformed(*operands: TensorOrDual | None) -> bool:
     return True
 
 
-def known(kind: tuple[Any, ...]) -> Any:
-    """What `remember` was given for this kind, or None."""
-    return _known.get(kind)
+def cached(key: tuple[Any, ...] | None) -> Any:
+    """What was stored under this key, or None."""
+    return None if key is None else _cache.get(key)
 
 
-def remember(kind: tuple[Any, ...], facts: Any) -> None:
-    """Keep what the calls of a kind come to, after their checks have passed."""
-    if kind:
-        if len(_known) >= MAX_CALLS:
-            _known.clear()
-        _known[kind] = facts
+def store(key: tuple[Any, ...] | None, decision: Any) -> None:
+    """Cache what was decided for all calls of this key, after their checks have passed."""
+    if key is not None:
+        if len(_cache) >= MAX_ENTRIES:
+            _cache.clear()
+        _cache[key] = decision
 
 
-def forget() -> None:
-    """Work everything out anew."""
-    _known.clear()
+def clear_cache() -> None:
+    """Check and decide anew at the next call."""
+    _cache.clear()

@@ -35,14 +35,17 @@ def check_operand(name: str, x: Any, ndim: int | tuple[int, ...] | None = None) 
         check_tangent(f"{name}.tangent", p, x.tangent)
 
 
-def knows_autocast(device_type: str) -> bool:
-    """Every device type but "meta". (`torch.amp.is_autocast_available` breaks a compiled graph before torch 2.12.)"""
-    return device_type != "meta"
-
-
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for `device`."""
-    return knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for `device`; "meta" has none."""
+    # not torch.amp.is_autocast_available, which breaks a compiled graph before torch 2.12
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Autocast's dtype where it is on, else `dtype`; float64 stays as it is."""
+    if dtype != torch.float64 and autocast_enabled(device):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def check_rows(name: str, x: Any) -> None:

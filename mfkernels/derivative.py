@@ -111,7 +111,7 @@ def _forward_mode(
         active = tuple(p for p, t in zip(first, tangents, strict=True) if t is not None)
         dots = tuple(_extended(t, n) for t in tangents if t is not None)
         try:
-            with _RefuseSilentZeros(), _RefuseBatchStatistics():
+            with _RefuseWrongTangents():
                 both = torch.func.jvp(of_active, active, dots)
         except (NotImplementedError, RuntimeError) as error:
             explained = _explained(error)
@@ -197,34 +197,24 @@ def _check_jvp(
 
 
 _OPERATORS = (type(torch.ops.aten.neg), type(torch.ops.aten.neg.default))  # with and without a choice of overload
-
-
-class _RefuseSilentZeros(TorchFunctionMode):
-    """Custom operators have no forward-mode rule and return a zero tangent silently: raise an error that names them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, _OPERATORS):
-            name = str(func)
-            has_rule = name.startswith(("aten", "prim")) or not tree_any(carries_tangent, (args, kwargs))
-            if not has_rule:
-                raise NotImplementedError(f"Trying to use forward AD with {name} that does not support it")
-        return func(*args, **kwargs)
-
-
 _MIXES = (
     "mixes batch rows (batch statistics in training mode), so no sample has its own derivative; use eval() or another "
     "norm"
 )
 
 
-class _RefuseBatchStatistics(TorchFunctionMode):
-    """Batch statistics of the first rows alone differ from the batch's: the tangent would be of another function."""
+class _RefuseWrongTangents(TorchFunctionMode):
+    """Raise where `torch.func.jvp` would return a wrong tangent silently."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # batch statistics of the first rows alone differ from the batch's: the tangent would be of another function
         if getattr(func, "__name__", None) == "batch_norm" and (args[5] if len(args) > 5 else kwargs.get("training")):
             raise NotImplementedError(f"fn: batch_norm {_MIXES}")
+        # custom operators have no forward-mode rule: their tangent would be zero
+        custom = isinstance(func, _OPERATORS) and not str(func).startswith(("aten", "prim"))
+        if custom and tree_any(carries_tangent, (args, kwargs)):
+            raise NotImplementedError(f"Trying to use forward AD with {func} that does not support it")
         return func(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Machine code of a launch, inspected without a GPU: registers, spills, shared memory, and whether wgmmas overlap."""
+"""Inspect the machine code of a launch without a GPU: registers, spills, shared memory, and whether wgmmas overlap."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from mfkernels.launch import OPTIONS, Launch
 # Bytes one block may have, by architecture (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
-# Columns of tensor memory that one block may have. Past it Triton emits an empty kernel, and only its launch complains.
+# Columns of tensor memory that one block may have. Past it Triton emits an empty kernel, and only its launch fails.
 TENSOR_MEMORY_LIMIT = 512
 
 POINTERS = {
@@ -78,7 +78,7 @@ def inspect_launch(launch: Launch, arch: str) -> KernelReport:
 
 
 def _source(kernel: JITFunction, arguments: Mapping[str, Any]) -> ASTSource:
-    """The specialisation that a launch with these arguments compiles: 1 and None are constants, 16 divides or not."""
+    """The specialisation for these arguments: 1 and None are constants, divisibility by 16 is known."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}

@@ -3,8 +3,8 @@
 The table is a list of rows, each `{"op": ..., <conditions>, "config": {...}}`. Of the conditions, `arch` ("sm_90"),
 `triton` ("3.6"), `dtype` and `precision` (of the products of float32 operands: "ieee" or "tf32") must equal the
 request or be a list that holds it, and the request's `<size>` must not lie above `max_<size>` or below `min_<size>`. A
-condition that a row leaves out holds for everything, so the shortest row of an op is its safe default. Of the rows that
-hold, one that names the arch goes before one that does not; then the one with the tightest sizes wins, then the one
+condition that a row leaves out matches everything, so the shortest row of an op is its safe default. Of the rows that
+match, one that names the arch goes before one that does not; then the one with the tightest sizes wins, then the one
 that names more, then a row of the user's own table, which `python -m mfkernels.tune` writes.
 """
 
@@ -17,7 +17,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import triton
 PACKAGE = Path(__file__).parent
 EXACT = ("arch", "triton", "dtype", "precision")
 
-# Triton 3.9 warns where it has to choose this itself, and 3.10 is to choose the other: a·b + c in two instructions.
+# Triton 3.9 warns where this is left to its default, which 3.10 changes: a·b + c would be two instructions.
 OPTIONS = {"enable_fp_fusion": True}
 
 Row = Mapping[str, Any]
@@ -43,7 +42,7 @@ def user_table() -> Path:
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of a table; none where the file does not exist; ValueError naming the file where it is not one."""
+    """The rows of a table; none where the file does not exist; ValueError where it is not a table."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -58,17 +57,17 @@ def read_table(path: Path) -> list[Row]:
 
 
 def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | None:
-    """The row that holds for the request and fits it most tightly, by the rule above."""
+    """The row that matches the request most tightly, by the rule above."""
 
-    def holds(row: Row) -> bool:
-        named = [(row[key], request.get(key)) for key in EXACT if key in row]
+    def matches(row: Row) -> bool:
+        exact = [(row[key], request.get(key)) for key in EXACT if key in row]
         sizes = [(key[:4], row[key], request.get(key[4:])) for key in row if key.startswith(("max_", "min_"))]
         return (
             row["op"] == request["op"]
-            and all(asked == value or (isinstance(value, list) and asked in value) for value, asked in named)
+            and all(given == value or (isinstance(value, list) and given in value) for value, given in exact)
             and all(
-                isinstance(asked, int) and (asked <= bound if end == "max_" else asked >= bound)
-                for end, bound, asked in sizes
+                isinstance(given, int) and (given <= bound if end == "max_" else given >= bound)
+                for end, bound, given in sizes
             )
         )
 
@@ -76,7 +75,7 @@ def best_row(rows: Sequence[Row], request: Mapping[str, str | int]) -> Row | Non
         sizes = [row.get(f"max_{key}", math.inf) for key in request if key not in EXACT and key != "op"]
         return ("arch" not in row, *sizes, -sum(key in row for key in EXACT))
 
-    return min(filter(holds, rows), key=rank, default=None)
+    return min(filter(matches, rows), key=rank, default=None)
 
 
 def triton_minor() -> str:
@@ -84,10 +83,9 @@ def triton_minor() -> str:
 
 
 def shipped() -> list[Row]:
-    """The package's own rows: each op's lie in its folder, those of what ops share beside this file."""
-    return [
-        row for path in (PACKAGE / "launch.json", *sorted(PACKAGE.glob("*/launch.json"))) for row in read_table(path)
-    ]
+    """The package's own rows: an op's are in its folder, those of shared kernels beside this file."""
+    tables = (PACKAGE / "launch.json", *sorted(PACKAGE.glob("*/launch.json")))
+    return [row for table in tables for row in read_table(table)]
 
 
 @functools.cache
@@ -103,48 +101,40 @@ def _lookup(request: tuple[tuple[str, str | int], ...]) -> Config:
     return row["config"]
 
 
-_cleared_too: list[Callable[[], None]] = []
-
-
-def on_clear(clear: Callable[[], None]) -> None:
-    """Have `clear` called by `clear_cache`."""
-    _cleared_too.append(clear)
-
-
 def clear_cache() -> None:
-    """Forget the tables read so far (they are read once a process)."""
-    _rows.cache_clear()
-    _lookup.cache_clear()
-    _config.cache_clear()
-    for clear in _cleared_too:
+    """Read the tables again, which are read once per process, and record every plan again."""
+    for clear in _clear_functions:
         clear()
 
 
 @functools.cache
-def _arch(device: torch.device) -> str:
+def arch_of(device: torch.device) -> str:
+    """The architecture in launch tables, as "sm_90"; "cpu" for the interpreter."""
+    if device.type != "cuda":
+        return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; 0 for the interpreter, where the size of a chunk does not matter."""
+    """The multiprocessors of a GPU; 0 for the interpreter, where the size of a chunk does not matter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-BLOCKS_A_MULTIPROCESSOR, LEAST_CHUNK = 8, 8
+BLOCKS_PER_MULTIPROCESSOR, LEAST_CHUNK = 8, 8
 
 
 def with_fitting_chunk(config: Config, device: torch.device, blocks: int, length: int) -> Config:
-    """`config` with a CHUNK, at most its own, of which about eight chunks come to a multiprocessor.
+    """`config` with a CHUNK of at most its own size, so that each multiprocessor gets about eight chunks.
 
     Longer chunks leave a small batch on few multiprocessors; shorter ones write more partial sums than they must.
 
     Args:
-        blocks: launched for each chunk of `length` rows (samples, or blocks of columns).
-        length: what chunks are cut from.
+        blocks: launched for each chunk (samples, or blocks of columns).
+        length: the number of rows that are cut into chunks.
     """
-    chunks = BLOCKS_A_MULTIPROCESSOR * multiprocessors(device)
+    chunks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(device)
     if chunks == 0:
         return config
     fitting = 2 ** round(math.log2(max(blocks * length / chunks, 1)))
@@ -161,7 +151,7 @@ def any_forced() -> bool:
 
 @contextlib.contextmanager
 def forced_config(op: str, config: Config) -> Iterator[None]:
-    """Every launch of `op` within takes `config` instead of the tables': how the tuner compares candidates."""
+    """Every launch of `op` in the block takes `config` instead of the tables': how the tuner compares candidates."""
     _forced[op] = config
     try:
         yield
@@ -172,10 +162,7 @@ def forced_config(op: str, config: Config) -> Iterator[None]:
 def launch_config(
     op: str, device: torch.device, dtype: torch.dtype, *, precision: str | None = None, **sizes: int
 ) -> Config:
-    """Block sizes, warps and stages for one call; on any device but CUDA (the interpreter) the arch is "cpu".
-
-    `precision` is asked for by ops whose products of float32 operands may be "ieee" or "tf32".
-    """
+    """Block sizes, warps and stages for one call; `precision` is "ieee" or "tf32" for products of float32 operands."""
     if op in _forced:
         return _forced[op]
     return _config(op, device, dtype, precision, tuple(sizes.items()))
@@ -185,8 +172,7 @@ def launch_config(
 def _config(
     op: str, device: torch.device, dtype: torch.dtype, precision: str | None, sizes: tuple[tuple[str, int], ...]
 ) -> Config:
-    arch = _arch(device) if device.type == "cuda" else "cpu"
-    return find_config(op, arch, dtype, precision=precision, **dict(sizes))
+    return find_config(op, arch_of(device), dtype, precision=precision, **dict(sizes))
 
 
 def find_config(op: str, arch: str, dtype: torch.dtype, *, precision: str | None = None, **sizes: int) -> Config:
@@ -197,30 +183,30 @@ def find_config(op: str, arch: str, dtype: torch.dtype, *, precision: str | None
     return _lookup((*exact.items(), *sizes.items()))
 
 
-@dataclass(frozen=True)
+_clear_functions: list[Callable[[], None]] = [_rows.cache_clear, _lookup.cache_clear, _config.cache_clear]
+
+
+def on_clear(clear: Callable[[], None]) -> None:
+    """Have `clear` called by `clear_cache`."""
+    _clear_functions.append(clear)
+
+
 class Launch:
-    """A kernel and all it is called with: the same object is run, compiled ahead of time and tuned."""
+    """A kernel and its arguments: the same object is run, compiled ahead of time and tuned."""
 
-    kernel: Any
-    grid: Callable[[Config], tuple[int, ...]]
-    config: Config
-    device: torch.device
-    arguments: Mapping[str, Any]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         kernel: Any,
         grid: Callable[[Config], tuple[int, ...]],
         config: Config,
         device: torch.device,
         /,
         **arguments: Any,
-    ) -> Launch:
-        return cls(kernel, grid, config, device, arguments)
+    ) -> None:
+        self.kernel, self.grid, self.config, self.device, self.arguments = kernel, grid, config, device, arguments
 
     def values(self) -> list[Any]:
-        """What the kernel is called with, in its order."""
+        """The kernel's arguments in the order of its parameters."""
         bound = {**self.arguments, **self.config}
         return [bound[name] for name in self.kernel.arg_names]
 
@@ -233,13 +219,13 @@ class Launch:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Where a launch to `device` may be made; the interpreter's tensors are on the CPU."""
+    """`device` as the current CUDA device; nothing to do for the interpreter's CPU tensors."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
+        return _NO_CONTEXT
     return torch.cuda.device(device)
 
 
-_HERE = contextlib.nullcontext()
+_NO_CONTEXT = contextlib.nullcontext()
 _recording = threading.local()
 
 
@@ -253,8 +239,8 @@ def recorded(launches: list[tuple[Launch, Any]]) -> Iterator[None]:
         _recording.launches = before
 
 
-def started(start: Callable[..., None], arguments: list[Any]) -> None:
-    """A launch that has been made before, with other addresses (see plan.py)."""
+def replay(start: Callable[..., None], arguments: list[Any]) -> None:
+    """A recorded launch with new addresses (see plan.py)."""
     start(*arguments)
 
 

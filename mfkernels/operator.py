@@ -1,8 +1,8 @@
 """How PyTorch sees the kernels of an op: an `autograd.Function` in eager, a custom op everywhere else.
 
 A custom op is what `torch.compile`, `torch.func`, fake tensors and dispatch modes need: a graph keeps it whole, and it
-has a rule for shapes. In plain eager it costs several times an `autograd.Function`, which therefore takes its place
-there. Both run the same functions.
+has a fake implementation. In plain eager a call of one costs several times a call of an `autograd.Function`, which
+therefore takes its place there. Both run the same functions.
 """
 
 from __future__ import annotations
@@ -16,52 +16,60 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from ._torch import is_batched, nothing_intercepts
+from .calls import PLAIN
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 
-
-def runs_plainly(*inputs: Any) -> bool:
-    """Whether this is eager PyTorch on tensors that are no more than that, and nothing looks on."""
+def is_plain_eager(*inputs: Any) -> bool:
+    """Whether no compiler, transform or dispatch mode is active, and no input is a tensor subclass."""
     if torch.compiler.is_compiling() or not nothing_intercepts():
         return False
     for x in inputs:  # noqa: SIM110 (a generator takes twice as long)
-        if type(x) not in _PLAIN and isinstance(x, Tensor):
+        if type(x) not in PLAIN and isinstance(x, Tensor):
             return False
     return True
 
 
 class Operator:
-    """An op of (optional) tensors and numbers that returns new tensors.
+    """An operator on (optional) tensors and numbers that returns new tensors.
 
     Args:
         name: unique in the package.
-        run: what it does; its annotations are the custom op's schema.
+        run: the implementation; its annotations are the custom op's schema.
+        outputs_like: names of tensors among the inputs whose shapes and dtypes the outputs have, one by one, in
+            contiguous memory; where they have others, `register_fake` takes a function as that of a custom op does.
     """
 
-    def __init__(self, name: str, run: Callable[..., Any]) -> None:
+    def __init__(self, name: str, run: Callable[..., Any], outputs_like: Sequence[str] = ()) -> None:
         self.name, self.run = name, run
         self.custom_op = torch.library.custom_op(f"mfkernels::{name}", run, mutates_args=())
         self.register_fake = self.custom_op.register_fake
         self.apply: Callable[..., Any] | None = None
+        if outputs_like:
+            names = list(inspect.signature(run).parameters)
+            places = [names.index(like) for like in outputs_like]
+
+            def fake(*inputs: Any) -> Any:
+                outputs = tuple(inputs[place].new_empty(inputs[place].shape) for place in places)
+                return outputs if len(outputs) > 1 else outputs[0]
+
+            self.register_fake(fake)
 
     def register_gradients(
         self,
         gradients: Callable[..., tuple[Tensor | None, ...]],
         *,
-        keep: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor | None]],
+        save: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], Sequence[Tensor | None]],
         outputs: int = 1,
     ) -> None:
         """Make the first `outputs` outputs differentiable; the others, tangents among them, are constants.
 
         Args:
-            gradients: called with ctx and the gradients of these outputs (None: not used; not all are); gives those of
-                the first inputs, the others have none.
-            keep: called with ctx, the inputs and the outputs; gives the tensors that `gradients` finds as
-                `ctx.saved_tensors`: nothing of a tangent, so that a dual pass keeps what a plain one does.
+            gradients: called with ctx and the gradients of these outputs (None: not used; not all are); returns those
+                of the first inputs, the others have none.
+            save: called with ctx, the inputs and the outputs; returns the tensors for `ctx.save_for_backward`, none of
+                them a tangent, so that a dual pass saves what a plain one does.
         """
-        nothing = (None,) * len(inspect.signature(self.run).parameters)
-
-        run = self.run
+        run, nothing = self.run, (None,) * len(inspect.signature(self.run).parameters)
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = run(*inputs)
@@ -71,7 +79,7 @@ class Operator:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.mark_non_differentiable(*output[outputs:])
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*keep(ctx, inputs, output))
+            ctx.save_for_backward(*save(ctx, inputs, output))
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             grads = grads[:outputs]
@@ -87,14 +95,21 @@ class Operator:
         self.apply = super(Function, function).apply  # type: ignore[misc]  # what `Function.apply` adds is for torch.func
 
     def __call__(self, *inputs: Any) -> Any:
-        return self.eager(*inputs) if runs_plainly(*inputs) else self.custom_op(*inputs)
+        return self.eager(*inputs) if is_plain_eager(*inputs) else self.custom_op(*inputs)
 
-    def inside(self, *inputs: Any) -> Any:
-        """The same within another op, which has a gradient rule of its own."""
-        return self.run(*inputs) if runs_plainly(*inputs) else self.custom_op(*inputs)
+    def nested(self, *inputs: Any) -> Any:
+        """A call inside another operator, which has the gradients: without an autograd node of its own."""
+        return self.run(*inputs) if is_plain_eager(*inputs) else self.custom_op(*inputs)
+
+    def decomposed(self, *inputs: Any) -> Any:
+        """A call whose products dispatch modes see: a FLOP counter has no formula for custom ops. A compiler sees one.
+
+        For inputs that `calls.is_untransformed`.
+        """
+        return self.custom_op(*inputs) if torch.compiler.is_compiling() else self.eager(*inputs)
 
     def eager(self, *inputs: Any) -> Any:
-        """The same for a caller that knows that `runs_plainly` says so."""
+        """A call by someone who knows that it `is_plain_eager`."""
         if self.apply is not None:
             return self.apply(*inputs) if torch.is_grad_enabled() else self.run(*inputs)
         # a backward
@@ -104,16 +119,13 @@ class Operator:
             return self.run(*inputs)
         with torch.no_grad():  # create_graph: the inputs need not show that something will be differentiated
             out = self.run(*inputs)
-        grads = _Undifferentiable.apply(self.name, torch.zeros((), requires_grad=True), *_as_tuple(out))
+        outs = out if isinstance(out, tuple) else (out,)
+        grads = _Undifferentiable.apply(self.name, torch.zeros((), requires_grad=True), *outs)
         return grads if isinstance(out, tuple) else grads[0]
 
 
-def _as_tuple(out: Any) -> tuple[Any, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
 class _Undifferentiable(Function):
-    """Gradients as they are, which are an error to differentiate: taken for constants they would give zeros."""
+    """Gradients as they are, with a backward that raises: as constants they would have zero gradients silently."""
 
     @staticmethod
     def forward(ctx: Any, name: str, _: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -128,16 +140,16 @@ class _Undifferentiable(Function):
         )
 
 
-def or_no_rows(y_dot: Tensor | None, y: Tensor) -> Tensor:
-    """A tangent of `y`; no rows where there is none, as a custom op has no optional outputs."""
+def tangent_or_empty(y_dot: Tensor | None, y: Tensor) -> Tensor:
+    """`y_dot`, or a tangent of `y` with no rows in place of None, as a custom op has no optional outputs."""
     return y.new_empty((0, *y.shape[1:])) if y_dot is None else y_dot
 
 
-def rows_of(*tangents: Tensor | None) -> int:
-    """How many the tangents have that are not None."""
+def num_tangent_rows(*tangents: Tensor | None) -> int:
+    """The rows of those tangents that are not None, which have the same number; 0 where all are None."""
     return next((dot.shape[0] for dot in tangents if dot is not None), 0)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+def operator(name: str, *, outputs_like: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
     """The function below as an `Operator`."""
-    return lambda run: Operator(name, run)
+    return lambda run: Operator(name, run, outputs_like)

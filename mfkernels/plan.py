@@ -1,7 +1,7 @@
-"""Calls of kernels cached by shape: what a function of kernels does is worked out once, and done again from a list.
+"""Plans: the allocations and launches of a function of kernels, recorded once per cache key and replayed.
 
 Such a function allocates, takes views and launches. Between two calls whose tensors agree in shape, strides, dtype and
-alignment only addresses differ, so the second needs no more Python than the addresses do.
+alignment only addresses differ, so a replay fills in the addresses and does nothing else in Python.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from torch import Tensor
 
 from . import launch
 from ._torch import TorchDispatchMode, is_view, memory_of
+from .calls import PLAIN
 from .launch import Launch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MAX_PLANS = 4096  # of one function; then they are worked out anew
-_PLAIN = (Tensor, torch.nn.Parameter)
-_OF_DTYPES = "aten::promote_types"
+MAX_PLANS = 4096  # of one function; a full cache is emptied
 _ALLOCATES = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty")
-
-
-_NEW = object()
+_OF_DTYPES = "aten::promote_types"  # reads no tensor
+_MISSING = object()
 
 
 class View(NamedTuple):
-    """A tensor of a result."""
+    """A result that is a view of a buffer."""
 
-    base: int  # of the buffers
+    base: int  # index of the buffer
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
 
 class Step(NamedTuple):
-    """A launch. `pointers` holds (position among the arguments, base, bytes): inputs first, then buffers."""
+    """A launch. `pointers`: (position of the argument, index of its base, offset in bytes); inputs, then buffers."""
 
     start: Callable[..., None]
     arguments: list[Any]
@@ -49,14 +47,14 @@ class Plan(NamedTuple):
     device: torch.device
     buffers: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # size, stride
     steps: list[Step]
-    results: list[int | View | None]  # a buffer, or a view of one
-    single: bool  # a tensor, not a tuple
-    apart: list[tuple[int, int, int]]  # inputs that share memory, and how many bytes lie between them
+    results: list[int | View | None]  # index of a buffer, or a view of one
+    single: bool  # returns a tensor, not a tuple
+    aliases: list[tuple[int, int, int]]  # pairs of inputs in one memory, and their distance in bytes
 
     def fits(self, addresses: list[int]) -> bool:
-        """Whether inputs lie in each other's memory as they did when the plan was made."""
-        for i, j, between in self.apart:  # noqa: SIM110 (a generator takes twice as long)
-            if addresses[j] - addresses[i] != between:
+        """Whether inputs alias each other as they did when the plan was recorded."""
+        for i, j, distance in self.aliases:  # noqa: SIM110 (a generator takes twice as long)
+            if addresses[j] - addresses[i] != distance:
                 return False
         return True
 
@@ -71,10 +69,10 @@ class Plan(NamedTuple):
                 arguments = template.copy()
                 for position, base, offset in pointers:
                     arguments[position] = addresses[base] + offset
-                launch.started(start, arguments)
+                launch.replay(start, arguments)
         out = [
-            None if view is None else buffers[view] if isinstance(view, int) else _view(buffers, view)
-            for view in self.results
+            None if result is None else buffers[result] if isinstance(result, int) else _view(buffers, result)
+            for result in self.results
         ]
         return out[0] if self.single else tuple(out)
 
@@ -84,14 +82,14 @@ def _view(buffers: list[Tensor], view: View) -> Tensor:
 
 
 def planned(run: F) -> F:
-    """A function of kernels that is worked out once for each kind of arguments.
+    """A function of kernels whose calls are replayed from plans.
 
     Args:
         run: allocates, takes views, makes launches of Triton (`Launch.run`) and returns a tensor or a tuple of tensors
-            and None. What depends on anything but its arguments' shapes, strides, dtypes, devices and alignments, its
-            numbers and the launch tables is not for it. Where it does anything else (copies, fills), no plan is made.
+            and None. It may depend on its arguments' shapes, strides, dtypes, devices and alignments, its numbers and
+            the launch tables, and on nothing else. Where it does more (copies, fills), its calls are not replayed.
     """
-    plans: dict[Any, Any] = {}  # of a kind of arguments: a Plan, or None where there is none
+    plans: dict[tuple[Any, ...], Plan | None] = {}  # None: not to be replayed
 
     @functools.wraps(run)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -101,20 +99,20 @@ def planned(run: F) -> F:
         if launch.any_forced() or not _describe(args, inputs, addresses, key):
             return run(*args, **kwargs)
         for name, value in kwargs.items():
-            if isinstance(value, (Tensor, dict)):  # a configuration of one's own
+            if isinstance(value, (Tensor, dict)):  # a configuration that the caller gives
                 return run(*args, **kwargs)
             key += (name, value)
-        kind = tuple(key)
-        plan = plans.get(kind, _NEW)
+        cache_key = tuple(key)
+        plan: Any = plans.get(cache_key, _MISSING)
         if plan is None:
             return run(*args, **kwargs)
-        if plan is not _NEW:
+        if plan is not _MISSING:
             return plan.run(addresses) if plan.fits(addresses) else run(*args, **kwargs)
         if len(plans) >= MAX_PLANS:
             plans.clear()
         with _Recorder() as recorder, launch.recorded(recorder.launches):
             out = run(*args, **kwargs)
-        plans[kind] = recorder.plan(inputs, out)
+        plans[cache_key] = recorder.plan(inputs, out)
         return out
 
     launch.on_clear(plans.clear)
@@ -122,10 +120,9 @@ def planned(run: F) -> F:
 
 
 def _describe(args: tuple[Any, ...], inputs: list[Tensor], addresses: list[int], key: list[Any]) -> bool:
-    """Append the tensors of `args`, their addresses and all that a plan depends on; False where that is unknown."""
+    """Append the tensors of `args`, their addresses and what a plan depends on; False for a tensor subclass."""
     for x in args:
-        kind = type(x)
-        if kind in _PLAIN:
+        if type(x) in PLAIN:
             if not inputs:
                 key.append(x.device)
             inputs.append(x)
@@ -139,17 +136,17 @@ def _describe(args: tuple[Any, ...], inputs: list[Tensor], addresses: list[int],
         elif isinstance(x, Tensor):
             return False
         else:
-            key.append(x)  # of one place one type
+            key.append(x)  # an argument has one type at every call
     return True
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
-    """Sees what a function does beside its launches, and what it launches."""
+    """Records the launches and allocations of a function, and whether it does anything else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[tuple[Launch, Any]] = []
-        self.allocated: list[Tensor] = []  # kept, so that no memory is given out twice
+        self.allocated: list[Tensor] = []  # kept alive, so that no memory is reused
         self.other = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,12 +163,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
         launched = bool(self.launches) and all(compiled is not None for _, compiled in self.launches)
         if self.other or not launched or not all(x.is_contiguous() for x in self.allocated):
             return None
-        first: dict[int, int] = {}  # memory: the first input in it, or the buffer
-        apart = []
+        first: dict[int, int] = {}  # by memory: index of the first input in it, or of the buffer
+        aliases = []
         for j, x in enumerate(inputs):
             i = first.setdefault(memory_of(x), j)
             if i != j:
-                apart.append((i, j, x.data_ptr() - inputs[i].data_ptr()))
+                aliases.append((i, j, x.data_ptr() - inputs[i].data_ptr()))
         for j, x in enumerate(self.allocated, len(inputs)):
             first[memory_of(x)] = j
         bases = [*inputs, *self.allocated]
@@ -196,4 +193,4 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
             view = View(buffer, tuple(x.shape), x.stride(), int(x.storage_offset()))
             views.append(buffer if whole else view)
         buffers = [(tuple(x.shape), x.stride(), x.dtype) for x in self.allocated]
-        return Plan(inputs[0].device, buffers, steps, views, isinstance(out, Tensor), apart)
+        return Plan(inputs[0].device, buffers, steps, views, isinstance(out, Tensor), aliases)

@@ -1,10 +1,10 @@
-"""One way for every op from its public function to the code that serves a call.
+"""From a public function to the code that serves a call, the same way for every op.
 
 A public function checks its numbers and flags and calls its `DualOp`, which checks the tensors, chooses the backend,
-bridges forward mode and makes the output a tensor or a Dual. For a kind of call (see calls.py) the first two are done
-once. Differentiability is the same for every op: the primal is an ordinary differentiable computation, and a tangent is
-a constant. On the reference it is computed under no_grad from the rows that have one, and cast to the primal's dtype;
-of kernels see `Operator.register_gradients`.
+bridges forward mode and returns tensors or Duals. Checks and choice are cached (see calls.py). Differentiability is the
+same for every op: the primal is an ordinary differentiable computation, and a tangent is a constant. On the reference
+it is computed under no_grad from the rows that have one, and cast to the primal's dtype; of kernels see
+`Operator.register_gradients`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .backend import choose, recorded, register
-from .calls import kind_of_call, known, remember
+from .calls import cache_key, cached, store
 from .dual import Dual, TensorOrDual, padded_tangent, primal_of, tangent_rows
 from .forward_mode import bridge_forward_mode, plain_forward_mode
 from .operator import Operator
@@ -28,26 +28,27 @@ Outputs = Sequence[Sequence[int] | None]
 class Backend(NamedTuple):
     """Kernels that serve an op.
 
-    operator: called with primals, tangents (None: zero), constants, options and what `derived` gave, each in the order
-        of the declaration. It returns a tuple: the outputs, then their tangents (anything where none was given).
+    operator: called with primals, tangents (None: zero), constants, options and what `derived` returned, each in the
+        order of the declaration. It returns a tuple: the outputs, then their tangents (ignored where no operand has
+        one).
     unsupported: called with primals and constants by name; why `operator` cannot serve them, or None.
-    on_request: whether it serves only calls that ask for it.
-    around: called in the operator's place, with the operator (in its way for the call) before those arguments.
+    opt_in: whether it serves only calls that request it by name.
+    wrapper: called in the operator's place, with the operator (or its `eager`) before those arguments.
     """
 
     operator: Operator
     unsupported: Callable[..., str | None]
-    on_request: bool = False
-    around: Callable[..., Any] | None = None
+    opt_in: bool = False
+    wrapper: Callable[..., Any] | None = None
 
-    def run(self, *, plainly: bool) -> Callable[..., Any]:
-        """`plainly` is for plain eager PyTorch on plain tensors."""
-        call = self.operator.eager if plainly else self.operator
-        return call if self.around is None else partial(self.around, call)
+    def run(self, *, eager: bool) -> Callable[..., Any]:
+        """`eager`: for calls that have a cache key (see calls.py)."""
+        call = self.operator.eager if eager else self.operator
+        return call if self.wrapper is None else partial(self.wrapper, call)
 
 
-class Facts(NamedTuple):
-    """What a kind of calls comes to."""
+class Decision(NamedTuple):
+    """What is decided for all calls of one cache key: the backend, and the options that `DualOp.derived` returned."""
 
     backend: str
     derived: tuple[Any, ...]
@@ -61,16 +62,16 @@ class DualOp:
         operands: names of the arguments (B, …) that may be Duals.
         constants: names of the tensors, or sizes, that carry no tangent; they may be None.
         check: called with operands and constants; raises where one does not fit. Options (numbers and flags, whose
-            values are no part of a call's kind) are the public function's to check.
-        reference: plain PyTorch, called with primals, constants, options and what `derived` gave. It returns the
+            values are not in the cache key) are the public function's to check.
+        reference: plain PyTorch, called with primals, constants, options and what `derived` returned. It returns the
             output, or a tuple of the outputs and of tensors (B, …) that the tangent reads.
         tangent: of the outputs, called with primals, tangents (None: zero, not all are) and those tensors, all cut to
             the rows that have tangents, then as `reference`; None where `check` lets no tangent pass.
         backends: by name, fastest first; of an op without any, every call is PyTorch's own functions, whose rules of
             forward mode serve constants too.
         outputs: for each output the places of the operands that it depends on; None: on all.
-        derived: called with primals and constants; further options that a kind of call comes to.
-        prepare: called with all arguments once they have been checked; those to go on with.
+        derived: called with primals and constants; returns further options that follow from their shapes and dtypes.
+        prepare: called with all arguments once they have been checked; returns those to go on with.
     """
 
     def __init__(
@@ -91,62 +92,61 @@ class DualOp:
         self.check, self.reference, self.tangent = check, reference, tangent
         self.backends, self.derived, self.prepare = dict(backends or {}), derived, prepare
         self._operands, self._tensors = len(operands), len(self.names)
-        self._on_request = [key for key, backend in self.backends.items() if backend.on_request]
+        self._opt_in = [key for key, backend in self.backends.items() if backend.opt_in]
         self._runs = {
-            plainly: {key: backend.run(plainly=plainly) for key, backend in self.backends.items()}
-            for plainly in (False, True)
+            eager: {key: backend.run(eager=eager) for key, backend in self.backends.items()} for eager in (False, True)
         }
         if self.backends:
             register(name, self.backends)
 
     def __call__(self, *arguments: Any) -> Any:
-        facts = self.facts(*arguments)
-        if facts is not None:
+        decision = self.checked(*arguments)
+        if decision is not None:
             if self.prepare is not None:
                 arguments = self.prepare(*arguments)
-            return self.run(facts, arguments, plainly=True)
+            return self.run(decision, arguments, eager=True)
         bridge, bridged = bridge_forward_mode, self._operands
         if not self.backends:
             bridge, bridged = plain_forward_mode, self._tensors
         rest = arguments[bridged:]
-        return bridge(self.name, lambda *operands: self._run_anew(*operands, *rest), *arguments[:bridged])
+        return bridge(self.name, lambda *operands: self._run_uncached(*operands, *rest), *arguments[:bridged])
 
-    def facts(self, *arguments: Any) -> Facts | None:
-        """Check the arguments; what they come to, or None where that depends on more than their kind."""
-        kind = kind_of_call(self.name, *arguments[: self._tensors])
-        found: Facts | None = known(kind)
-        if found is None:
+    def checked(self, *arguments: Any) -> Decision | None:
+        """Check the arguments; the decision for them, or None where they have no cache key."""
+        key = cache_key(self.name, *arguments[: self._tensors])
+        decision: Decision | None = cached(key)
+        if decision is None:
             self.check(*arguments[: self._tensors])
-            if not kind:
+            if key is None:
                 return None
-            found = self.work_out(*(arguments if self.prepare is None else self.prepare(*arguments)))
-            remember(kind, found)
-        recorded(self.name, found.backend)
-        return found
+            decision = self.decide(*(arguments if self.prepare is None else self.prepare(*arguments)))
+            store(key, decision)
+        recorded(self.name, decision.backend)
+        return decision
 
-    def work_out(self, *arguments: Any) -> Facts:
-        """What arguments that have been checked come to."""
+    def decide(self, *arguments: Any) -> Decision:
+        """The decision for arguments that have been checked."""
         by_name = {name: primal_of(x) for name, x in zip(self.names, arguments, strict=False)}
-        return Facts(self.choose(**by_name), () if self.derived is None else self.derived(**by_name))
+        return Decision(self.choose(**by_name), () if self.derived is None else self.derived(**by_name))
 
     def choose(self, **by_name: Any) -> str:
         """The backend that serves these primals and constants."""
         if not self.backends:
             return recorded(self.name, "reference")
         supports = {key: partial(backend.unsupported, **by_name) for key, backend in self.backends.items()}
-        return choose(self.name, by_name[self.names[0]].device, supports, on_request=self._on_request)
+        return choose(self.name, by_name[self.names[0]].device, supports, opt_in=self._opt_in)
 
-    def _run_anew(self, *arguments: Any) -> Any:
+    def _run_uncached(self, *arguments: Any) -> Any:
         if self.prepare is not None:
             arguments = self.prepare(*arguments)
-        return self.run(self.work_out(*arguments), arguments, plainly=False)
+        return self.run(self.decide(*arguments), arguments, eager=False)
 
-    def run(self, facts: Facts, arguments: tuple[Any, ...], *, plainly: bool) -> Any:
-        """The call; `plainly` if it is plain eager PyTorch on plain tensors."""
-        operands, rest = arguments[: self._operands], arguments[self._operands :] + facts.derived
-        if facts.backend == "reference":
+    def run(self, decision: Decision, arguments: tuple[Any, ...], *, eager: bool) -> Any:
+        """The call; `eager`: it has a cache key."""
+        operands, rest = arguments[: self._operands], arguments[self._operands :] + decision.derived
+        if decision.backend == "reference":
             return self._run_reference(operands, rest)
-        return fused(self._runs[plainly][facts.backend], operands, rest, self.outputs)
+        return run_on_duals(self._runs[eager][decision.backend], operands, rest, self.outputs)
 
     def _run_reference(self, operands: tuple[TensorOrDual, ...], rest: tuple[Any, ...]) -> Any:
         primals = [primal_of(x) for x in operands]
@@ -163,10 +163,10 @@ class DualOp:
                 )
                 dots = found if isinstance(found, tuple) else (found,)
                 dots = [None if dot is None else dot.to(y.dtype) for y, dot in zip(outs, dots, strict=True)]
-        return _joined(outs, dots, operands, self.outputs, rows)
+        return _packed(outs, dots, operands, self.outputs, rows)
 
 
-def fused(
+def run_on_duals(
     run: Callable[..., Any], operands: Sequence[TensorOrDual], rest: Sequence[Any], outputs: Outputs = (None,)
 ) -> Any:
     """The outputs of a backend's `run`, tensors or Duals as the operands that they depend on are."""
@@ -189,20 +189,20 @@ def fused(
     found = run(*primals, *tangents, *rest)
     if count == 1 and outputs[0] is None:
         return Dual(found[0], None if rows is None else found[1])
-    return _joined(found[:count], found[count : 2 * count], operands, outputs, rows)
+    return _packed(found[:count], found[count : 2 * count], operands, outputs, rows)
 
 
 _NOTHING = (None,) * 16
 
 
-def _joined(
+def _packed(
     outs: Sequence[Tensor],
     dots: Sequence[Tensor | None],
     operands: Sequence[TensorOrDual],
     outputs: Outputs,
     rows: int | None,
 ) -> Any:
-    """`rows`: of the longest tangent of all operands."""
+    """Tensors or Duals of outputs and tangents; `rows`: of the longest tangent of all operands."""
     joined: list[TensorOrDual] = []
     for y, dot, places in zip(outs, dots, outputs, strict=True):
         needed = operands if places is None else [operands[place] for place in places]

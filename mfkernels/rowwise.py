@@ -111,7 +111,7 @@ def _sum_partials_kernel(
 
 def sum_partials_launch(partials: Tensor, out: Tensor, config=None) -> Launch:
     G, S, D = partials.shape
-    return Launch.of(
+    return Launch(
         _sum_partials_kernel,
         lambda config: (G, cdiv(D, config["BLOCK_D"])),
         config or launch_config("sum_partials", out.device, out.dtype, parts=S),

@@ -41,7 +41,7 @@ def dual_errors(
         duals: names of the inputs that carry tangents; their first dimension is the batch.
         rows: tangent rows.
         dtype, device: what `op` runs in.
-        seed: of the tangents and the cotangent; not the one that the inputs were drawn with, or they are the same.
+        seed: of the tangents and the cotangent; another one than the inputs', or they would be equal.
 
     Returns:
         Errors by name: "primal", "tangent", and "d_<name>" for the gradient of each input.
@@ -51,7 +51,6 @@ def dual_errors(
     """
     generator = torch.Generator().manual_seed(seed)
     duals = list(duals)
-    batch = inputs[duals[0]].shape[0]
 
     def rounded(x: Tensor) -> Tensor:
         # `.to` would close the gaps between the rows of a view
@@ -73,7 +72,7 @@ def dual_errors(
     assert out.tangent.dtype == out.primal.dtype
 
     # rows beyond `rows` have tangent zero
-    full = tuple(torch.where(_row_index(tangents[n], batch) < rows, tangents[n].double(), 0.0) for n in duals)
+    full = tuple(torch.cat((tangents[n][:rows], torch.zeros_like(tangents[n][rows:]))).double() for n in duals)
     with torch.no_grad():
         tangent = torch.func.jvp(
             lambda *xs: oracle(**{**high, **dict(zip(duals, xs, strict=True))}), tuple(high[n] for n in duals), full
@@ -115,7 +114,3 @@ def assert_dual(
             worst[name] = max(worst.get(name, 0.0), error)
             assert error <= bound, f"{name}, {rows} of {batch} tangent rows: error {error:.2e} > {bound:.2e}"
     return worst
-
-
-def _row_index(x: Tensor, batch: int) -> Tensor:
-    return torch.arange(batch).view(-1, *[1] * (x.ndim - 1))

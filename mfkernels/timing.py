@@ -1,4 +1,4 @@
-"""How long a call keeps the device busy, and how long one call takes from its start to its end."""
+"""Device time and latency of a call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 LEAST_CALLS, MOST_CALLS = 20, 400  # back to back, in one measurement
 
-# Whether a recording has failed in this process. PyTorch's allocator may then take itself to be recording for ever:
-# memory is not given back, and later recordings fail. A program that goes on for long should do so in a new process.
-recording_failed = False
+# Whether the capture of a CUDA graph has failed in this process. PyTorch's allocator may then stay in its capturing
+# state: memory is not freed, and later captures fail. A long program should continue in a new process.
+capture_failed = False
 
 
 class Timing(NamedTuple):
-    """Seconds of one call, and how they were taken: "graph", "events" or "clock"."""
+    """Seconds of one call, and how they were measured: "graph", "events" or "clock"."""
 
     seconds: float
     how: str
@@ -26,19 +26,19 @@ class Timing(NamedTuple):
 def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: int = 5) -> Timing:
     """How long `fn` keeps the device busy, the median of several rounds.
 
-    On a GPU a round is 20 calls or more, recorded into one CUDA graph whose replay is timed with events ("graph"):
-    Python's time, which is longer than a small kernel's, is not in it. Where `fn` cannot be recorded (it copies to the
+    On a GPU a round is 20 calls or more, captured into one CUDA graph whose replay is timed with events ("graph"):
+    Python's time, which is longer than a small kernel's, is not in it. Where `fn` cannot be captured (it copies to the
     host, or is a CUDA graph already), the calls are made one after the other between two events ("events"): an upper
     bound, because the GPU may have waited for Python. Without a GPU it is the wall clock around each call ("clock").
 
     Args:
-        fn: called a few times first, so that what it compiles is compiled. Autograd runs a backward on the stream of
-            its forward, so a backward alone can be recorded only if this function and the forward were called inside
-            one `with torch.cuda.stream(...)` block.
-        milliseconds: of device time a round, about.
+        fn: called a few times first, so that compilation is not timed. Autograd runs a backward on the stream of its
+            forward, so a backward alone can be captured only if this function and the forward were called inside one
+            `with torch.cuda.stream(...)` block.
+        milliseconds: device time of a round, about.
         rounds: how many rounds.
     """
-    global recording_failed
+    global capture_failed
     if not torch.cuda.is_available():
         fn()
         return Timing(latency(fn, milliseconds=milliseconds), "clock")
@@ -59,9 +59,9 @@ def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: i
             taken = [_milliseconds(graph.replay, 1) for _ in range(rounds)]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # CUDA's error for a call that cannot be captured
-            recording_failed = True
-            torch.cuda.synchronize()  # an error that stays is raised here
+        except RuntimeError:
+            capture_failed = True
+            torch.cuda.synchronize()  # raises if it was another error, which persists
             how = "events"
             taken = [_milliseconds(fn, calls) for _ in range(rounds)]
     own.wait_stream(stream)
@@ -69,7 +69,7 @@ def busy_time(fn: Callable[[], object], *, milliseconds: float = 20.0, rounds: i
 
 
 def _milliseconds(fn: Callable[[], object], calls: int) -> float:
-    """Of so many calls, one after the other, between two events."""
+    """Between two events, with this number of calls from one to the other."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):

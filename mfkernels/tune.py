@@ -1,7 +1,7 @@
 """Measure launch configurations on this machine's GPU: `python -m mfkernels.tune`.
 
-Writes the fastest of each problem into the user's table (`mfkernels.launch.user_table`), which lies over the package's.
-Nothing else in the library ever measures: a training step never tunes behind its user's back.
+Writes the fastest of each problem into the user's table (`mfkernels.launch.user_table`), which has precedence over the
+package's. Nothing else in the library measures: a training step never tunes.
 """
 
 import argparse
@@ -15,34 +15,28 @@ from typing import Any
 
 import torch
 
-from mfkernels.attention.limits import MAX_HEAD_DIM
+from mfkernels.attention.op import MAX_HEAD_DIM
 from mfkernels.backend import triton_unavailable
-from mfkernels.launch import (
-    Config,
-    clear_cache,
-    forced_config,
-    read_table,
-    triton_minor,
-    user_table,
-)
+from mfkernels.folders import modules_of_ops
+from mfkernels.launch import Config, arch_of, clear_cache, forced_config, read_table, triton_minor, user_table
 from mfkernels.timing import Timing, busy_time
-from mfkernels.tune_problems import Problem, Sizes, of_ops
+from mfkernels.tune_problems import Problem, Sizes
 
-# Largest difference from the first candidate's result, in norms, that rounding in another order explains.
-AGREEMENT = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
+# Largest relative difference in norm from the first candidate's result that another order of sums explains.
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}
 
 
 def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] | None:
     """The fastest candidate that runs and agrees with the first that ran, and its milliseconds.
 
-    A dry run measures nothing: it gives the first, and 0.
+    A dry run measures nothing and returns the first, with 0.
     """
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     expected: list[torch.Tensor] | None = None
     best: tuple[Config, float] | None = None
-    how: str | None = None  # the first was timed
+    how: str | None = None  # how the first was timed
     for candidate in problem.candidates:
         with forced_config(problem.op, candidate):
             try:
@@ -57,7 +51,7 @@ def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] 
                 continue
             taken = Timing(0.0, "not timed") if dry_run else busy_time(problem.run)
         how = how or taken.how
-        if taken.how != how:  # a time with Python's in it is not one without
+        if taken.how != how:  # Python's time is in one and not in the other
             print(f"  {candidate}: timed by {taken.how} where the first was by {how}, so it is not taken")
             continue
         milliseconds = 1e3 * taken.seconds
@@ -69,7 +63,7 @@ def measure(problem: Problem, *, dry_run: bool = False) -> tuple[Config, float] 
 
 def _agree(out: torch.Tensor, expected: torch.Tensor) -> bool:
     difference = (out.float() - expected.float()).norm()
-    return bool(difference <= AGREEMENT[out.dtype] * expected.float().norm())
+    return bool(difference <= TOLERANCE[out.dtype] * expected.float().norm())
 
 
 def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -94,18 +88,9 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     clear_cache()
 
 
-def problems(
-    head_dims: Sequence[int],
-    widths: Sequence[int],
-    hidden_widths: Sequence[int],
-    tokens: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    total: int = 65536,
-) -> Iterator[Problem]:
-    """Every op's problems, on batches of `total` tokens; rows and heads in sequences of 256 tokens."""
-    sizes = Sizes(head_dims, widths, hidden_widths, tokens, dtype, device, total)
-    for tuning in of_ops():
+def problems(sizes: Sizes) -> Iterator[Problem]:
+    """Every op's problems."""
+    for tuning in modules_of_ops("tuning"):
         yield from tuning.problems(sizes)
 
 
@@ -130,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     arguments = parser.parse_args(argv)
     path = user_table()
-    known = {op for tuning in of_ops() for op in tuning.OPS}
+    known = {op for tuning in modules_of_ops("tuning") for op in tuning.OPS}
     try:
-        read_table(path)  # now, not after hours of measuring
+        read_table(path)  # raises now, not after hours of measuring
         if any(d % 8 != 0 or not 8 <= d <= MAX_HEAD_DIM for d in arguments.head_dims):
             raise ValueError(f"--head-dims: expected multiples of 8 up to {MAX_HEAD_DIM}, got {arguments.head_dims}")
         for name in ("tokens", "widths", "hidden_widths"):
@@ -154,18 +139,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mfkernels.tune: {error}", file=sys.stderr)
         return 2
     if device.type == "cpu":
-        return _tune(arguments, path, device, {"arch": "cpu"})
+        return _tune(arguments, path, device)
     device = torch.device("cuda", torch.cuda.current_device())
-    major, minor = torch.cuda.get_device_capability(device)
-    with torch.cuda.stream(torch.cuda.Stream(device)):  # of forward and backward both, or busy_time cannot record them
-        return _tune(arguments, path, device, {"arch": f"sm_{major}{minor}"})
+    with torch.cuda.stream(
+        torch.cuda.Stream(device)
+    ):  # one for forward and backward, so that busy_time can capture them
+        return _tune(arguments, path, device)
 
 
-def _tune(arguments: argparse.Namespace, path: Path, device: torch.device, machine: Mapping[str, str]) -> int:
-    machine = {**machine, "triton": triton_minor(), "dtype": arguments.dtype}
-    sizes = (arguments.head_dims, arguments.widths, arguments.hidden_widths, arguments.tokens)
+def _tune(arguments: argparse.Namespace, path: Path, device: torch.device) -> int:
+    machine = {"arch": arch_of(device), "triton": triton_minor(), "dtype": arguments.dtype}
+    sizes = Sizes(
+        arguments.head_dims,
+        arguments.widths,
+        arguments.hidden_widths,
+        arguments.tokens,
+        getattr(torch, arguments.dtype),
+        device,
+        arguments.total,
+    )
     start, measured, left = time.monotonic(), 0, 0
-    for problem in problems(*sizes, getattr(torch, arguments.dtype), device, arguments.total):
+    for problem in problems(sizes):
         if arguments.ops and problem.op not in arguments.ops:
             continue
         if arguments.seconds is not None and time.monotonic() - start > arguments.seconds:
@@ -177,7 +171,7 @@ def _tune(arguments: argparse.Namespace, path: Path, device: torch.device, machi
             row: dict[str, Any] = {"op": problem.op, **machine, **problem.conditions}
             row |= {"config": dict(best[0]), "milliseconds": round(best[1], 4)}
             if not arguments.dry_run:
-                # after each: an interrupted run keeps what it measured, and another tuner's rows stay
+                # after each problem: an interrupted run keeps what it measured, and rows of another tuner stay
                 write_table(path, merge(read_table(path), [row]))
             measured += 1
     if left:

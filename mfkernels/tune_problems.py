@@ -1,16 +1,13 @@
-"""What `python -m mfkernels.tune` measures: candidates for rows of launch tables, each with a call that runs the op.
+"""What the ops' `tuning.py` share: problems for `python -m mfkernels.tune`.
 
-Each op has its own in `tuning.py` of its folder; this is what they share.
+A `tuning.py` has `OPS`, the rows of launch tables that it tunes, and `problems(sizes)`.
 """
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ Bounds = Mapping[str, int | str]
 
 @dataclass(frozen=True)
 class Problem:
-    """One row to be found: the op, its conditions, the candidates, and a call that runs the op and gives results."""
+    """One row to be found: the op, its conditions, the candidates, and a call that launches the op."""
 
     op: str
     conditions: Bounds
@@ -33,7 +30,7 @@ class Problem:
 
 
 def grid(num_stages: Sequence[int] = (1,), **choices: Sequence[int]) -> list[Config]:
-    """Every combination."""
+    """Every combination of the choices."""
     choices = {**choices, "num_stages": num_stages}
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
@@ -42,7 +39,7 @@ def tile(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-# of kernels that several ops have alike
+# candidates of kernels that several ops have alike
 TOKEN_ROWS = grid(BLOCK_N=(1, 2, 4), CHUNK=(8, 16, 64), num_warps=(4, 8))
 ROWS = grid(BLOCK_R=(1, 2, 4, 8), num_warps=(4, 8))
 ROWS_AND_SUMS = grid(BLOCK_R=(1, 2, 4), PARTS=(264, 528, 1056), num_warps=(4, 8))
@@ -50,7 +47,7 @@ ROWS_AND_SUMS = grid(BLOCK_R=(1, 2, 4), PARTS=(264, 528, 1056), num_warps=(4, 8)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: batches of `total` tokens, rows and heads in sequences of 256."""
+    """The measured sizes: batches of `total` tokens; rows and heads in sequences of 256 tokens."""
 
     head_dims: Sequence[int]
     widths: Sequence[int]
@@ -66,7 +63,7 @@ class Sizes:
 
     @property
     def batch(self) -> int:
-        """Of sequences of 256 tokens."""
+        """The number of sequences of 256 tokens."""
         return max(1, self.total // 256)
 
     def source(self) -> Source:
@@ -91,17 +88,9 @@ def _each(name: str, sizes: Sequence[int]) -> Iterator[tuple[int, Bounds]]:
 
 
 def ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """The sizes that each measured size speaks for: down to the next smaller one, the smallest for itself alone."""
+    """The range of sizes that each measured size stands for: down to the next smaller one."""
     ordered = sorted(set(sizes))
     return [(low + 1, high) for low, high in zip([ordered[0] - 1, *ordered], ordered, strict=False)]
-
-
-def of_ops() -> list[ModuleType]:
-    """The `tuning` of each op's folder that has one: `OPS`, the rows it tunes, and `problems(sizes)`."""
-    here = Path(__file__).parent
-    return [
-        importlib.import_module(f"mfkernels.{path.parent.name}.tuning") for path in sorted(here.glob("*/tuning.py"))
-    ]
 
 
 class Source:

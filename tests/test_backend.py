@@ -1,11 +1,12 @@
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from mfkernels import backend, requested_backend, silu, use_backend
+from mfkernels import BackendError, backend, requested_backend, rms_norm, silu, use_backend
 from mfkernels.backend import choose, recorded_choices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,8 +31,12 @@ def test_a_request_is_served_or_refused():
     with use_backend("triton"):
         assert requested_backend() == "triton"
         assert choose("op", CPU, {"triton": served}) == "triton"
-        with pytest.raises(NotImplementedError, match=r"op: the triton backend cannot serve this call: head dim 300"):
+        with pytest.raises(BackendError, match=r"op: the triton backend cannot serve this call: head dim 300") as error:
             choose("op", CUDA, {"triton": too_wide})
+        for raised in (error.value, pickle.loads(pickle.dumps(error.value))):
+            assert isinstance(raised, NotImplementedError)
+            assert (raised.op, raised.backend, raised.reason) == ("op", "triton", too_wide())
+            assert str(raised) == f"op: the triton backend cannot serve this call: {too_wide()}"
         with use_backend("reference"):
             assert choose("op", CUDA, {"triton": served}) == "reference"
         with use_backend(None):
@@ -48,7 +53,7 @@ def test_a_request_for_one_op():
     with use_backend("attention=cuda"):
         assert requested_backend("mlp") is None
         assert choose("mlp", CUDA, {"triton": served}) == "triton"
-        with pytest.raises(NotImplementedError, match="attention: no cuda backend"):
+        with pytest.raises(BackendError, match="attention: no cuda backend"):
             choose("attention", CUDA, {"triton": served})
     with (
         pytest.raises(ValueError, match=r"name: expected one of the ops .*attention, .* before '=', got 'atention'"),
@@ -74,17 +79,19 @@ def test_a_request_for_one_op():
 
 def test_a_backend_that_serves_only_on_request():
     supports = {"cuda": served, "triton": too_wide}
-    assert choose("op", CUDA, supports, on_request=("cuda",)) == "reference"
+    assert choose("op", CUDA, supports, opt_in=("cuda",)) == "reference"
     with use_backend("cuda"):
-        assert choose("op", CUDA, supports, on_request=("cuda",)) == "cuda"
+        assert choose("op", CUDA, supports, opt_in=("cuda",)) == "cuda"
 
 
 def test_a_backend_that_an_op_does_not_have():
     with (
         use_backend("cuda"),
-        pytest.raises(NotImplementedError, match=r"op: no cuda backend \(it has: reference, triton\)"),
+        pytest.raises(BackendError, match=r"op: no cuda backend \(it has: reference, triton\)") as error,
     ):
         choose("op", CUDA, {"triton": served})
+    assert (error.value.op, error.value.backend) == ("op", "cuda")
+    assert error.value.reason.startswith("no cuda backend")
 
 
 def test_an_op_with_one_implementation_is_not_subject_to_requests():
@@ -126,11 +133,18 @@ def test_without_triton_the_cure_is_named(monkeypatch):
     assert "pip install 'triton>=3.4'" in backend._triton_missing()
 
 
-def test_on_a_gpu_the_slower_way_is_told_once(monkeypatch, caplog):
-    monkeypatch.setattr(backend, "_said", set())
+def test_on_a_gpu_plain_pytorch_is_warned_about_once(monkeypatch, caplog):
+    monkeypatch.setattr(backend, "_warned", set())
     for _ in range(2):
         assert choose("op", CUDA, {"triton": too_wide}) == "reference"
     assert choose("op", CPU, {"triton": too_wide}) == "reference"
     assert [record.getMessage() for record in caplog.records] == [
         "op runs on plain PyTorch, which is slower on a GPU (triton: head dim 300: expected at most 256)"
     ]
+
+
+def test_a_compiled_call_that_is_refused_says_why():
+    x, weight = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    compiled = torch.compile(lambda x: rms_norm(x, weight), backend="eager", fullgraph=True)
+    with use_backend("rms_norm=triton"), pytest.raises(Exception, match="rms_norm: the triton backend cannot serve"):
+        compiled(x)

@@ -1,4 +1,4 @@
-"""What a call comes to is remembered by its kind: every property that a check or a choice looks at is in it."""
+"""What is decided about a call is cached: every property that a check or a choice depends on is in the key."""
 
 import warnings
 
@@ -6,43 +6,43 @@ import pytest
 import torch
 
 from mfkernels import Dual, attention, gated_residual_ada_layer_norm, linear, mlp, silu, use_backend
-from mfkernels.calls import forget, kind_of_call, known, remember
+from mfkernels.calls import cache_key, cached, clear_cache, store
 
 
-def kind(*operands):
-    return kind_of_call("op", *operands)
+def key(*operands):
+    return cache_key("op", *operands)
 
 
-def test_kinds_differ():
+def test_keys_differ():
     x = torch.randn(3, 4)
-    kinds = [
-        kind(x),
-        kind(x[:2]),
-        kind(x.double()),
-        kind(x.to("meta")),
-        kind(x, None),
-        kind(x, x),
-        kind(Dual(x)),
-        kind(Dual(x, x)),
-        kind(Dual(x, x[:1])),
-        kind(x, 2),
-        kind_of_call("another", x),
-        kind(x.to_sparse()),
+    keys = [
+        key(x),
+        key(x[:2]),
+        key(x.double()),
+        key(x.to("meta")),
+        key(x, None),
+        key(x, x),
+        key(Dual(x)),
+        key(Dual(x, x)),
+        key(Dual(x, x[:1])),
+        key(x, 2),
+        cache_key("another", x),
+        key(x.to_sparse()),
     ]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        kinds.append(kind(x))
+        keys.append(key(x))
         with torch.autocast("cpu", enabled=False):
-            assert kind(x) == kinds[0]
+            assert key(x) == keys[0]
     with torch.autocast("cpu", dtype=torch.float16):
-        kinds.append(kind(x))
+        keys.append(key(x))
     with use_backend("reference"):
-        kinds.append(kind(x))
-    assert () not in kinds
-    assert len(set(kinds)) == len(kinds)
-    assert kind(x) == kind(torch.zeros(3, 4)) == kind(torch.nn.Parameter(x))
+        keys.append(key(x))
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert key(x) == key(torch.zeros(3, 4)) == key(torch.nn.Parameter(x))
 
 
-def test_what_has_no_kind():
+def test_what_has_no_key():
     x = torch.randn(3, 4)
     told = []
     with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def test_what_has_no_kind():
         nested = torch.nested.nested_tensor([x, x[:2]])
 
     def tell(a):
-        told.append(kind(a))
+        told.append(key(a))
         return a * 1.0
 
     torch.func.jvp(tell, (x,), (x,))
@@ -58,15 +58,15 @@ def test_what_has_no_kind():
     with torch.autograd.forward_ad.dual_level():
         tell(x)
     told += [
-        kind(x.as_subclass(torch.nn.Buffer)),
-        kind(Dual(x, x.clone().requires_grad_())),
-        kind(nested),
-        kind("text"),
-        kind([x]),
+        key(x.as_subclass(torch.nn.Buffer)),
+        key(Dual(x, x.clone().requires_grad_())),
+        key(nested),
+        key("text"),
+        key([x]),
     ]
-    assert told == [()] * len(told)
-    remember((), "never")
-    assert known(()) is None
+    assert told == [None] * len(told)
+    store(None, "never")
+    assert cached(None) is None
 
 
 def test_bad_arguments_after_good_ones():
@@ -88,7 +88,7 @@ def test_bad_arguments_after_good_ones():
             gated_residual_ada_layer_norm(x, x, m, m, m, eps=-1.0)
 
 
-def test_a_request_is_not_forgotten():
+def test_a_request_is_in_the_key():
     pytest.importorskip("triton", minversion="3.4")
     x, w = torch.randn(2, 3, 8), torch.randn(8, 8)
     mlp(x, w, None, w, None)
@@ -99,8 +99,8 @@ def test_a_request_is_not_forgotten():
             attention(*torch.randn(3, 1, 4, 1, 8))
 
 
-def test_forget():
-    remember(("a kind",), 1)
-    assert known(("a kind",)) == 1
-    forget()
-    assert known(("a kind",)) is None
+def test_the_cache_is_cleared():
+    store(("a key",), 1)
+    assert cached(("a key",)) == 1
+    clear_cache()
+    assert cached(("a key",)) is None

@@ -6,22 +6,24 @@ import pytest
 import torch
 
 from mfkernels import Dual
+from mfkernels.attention import cases as attention_cases
 from mfkernels.backend import OPS
 from mfkernels.check import jobs, run
-from mfkernels.check.cases import CASES, Case, attention_case, random, timed_case
+from mfkernels.check.case import Case, cases_by_op, cases_of, random, timed_case
 
 pytest.importorskip("triton", minversion="3.4")
 
 MACHINE = jobs.this_device()
-REFERENCE = jobs.Backend("reference", "reference", own=False)
-TRITON = jobs.Backend("triton", "triton", own=True)
+REFERENCE = jobs.Backend("reference", "reference", poison=False)
+TRITON = jobs.Backend("triton", "triton", poison=True)
 
-# Answers of a process, in a module of its own: processes import it by name.
+# What processes run, in a module of its own: they import it by name.
 FAULTS = """
 import os, time
 import mfkernels
 from mfkernels import Dual
 from mfkernels.check import jobs, processes
+from mfkernels.check.case import cases_by_op, channel_cases
 
 right = mfkernels.layer_scale_residual
 
@@ -37,21 +39,22 @@ def out_of_memory(x, y, scale):
 
 PLANTED = {"float32": wrong_tangent, "float16": wrong_gradient, "bfloat16": out_of_memory}
 
-def wrong_answer(job):
+def wrong_job(job):
     if job.op != "layer_scale_residual" or job.backend.name != "triton":
-        yield from quick_answer(job)
+        yield from quick_job(job)
         return
-    mfkernels.layer_scale_residual = PLANTED[job.dtype]
-    yield from jobs.answer(job)
+    wrong, formula = PLANTED[job.dtype], lambda x, y, scale: x + y * scale
+    cases_by_op()["layer_scale_residual"] = channel_cases(wrong, formula, "x y", "scale")
+    yield from jobs.run_job(job)
 
-def quick_answer(job):
+def quick_job(job):
     if job.timed:
         yield jobs.Timed("timing, small", {"dual_forward": 1.0})
     else:
         yield jobs.Outcome("small", {"primal": (1e-9, 1e-8)})
 
-def lost_answer(job):
-    yield from quick_answer(job)
+def lost_job(job):
+    yield from quick_job(job)
     if (job.backend.name, job.dtype, job.timed) == ("reference", "float16", False):
         os._exit(7)
     if (job.backend.name, job.dtype, job.timed) == ("triton", "float32", False):
@@ -100,7 +103,7 @@ def test_right_ops_pass_and_the_file_says_what_was_measured(tmp_path, capsys):
 def test_wrong_ops_are_named_and_the_others_are_still_checked(faults, tmp_path, capsys):
     path = tmp_path / "check.json"
     argv = ["--ops", "layer_scale_residual", "rotary", "--json", str(path)]
-    assert run.main(argv, answer=faults.wrong_answer) == 1
+    assert run.main(argv, run_job=faults.wrong_job) == 1
     said = capsys.readouterr().out
     told = json.loads(path.read_text())
     assert told["ok"] is False
@@ -125,7 +128,7 @@ def test_wrong_ops_are_named_and_the_others_are_still_checked(faults, tmp_path, 
 
 def test_a_process_that_dies_or_hangs_fails_its_row_alone(faults, tmp_path, capsys):
     path = tmp_path / "check.json"
-    assert run.main(["--ops", "mlp", "--json", str(path)], answer=faults.lost_answer, limit=2.0) == 1
+    assert run.main(["--ops", "mlp", "--json", str(path)], run_job=faults.lost_job, limit=2.0) == 1
     failures = {(row["backend"], row["dtype"]): row["failures"] for row in json.loads(path.read_text())["rows"]}
     assert failures.pop(("reference", "float16")) == ["after small: the process ended with exit code 7"]
     assert failures.pop(("reference", "bfloat16")) == ["after small: no answer within 2 s"]
@@ -166,7 +169,7 @@ def small_case(ours, formula=lambda x: 2 * x):
 
 
 def checked(case, dtype="float32", op="swiglu", backend=REFERENCE, rows=2):
-    return jobs.checked(jobs.Job(op, backend, dtype, str(MACHINE)), case, rows, "small")
+    return jobs.check_case(jobs.Job(op, backend, dtype, str(MACHINE)), case, rows, "small")
 
 
 def test_the_bound_is_twice_plain_pytorchs_error_and_a_floor():
@@ -206,8 +209,8 @@ def test_a_refusal_is_a_failure_unless_it_is_a_documented_limit():
     for op, backend, dtype in (("mlp", TRITON, "float16"), ("attention", TRITON, "float32")):
         outcome = checked(small_case(refuses), dtype, op, backend)
         assert outcome.failure == "NotImplementedError: it has: reference"
-    others = jobs.Backend("triton, backward flash", "triton,attention_backward=flash", own=False)
-    for backend, dtype in ((jobs.Backend("cuda", "cuda", own=True), "float32"), (others, "float16")):
+    others = jobs.Backend("triton, backward flash", "triton,attention_backward=flash", poison=False)
+    for backend, dtype in ((jobs.Backend("cuda", "cuda", poison=True), "float32"), (others, "float16")):
         outcome = checked(small_case(refuses), dtype, "attention", backend)
         assert (outcome.failure, outcome.not_served) == ("", "it has: reference")
     assert not jobs.may_refuse("attention", "triton", "bfloat16", "cuda:0")
@@ -228,7 +231,7 @@ def test_an_element_that_is_not_written_is_wrong():
 def test_attentions_backwards_are_rows_of_their_own():
     found = {backend.name: backend for backend in jobs.backends("attention", MACHINE)}
     assert list(found) == ["reference", "triton", "triton, backward flash"]
-    case = attention_case(2, 33, 1, 16, causal=True)
+    case = attention_cases.make(2, 33, 1, 16, causal=True)
     for name, backend in found.items():
         outcome = checked(case, "float32", "attention", backend, rows=1)
         assert (outcome.failure, outcome.not_served) == ("", ""), name
@@ -237,9 +240,11 @@ def test_attentions_backwards_are_rows_of_their_own():
 
 
 def test_every_op_has_cases_and_a_timing():
-    assert set(CASES) == set(OPS)
-    for op, cases in CASES.items():
-        assert any(not case.gpu_only for case in cases)
+    assert set(cases_by_op()) == set(OPS)
+    for op, cases in cases_by_op().items():
+        assert cases.small
         for device in ("cpu", "cuda"):
             assert timed_case(op, torch.device(device)).size
-    assert {"d=64", "d=72", "d=80", "d=128"} == {case.part for case in CASES["attention"]}
+    parts = {"d=64", "d=72", "d=80", "d=128"}
+    for device in ("cpu", "cuda"):
+        assert parts == {case.part for case in cases_of("attention", device)}

@@ -9,7 +9,7 @@ from op_checks import forward_ad
 
 import mfkernels
 from mfkernels import Dual
-from mfkernels.check.cases import MAKERS
+from mfkernels.check.case import cases_by_op
 
 
 @pytest.fixture(params=DTYPES)
@@ -34,7 +34,7 @@ OTHERS = {  # names of tangents, shapes of all
     "silu": ("x", {"x": (2, 3)}),
     "scaled_dot_product_attention": ("query key value", dict.fromkeys(("query", "key", "value"), (2, 2, 5, 8))),
 }
-OPS = sorted({*MAKERS, *OTHERS} - {"adaptive_squared_error"})
+OPS = sorted({*cases_by_op(), *OTHERS} - {"adaptive_squared_error"})
 CONSTANT = "a gradient was asked for through its forward-mode tangent"
 
 
@@ -50,7 +50,7 @@ def case_of(op):
         duals, fn = names.split(), getattr(mfkernels, op)
         inputs = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
     else:
-        case = MAKERS[op](*SIZES.get(op, (2, 3, 8)))
+        case = cases_by_op()[op].make(*SIZES.get(op, (2, 3, 8)))
         duals, fn = case.duals, case.on(DEVICE, case.ours)
         inputs = {name: x.to(DEVICE, torch.float32) for name, x in case.inputs().items()}
     primals = tuple(inputs[name].clone().requires_grad_() for name in duals)

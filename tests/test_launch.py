@@ -9,8 +9,9 @@ pytest.importorskip("triton", minversion="3.4")
 
 from mfkernels import launch, tune, tune_problems
 from mfkernels.adaptive_squared_error.tuning import CANDIDATES
+from mfkernels.folders import modules_of_ops
 from mfkernels.timing import Timing
-from mfkernels.tune_problems import of_ops, tile
+from mfkernels.tune_problems import Sizes, tile
 
 REQUEST = {
     "op": "a",
@@ -249,7 +250,7 @@ def test_a_forced_configuration_is_taken_and_forgotten() -> None:
 
 
 def test_exact_products_are_tuned_for_themselves_alone() -> None:
-    found = list(tune.problems([16], [24], [40], [16], torch.float32, torch.device("cpu"), total=32))
+    found = list(tune.problems(Sizes([16], [24], [40], [16], torch.float32, torch.device("cpu"), total=32)))
     for problem in found:
         assert problem.conditions.get("precision") == ("ieee" if problem.op.startswith("attention") else None)
 
@@ -258,7 +259,7 @@ def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
     """What a call gives does not depend on the candidate; without its configuration the op's launch fails."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ops = []
-    for problem in tune.problems([16], [24], [40], [16], torch.float32, device, total=32):
+    for problem in tune.problems(Sizes([16], [24], [40], [16], torch.float32, device, total=32)):
         expected = [result.clone() for result in problem.run()]
         with launch.forced_config(problem.op, problem.candidates[-1]):
             results = problem.run()
@@ -269,7 +270,7 @@ def test_every_op_of_the_table_is_tuned_on_a_call_that_launches_it() -> None:
             problem.run()
         ops.append(problem.op)
     known = {row["op"] for row in launch.shipped()}
-    assert sorted(ops) == sorted(op for tuning in of_ops() for op in tuning.OPS)
+    assert sorted(ops) == sorted(op for tuning in modules_of_ops("tuning") for op in tuning.OPS)
     # two that take microseconds, and a limit that is no kernel's
     assert known - set(ops) == {"sum_partials", "timestep_embedding", "attention_forward_apart"}
 

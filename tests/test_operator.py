@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfkernels import Dual, ada_layer_norm, mlp
 from mfkernels.ada_layer_norm import op
-from mfkernels.operator import runs_plainly
+from mfkernels.operator import is_plain_eager
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -49,11 +49,11 @@ def test_both_give_the_same_bits():
 
 def test_what_is_not_plain_eager():
     x, _, _, x_dot = operands()
-    assert runs_plainly(x, None, torch.nn.Parameter(x.detach()), 1.0)
+    assert is_plain_eager(x, None, torch.nn.Parameter(x.detach()), 1.0)
     told = []
 
     def tell(a):
-        told.append(runs_plainly(a))
+        told.append(is_plain_eager(a))
         return a * 2.0
 
     torch.func.jvp(tell, (x.detach()[:2],), (x_dot,))
@@ -68,7 +68,7 @@ def test_what_is_not_plain_eager():
     class Sub(torch.Tensor):
         pass
 
-    assert not runs_plainly(x.detach().as_subclass(Sub))
+    assert not is_plain_eager(x.detach().as_subclass(Sub))
 
 
 def test_a_second_derivative_is_an_error():

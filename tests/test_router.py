@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as fwAD
 
 from mfkernels import Dual, backend, dual_aware, dualize, jvp, silu, use_backend
 from mfkernels.backend import recorded_choices, rows_unsupported
-from mfkernels.operator import operator, or_no_rows, rows_of
+from mfkernels.check.case import channel_cases
+from mfkernels.operator import num_tangent_rows, operator, tangent_or_empty
 from mfkernels.router import Backend, DualOp
 from mfkernels.testing import assert_dual
 
@@ -89,22 +90,30 @@ def test_an_op_without_backends_is_recorded_and_takes_no_request(example):
     assert chosen == {"scaled_power": "reference", "silu": "reference"}
 
 
+def test_the_cases_of_the_guide_are_checked(example):
+    line = re.search(r"`(CASES = .*?)`", TEXT)[1]
+    names = {"scaled_power": example["scaled_power"], "formula": oracle, "channel_cases": channel_cases}
+    exec(line, names)
+    for case in names["CASES"]["scaled_power"].small:
+        assert max(case.errors(1, torch.float32, torch.device("cpu"), plain=False).values()) < 1e-6
+
+
 # An op with a backend, whose "kernels" are plain PyTorch; y is differentiable, its tangent and the sum are not.
 
 
 @operator("toy_cube_forward")
 def _cube(x: torch.Tensor, x_dot: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x**3, or_no_rows(None if x_dot is None else 3 * x[: x_dot.shape[0]] ** 2 * x_dot, x), x.sum()
+    return x**3, tangent_or_empty(None if x_dot is None else 3 * x[: x_dot.shape[0]] ** 2 * x_dot, x), x.sum()
 
 
 @_cube.register_fake
 def _(x, x_dot):
-    return x.new_empty(x.shape), x.new_empty((rows_of(x_dot), *x.shape[1:])), x.new_empty(())
+    return x.new_empty(x.shape), x.new_empty((num_tangent_rows(x_dot), *x.shape[1:])), x.new_empty(())
 
 
 _cube.register_gradients(
     lambda ctx, dy: (3 * ctx.saved_tensors[0] ** 2 * dy,),
-    keep=lambda ctx, inputs, output: inputs[:1],
+    save=lambda ctx, inputs, output: inputs[:1],
 )
 
 

@@ -100,7 +100,7 @@ def ours(x: Inputs, share: float) -> Callable[[], object]:
 
 
 def by_cuda(x: Inputs, share: float) -> Callable[[], object]:
-    why_not = cuda.unsupported(x.qkv[0], 1.0)
+    why_not = cuda.unsupported(x.qkv[0])
     if why_not is not None:
         pytest.skip(why_not)
     return on("cuda", ours(x, share))

@@ -72,7 +72,7 @@ def interleaved_seconds(steps: Mapping[str, Callable[[], None]], *, rounds: int,
 
 def triton_launches(step: Callable[[], None]) -> int:
     """Of one step."""
-    run, started, made = Launch.run, launch.started, 0
+    run, replay, made = Launch.run, launch.replay, 0
 
     def counted(this: Launch) -> None:
         nonlocal made
@@ -82,9 +82,9 @@ def triton_launches(step: Callable[[], None]) -> int:
     def counted_again(start: Callable[..., None], arguments: list[Any]) -> None:
         nonlocal made
         made += 1
-        started(start, arguments)
+        replay(start, arguments)
 
-    with patch.object(Launch, "run", counted), patch.object(launch, "started", counted_again):
+    with patch.object(Launch, "run", counted), patch.object(launch, "replay", counted_again):
         step()
     return made
 

@@ -271,7 +271,7 @@ def forward_launch(
     gate_dot, stride_gate_dot = per_sample(dots.gate)
     shift_dot, stride_shift_dot = per_sample(dots.shift)
     scale_dot, stride_scale_dot = per_sample(dots.scale)
-    return Launch.of(
+    return Launch(
         _ada_layer_norm_forward_kernel,
         lambda config: (B * cdiv(N, config["CHUNK"]),),
         config or launch_config("ada_layer_norm_forward", x.device, x.dtype, width=D),
@@ -387,7 +387,7 @@ def backward_launch(
     chunks = partials.shape[2]
     gate, stride_gate = per_sample(None if update is None else update.gate)
     scale_, stride_scale = per_sample(scale)
-    return Launch.of(
+    return Launch(
         _ada_layer_norm_backward_kernel,
         lambda config: (B * chunks,),
         config,

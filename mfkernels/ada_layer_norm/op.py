@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..backend import rows_unsupported
-from ..checks import autocast_enabled, check_number, check_operand, check_same, check_shape
+from ..checks import autocast_dtype, check_number, check_operand, check_same, check_shape
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -23,10 +23,7 @@ def promoted(*tensors: Tensor) -> torch.dtype:
 
 def normed_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a norm's output. Under autocast it is autocast's: a product reads it, and would cast it first."""
-    dtype, device = promoted(*tensors), tensors[0].device
-    if dtype != torch.float64 and autocast_enabled(device):
-        return torch.get_autocast_dtype(device.type)
-    return dtype
+    return autocast_dtype(promoted(*tensors), tensors[0].device)
 
 
 @operator("ada_layer_norm_forward")
@@ -54,12 +51,12 @@ def _forward(
         x_dtype=x.dtype,
         h_dtype=dtype,
     )
-    return h, or_no_rows(h_dot, h), stats
+    return h, tangent_or_empty(h_dot, h), stats
 
 
 @_forward.register_fake
 def _(x, shift, scale, x_dot, shift_dot, scale_dot, eps, dtype):  # type: ignore[no-untyped-def]
-    rows = rows_of(x_dot, shift_dot, scale_dot)
+    rows = num_tangent_rows(x_dot, shift_dot, scale_dot)
     B, N, D = x.shape
     h = x.new_empty((B, N, D), dtype=dtype)
     return h, h.new_empty((rows, N, D)), x.new_empty((B, N, 2), dtype=torch.float32)
@@ -79,7 +76,7 @@ def _(dh, x, scale, stats):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), scale.new_empty((2, *scale.shape))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, scale, *_ = inputs
     return x, scale, output[2]
 
@@ -89,18 +86,12 @@ def _gradients(ctx, dh):  # type: ignore[no-untyped-def]
     return dx, dshift, dscale
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
 
-def ada_layer_norm(
-    x: TensorOrDual,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-    *,
-    eps: float = 1e-6,
-) -> TensorOrDual:
+def ada_layer_norm(x: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, *, eps: float = 1e-6) -> TensorOrDual:
     """LayerNorm without weights, then the sample's own scale and shift: y = x̂ (1 + scale) + shift.
 
     DiT's "modulate(norm(x), shift, scale)" (arXiv 2212.09748, §3.2, adaLN). Statistics are computed in float32 or
@@ -118,7 +109,7 @@ def ada_layer_norm(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
     """
     return _ada_layer_norm(x, shift, scale, check_number("eps", eps, 0))
 

@@ -149,7 +149,7 @@ def forward_launch(
     """The launch that fills error and, without partials, the three [B]; with them, partials [B, chunks]."""
     B, SIZE = u.shape[0], u[0].numel()
     CHUNKS = 1 if partials is None else partials.shape[1]
-    return Launch.of(
+    return Launch(
         _adaptive_squared_error_forward_kernel,
         lambda config: (B * CHUNKS,),
         config,
@@ -181,7 +181,7 @@ def finish_launch(
     eps: float,
 ) -> Launch:
     B, CHUNKS = partials.shape
-    return Launch.of(
+    return Launch(
         _adaptive_squared_error_finish_kernel,
         lambda config: (B,),
         {"BLOCK": 128, "num_warps": 1, "num_stages": 1},
@@ -245,7 +245,7 @@ def backward_launch(
 ) -> Launch:
     B, SIZE = du.shape[0], du[0].numel()
     CHUNKS = cdiv(SIZE, config["CHUNK"])
-    return Launch.of(
+    return Launch(
         _adaptive_squared_error_backward_kernel,
         lambda config: (B * CHUNKS,),
         config,

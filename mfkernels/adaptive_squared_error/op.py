@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import triton_unavailable, unsupported_dtype
+from ..backend import triton_unsupported
 from ..checks import check_number, check_operand, check_shape
 from ..dual import Dual
 from ..forward_mode import carries_tangent
@@ -19,26 +19,12 @@ from . import reference
 
 @operator("adaptive_squared_error_forward")
 def _forward(
-    u: Tensor,
-    v: Tensor,
-    correction: Tensor | None,
-    interval: Tensor | None,
-    p: float,
-    eps: float,
-    with_error: bool,
+    u: Tensor, v: Tensor, correction: Tensor | None, interval: Tensor | None, p: float, eps: float, with_error: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, squared error and weight (B,) in float32, and u − target (B, …) where asked for, else no elements."""
     from .kernels import error_forward
 
-    loss, squared_error, weight, error = error_forward(
-        u,
-        v,
-        correction,
-        interval,
-        p=p,
-        eps=eps,
-        with_error=with_error,
-    )
+    loss, squared_error, weight, error = error_forward(u, v, correction, interval, p=p, eps=eps, with_error=with_error)
     return loss, squared_error, weight, u.new_empty(0) if error is None else error
 
 
@@ -48,25 +34,20 @@ def _(u, v, correction, interval, p, eps, with_error):  # type: ignore[no-untype
     return *per_sample, u.new_empty(u.shape if with_error else 0)
 
 
-@operator("adaptive_squared_error_backward")
+@operator("adaptive_squared_error_backward", outputs_like=("error",))
 def _backward(dloss: Tensor, error: Tensor, weight: Tensor) -> Tensor:
     from .kernels import error_backward
 
     return error_backward(dloss, error, weight)
 
 
-@_backward.register_fake
-def _(dloss, error, weight):  # type: ignore[no-untyped-def]
-    return error.new_empty(error.shape)
-
-
 _forward.register_gradients(
     lambda ctx, dloss: (_backward(dloss, *ctx.saved_tensors),),
-    keep=lambda ctx, inputs, output: (output[3], output[2]),  # error, weight
+    save=lambda ctx, inputs, output: (output[3], output[2]),  # error, weight
 )
 
 
-def _around(
+def _wrapper(
     forward: Callable[..., tuple[Tensor, ...]],
     u: Tensor,
     _: None,
@@ -80,13 +61,6 @@ def _around(
         correction = interval = None
     v, interval = v.detach(), None if interval is None else interval.detach()
     return forward(u, v, correction, interval, p, eps, torch.is_grad_enabled() and u.requires_grad)
-
-
-def _triton_unsupported(u: Tensor, **others: Tensor | None) -> str | None:
-    reason = triton_unavailable(u.device)
-    for name, x in {"u": u, **others}.items():
-        reason = reason or (None if x is None else unsupported_dtype(name, x.dtype))
-    return reason
 
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -127,7 +101,8 @@ def adaptive_squared_error(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; an argument has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: an argument has a tangent.
     """
     if correction is not None and isinstance(correction, Tensor) and correction.requires_grad:
         raise ValueError("correction: expected a tensor without gradient, which the target has not; pass it detached")
@@ -175,6 +150,6 @@ _adaptive_squared_error = DualOp(
     check=_check,
     reference=reference.adaptive_squared_error,
     tangent=None,
-    backends={"triton": Backend(_forward, _triton_unsupported, around=_around)},
+    backends={"triton": Backend(_forward, triton_unsupported, wrapper=_wrapper)},
     outputs=(None, None),
 )

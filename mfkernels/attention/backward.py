@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import attention_backward_cpu, attention_backward_cudnn, attention_backward_flash, attention_cudnn
-from ..backend import recorded, register_part
+from ..backend import BackendError, recorded, register_part
 from .cuda import as_boxes
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # dq [B, N_q, H, d]; dk, dv [B, N_kv, H_kv, d]
@@ -45,24 +45,24 @@ def by_length(q: Tensor, k: Tensor, *, causal: bool) -> str:
     return next(name for name in FOR_LONG if unsupported(name, q, k, causal=causal) is None)
 
 
-def choose_backward(asked: str, q: Tensor, k: Tensor, *, causal: bool) -> str:
-    """The backward of this name, or the one that "by-length" selects, which is recorded as chosen.
+def choose_backward(requested: str, q: Tensor, k: Tensor, *, causal: bool) -> str:
+    """The backward of this name, or the one that "by-length" selects, recorded for `recorded_choices`.
 
-    Compiled, "by-length" is answered by the call's backward, by what is installed and set then.
-
-    Others' are expected to be faster on long sequences, but have not been measured: they are asked for, not chosen.
+    Compiled, "by-length" is resolved when the call's backward runs. Others' kernels are expected to be faster on long
+    sequences, but have not been measured: they serve on request only.
 
     Raises:
-        NotImplementedError: it cannot serve the call.
+        BackendError: it cannot serve the call.
     """
-    if asked == "by-length":
+    if requested == "by-length":
         if torch.compiler.is_compiling():
-            return asked  # until it runs: a compiler does not trace through the question what is installed
-        asked = by_length(q, k, causal=causal)
-    why_not = unsupported(asked, q, k, causal=causal)
+            return requested  # a compiler cannot trace the look-up of installed packages
+        requested = by_length(q, k, causal=causal)
+    why_not = unsupported(requested, q, k, causal=causal)
     if why_not is not None:
-        raise NotImplementedError(f"attention: attention_backward={asked} cannot serve this call: {why_not}")
-    return recorded("attention_backward", asked)
+        message = f"attention: attention_backward={requested} cannot serve this call: {why_not}"
+        raise BackendError(message, "attention_backward", requested, why_not)
+    return recorded("attention_backward", requested)
 
 
 def unsupported(name: str, q: Tensor, k: Tensor, *, causal: bool) -> str | None:
@@ -161,20 +161,11 @@ def attention_backward_by(
 
 def _cudnn(heads: list[Tensor], lse: Tensor, N_q: int, N_kv: int, scale: float, causal: bool) -> Gradients:
     """By published figures 1.3 to 1.6 times as fast as flash's on Hopper; not deterministic."""
+    if _cudnn_lse_rank(lse.device) == 4:
+        lse = lse.unsqueeze(-1)  # [B, H, N_q, 1]
     no_dropout = torch.zeros((), device=lse.device, dtype=torch.int64)
     return attention_backward_cudnn(
-        *heads,
-        lse.unsqueeze(-1) if _cudnn_lse_rank(lse.device) == 4 else lse,
-        no_dropout,
-        no_dropout,
-        None,
-        None,
-        None,
-        N_q,
-        N_kv,
-        0.0,
-        causal,
-        scale=scale,
+        *heads, lse, no_dropout, no_dropout, None, None, None, N_q, N_kv, 0.0, causal, scale=scale
     )
 
 
@@ -190,17 +181,7 @@ def _flash(heads: list[Tensor], lse: Tensor, N_q: int, N_kv: int, scale: float, 
     """`torch.use_deterministic_algorithms` makes it deterministic."""
     no_dropout = torch.zeros((), device=lse.device, dtype=torch.int64)
     return attention_backward_flash(
-        *heads,
-        lse,
-        None,
-        None,
-        N_q,
-        N_kv,
-        0.0,
-        causal,
-        no_dropout,
-        no_dropout,
-        scale=scale,
+        *heads, lse, None, None, N_q, N_kv, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
 
 

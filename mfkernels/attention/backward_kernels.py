@@ -17,7 +17,6 @@ from mfkernels.launch import Launch, cdiv, launch_config
 from mfkernels.plan import planned
 from mfkernels.rowwise import sum_partials
 
-from .kernels import require_supported
 from .tiles import (
     as_rows,
     load,
@@ -309,7 +308,7 @@ def dq_launch(
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
     config = backward_configs(q, k, precision, config)[0]
-    return Launch.of(
+    return Launch(
         _dq_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]) * H * B,),
         config,
@@ -356,7 +355,7 @@ def dkdv_launch(
     B, N_q, _, D = q.shape
     N_kv, H_kv = k.shape[1:3]
     config = backward_configs(q, k, precision, None, config)[1]
-    return Launch.of(
+    return Launch(
         _dkdv_kernel,
         lambda config: (cdiv(N_kv, config["BLOCK_N"]) * H_kv * B,),
         config,
@@ -399,7 +398,6 @@ def attention_backward(
     dkdv_config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous, in the shapes of q, k, v. Every sum has one owner: the same bits at every run."""
-    require_supported(q, k, scale)
     dq = torch.empty(q.shape, device=q.device, dtype=q.dtype)  # [B, N_q, H, D]
     dk = torch.empty(k.shape, device=k.device, dtype=k.dtype)  # [B, N_kv, H_kv, D]
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)  # [B, N_kv, H_kv, D]
@@ -424,7 +422,6 @@ def packed_backward(
     """dqkv [B, N, 3, H, D] of qkv without a mask, and with `bias_dtype` its sum over batch and tokens, [3 · H · D]."""
     B, N, _, H, D = qkv.shape
     q, k, v = qkv.unbind(2)  # [B, N, H, D] each
-    require_supported(q, k, scale)
     dqkv = torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)  # [B, N, 3, H, D]
     if dqkv.numel() == 0:
         return dqkv, None if bias_dtype is None else torch.zeros(3 * H * D, device=qkv.device, dtype=bias_dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,14 +24,12 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def unsupported(q: Tensor, scale: float) -> str | None:
-    """Why the kernels cannot serve these arguments, naming the one at fault; None where they can."""
+def unsupported(q: Tensor) -> str | None:
+    """Why the kernels cannot serve `q`; None where they can."""
     if q.dtype not in extension.DTYPES:
         return f"q: expected float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"q: expected a head dim of {', '.join(map(str, HEAD_DIMS))}, got {q.shape[-1]}"
-    if not 0 < scale < math.inf:
-        return f"scale: expected a positive finite number, got {scale}"
     return unavailable(q.device)
 
 

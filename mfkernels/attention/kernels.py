@@ -14,7 +14,6 @@ from torch import Tensor
 from mfkernels.launch import Launch, cdiv, launch_config, multiprocessors
 from mfkernels.plan import planned
 
-from .limits import unsupported
 from .tiles import (
     as_rows,
     load,
@@ -274,12 +273,6 @@ def _attention_forward_kernel(
         )
 
 
-def require_supported(q: Tensor, k: Tensor, scale: float) -> None:
-    reason = unsupported(q, k, scale)
-    if reason is not None:
-        raise ValueError(reason)
-
-
 def forward_launch(
     q: Tensor,
     k: Tensor,
@@ -309,7 +302,7 @@ def forward_launch(
             head_dim=D,
             tokens=N_kv,
         )
-    return Launch.of(
+    return Launch(
         _attention_forward_kernel,
         lambda config: (cdiv(N_q, config["BLOCK_M"]), H, B),
         config,
@@ -366,9 +359,9 @@ def attention_forward(
     """o [B, N_q, H, d], its tangent [B_t, N_q, H, d] (None without tangents) and lse [B, H, N_q], natural log.
 
     q is [B, N_q, H, d]; k and v [B, N_kv, H_kv, d]; each tangent is None (zero) or has the first B_t <= B batch rows.
-    `precision` is that of float32 products, "ieee" or "tf32". `config` overrides the table.
+    `precision` is that of float32 products, "ieee" or "tf32". `config` overrides the table. Shapes and dtypes are not
+    checked here: the router does, by `unsupported` in op.py; scale is positive. A direct caller compares the result.
     """
-    require_supported(q, k, scale)
     B, N_q, H, D = q.shape
     tangent_rows = {x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None}
     if len(tangent_rows) > 1:

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import requested_part, triton_unavailable
-from ..checks import autocast_enabled, check_flag, check_number, check_operand, check_same, knows_autocast
+from ..backend import BackendError, requested_part, triton_unsupported
+from ..checks import autocast_enabled, check_flag, check_number, check_operand, check_same
 from ..dual import TensorOrDual, linear_map
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
+from ..products import without_autocast
 from ..router import Backend, DualOp
 from . import cuda, reference
 from .backward import attention_backward_by, by_length, choose_backward
-from .limits import unsupported
 
 # ------------------------------------------------------------------------------------------- operators and their rules
 
@@ -37,32 +36,15 @@ def forward(
 
     `backward` names the kernels that the backward of this call will take.
     """
+    operands = (q, k, v, q_dot, k_dot, v_dot)
     if backend == "cuda":
-        o, o_dot, lse = cuda.attention_forward(
-            q,
-            k,
-            v,
-            q_dot,
-            k_dot,
-            v_dot,
-            scale=scale,
-            causal=is_causal,
-        )
+        o, o_dot, lse = cuda.attention_forward(*operands, scale=scale, causal=is_causal)
     else:
         from .kernels import attention_forward
 
-        o, o_dot, lse = attention_forward(
-            q,
-            k,
-            v,
-            q_dot,
-            k_dot,
-            v_dot,
-            scale=scale,
-            causal=is_causal,
-            precision=product_precision(q),
-        )
-    return o, or_no_rows(o_dot, o), lse
+        precision = product_precision(q)
+        o, o_dot, lse = attention_forward(*operands, scale=scale, causal=is_causal, precision=precision)
+    return o, tangent_or_empty(o_dot, o), lse
 
 
 @forward.register_fake
@@ -70,12 +52,12 @@ def _(q, k, v, q_dot, k_dot, v_dot, scale, is_causal, backend="triton", backward
     B, N_q, H, _d = q.shape
     return (
         q.new_empty(q.shape),
-        q.new_empty((rows_of(q_dot, k_dot, v_dot), *q.shape[1:])),
+        q.new_empty((num_tangent_rows(q_dot, k_dot, v_dot), *q.shape[1:])),
         q.new_empty((B, H, N_q), dtype=torch.float32),
     )
 
 
-@operator("attention_backward")
+@operator("attention_backward", outputs_like=("q", "k", "v"))
 def _backward(
     do: Tensor,
     q: Tensor,
@@ -93,33 +75,17 @@ def _backward(
         return attention_backward_by(backward, do, q, k, v, o, lse, scale=scale, causal=is_causal)
     from .backward_kernels import attention_backward
 
-    return attention_backward(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        scale=scale,
-        causal=is_causal,
-        precision=product_precision(q),
-    )
+    return attention_backward(do, q, k, v, o, lse, scale=scale, causal=is_causal, precision=product_precision(q))
 
 
-@_backward.register_fake
-def _(do, q, k, v, o, lse, scale, is_causal, backward="triton"):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, v, _, _, _, ctx.scale, ctx.is_causal, _, ctx.backward = inputs
     o, _, lse = output
     return q, k, v, o, lse
 
 
 forward.register_gradients(
-    lambda ctx, do: _backward(do, *ctx.saved_tensors, ctx.scale, ctx.is_causal, ctx.backward),
-    keep=_keep,
+    lambda ctx, do: _backward(do, *ctx.saved_tensors, ctx.scale, ctx.is_causal, ctx.backward), save=_saved
 )
 
 
@@ -135,25 +101,42 @@ def product_precision(q: Tensor) -> str:
 
 # --------------------------------------------------------------------------------------------------- what serves a call
 
+MAX_HEAD_DIM = 256
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve these arguments, naming the one at fault; None where they can."""
+    reason = triton_unsupported(q=q)
+    if reason is not None:
+        return reason
+    step = 16 // q.dtype.itemsize  # rows load 16 bytes at a time
+    d = q.shape[-1]
+    if d % step or not 8 <= d <= MAX_HEAD_DIM:
+        return f"q: expected a head dim that is a multiple of {step} up to {MAX_HEAD_DIM} in {q.dtype}, got {d}"
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return "q: Triton's CPU interpreter gets bfloat16 products wrong; expected float16 or float32 there"
+    return None
+
 
 def backward_of(backend: str, q: Tensor, k: Tensor, *, is_causal: bool) -> str:
     """The kernels of the backward of a call that `backend` serves, for operands as the kernels get them.
 
-    It is no fact of a kind of call: it depends on PyTorch's settings too.
+    Not cached: it depends on PyTorch's settings too.
     """
-    asked = requested_part("attention_backward")
-    # whether a gradient will be asked for is not known: under torch.func.jvp no tensor says that it requires one
-    if asked is None or not torch.is_grad_enabled():
+    requested = requested_part("attention_backward")
+    # whether there will be a backward is not known: under torch.func.jvp no tensor requires grad
+    if requested is None or not torch.is_grad_enabled():
         return "triton"
     if backend == "reference":
-        raise NotImplementedError(
-            f"attention: attention_backward={asked} is of the triton and cuda forwards, and the reference serves "
-            "this call: ask for one of them too (their message says what they cannot do), or leave it out"
+        reason = (
+            f"attention_backward={requested} is of the triton and cuda forwards, and the reference serves this call: "
+            "ask for one of them too (their message says what they cannot do), or leave it out"
         )
-    return choose_backward(asked, q, k, causal=is_causal)
+        raise BackendError(f"attention: {reason}", "attention_backward", requested, reason)
+    return choose_backward(requested, q, k, causal=is_causal)
 
 
-def _around(
+def _wrapper(
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, *rest: Any, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rest`: the tangents, scale and is_causal."""
@@ -161,13 +144,12 @@ def _around(
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> Tensor:
-    backward_of("reference", q, k, is_causal=is_causal)  # refuses what is asked for
+    backward_of("reference", q, k, is_causal=is_causal)  # raises if one is requested
     return reference.attention(q, k, v, scale, is_causal)
 
 
 def _reference_tangent(q: Tensor, *rest: Any) -> Tensor:
-    # it chooses its precisions itself
-    with torch.autocast(q.device.type, enabled=False) if knows_autocast(q.device.type) else nullcontext():
+    with without_autocast(q.device):
         return reference.attention_tangent(q, *rest)
 
 
@@ -175,12 +157,7 @@ def _reference_tangent(q: Tensor, *rest: Any) -> Tensor:
 
 
 def attention(
-    q: TensorOrDual,
-    k: TensorOrDual,
-    v: TensorOrDual,
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
+    q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, *, scale: float | None = None, is_causal: bool = False
 ) -> TensorOrDual:
     """Softmax attention, O = softmax(scale·QKᵀ) V, and its tangent in the same call.
 
@@ -199,7 +176,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
     """
     if scale is not None:
         scale = check_number("scale", scale)
@@ -228,20 +205,15 @@ def _prepare(
     q: TensorOrDual, k: TensorOrDual, v: TensorOrDual, scale: float | None, is_causal: bool
 ) -> tuple[TensorOrDual, TensorOrDual, TensorOrDual, float, bool]:
     """Operands in autocast's dtype, as PyTorch's own attention has them, and a positive scale."""
-    if autocast_enabled(q.device):
-        q, k, v = (_autocast(a) for a in (q, k, v))
+    if autocast_enabled(q.device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (linear_map(lambda a: a.to(dtype), x) for x in (q, k, v))
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif scale <= 0:  # masked scores are -inf before they are scaled, in the kernels and in PyTorch's
         sign, scale = (-1.0, -scale) if scale < 0 else (0.0, 1.0)
         q = linear_map(lambda a: a * sign, q)
     return q, k, v, scale, is_causal
-
-
-def _autocast(x: TensorOrDual) -> TensorOrDual:
-    """float64 stays."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x if x.dtype == torch.float64 else linear_map(lambda a: a.to(dtype), x)
 
 
 _attention = DualOp(
@@ -251,17 +223,10 @@ _attention = DualOp(
     reference=_reference,
     tangent=_reference_tangent,
     backends={
-        "triton": Backend(
-            forward,
-            lambda q, k, v: unsupported(q, k, 1.0) or triton_unavailable(q.device),
-            around=partial(_around, backend="triton"),
-        ),
+        "triton": Backend(forward, unsupported, wrapper=partial(_wrapper, backend="triton")),
         # it has not run on a GPU yet
         "cuda": Backend(
-            forward,
-            lambda q, k, v: cuda.unsupported(q, 1.0),
-            on_request=True,
-            around=partial(_around, backend="cuda"),
+            forward, lambda q, k, v: cuda.unsupported(q), opt_in=True, wrapper=partial(_wrapper, backend="cuda")
         ),
     },
     prepare=_prepare,

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import recorded, requested_part
-from ..calls import is_untransformed, kind_of_call, known, remember
+from ..calls import cache_key, cached, is_untransformed, store
 from ..dual import TensorOrDual, linear_map, primal_of, split_map
 from ..linear import linear
 from ..linear.op import check_linear
-from ..operator import operator, rows_of
+from ..operator import num_tangent_rows, operator
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
-from ..router import fused
+from ..router import run_on_duals
 from . import op
 from .backward import attention_backward_by, by_length
 
@@ -48,7 +48,7 @@ def _forward(
     heads = (N, 3, num_heads, D // num_heads)
     qkv = qkv.view(B, *heads)  # [B, N, 3, H, d]
     dots = (None,) * 3 if qkv_dot is None else qkv_dot.view(qkv_dot.shape[0], *heads).unbind(2)  # [B_t, N, H, d] each
-    o, o_dot, lse = op.forward.inside(*qkv.unbind(2), *dots, scale, False, backend, backward)
+    o, o_dot, lse = op.forward.nested(*qkv.unbind(2), *dots, scale, False, backend, backward)
     lows = [qkv.new_empty(0) if a is b else a for a, b in ((x_low, x), (low, weight))]
     return o.view(x.shape), o_dot.view(o_dot.shape[0], N, D), qkv, lse, lows[0], lows[1]
 
@@ -57,7 +57,7 @@ def _forward(
 def _(x, x_dot, weight, bias, num_heads, scale, dtype, backend, backward):  # type: ignore[no-untyped-def]
     B, N, D = x.shape
     o = x.new_empty(x.shape, dtype=dtype)
-    o_dot = o.new_empty((rows_of(x_dot), N, D))
+    o_dot = o.new_empty((num_tangent_rows(x_dot), N, D))
     qkv, lse = o.new_empty((B, N, 3, num_heads, D // num_heads)), o.new_empty((B, num_heads, N), dtype=torch.float32)
     return (
         o,
@@ -70,13 +70,7 @@ def _(x, x_dot, weight, bias, num_heads, scale, dtype, backend, backward):  # ty
 
 @operator("packed_attention_backward")
 def _packed(
-    do: Tensor,
-    qkv: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-    bias_dtype: torch.dtype | None,
-    backward: str,
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, bias_dtype: torch.dtype | None, backward: str
 ) -> tuple[Tensor, Tensor]:
     """dqkv (B, N, 3, H, d) of do and o (B, N, H, d), and its sum over the tokens (3·D,), (0,) without `bias_dtype`."""
     if backward == "by-length":
@@ -84,15 +78,8 @@ def _packed(
     if backward == "triton":
         from .backward_kernels import packed_backward
 
-        dqkv, dbias = packed_backward(
-            do,
-            qkv,
-            o,
-            lse,
-            scale=scale,
-            precision=op.product_precision(qkv),
-            bias_dtype=bias_dtype,
-        )
+        precision = op.product_precision(qkv)
+        dqkv, dbias = packed_backward(do, qkv, o, lse, scale=scale, precision=precision, bias_dtype=bias_dtype)
     else:
         q, k, v = qkv.unbind(2)  # [B, N, H, d] each
         dqkv = torch.stack(attention_backward_by(backward, do, q, k, v, o, lse, scale=scale), dim=2)  # [B, N, 3, H, d]
@@ -122,7 +109,7 @@ def _backward(
     """dx (B, N, D), and in `dtype` the gradients of the weight (3·D, D) and of the bias (3·D,), (0,) without one."""
     B, N, _, H, d = qkv.shape
     do, o = do.reshape(B, N, H, d), o.view(B, N, H, d)  # [B, N, H, d]
-    dqkv, dbias = _packed.inside(do, qkv, o, lse, scale, dtype if has_bias else None, backward)
+    dqkv, dbias = _packed.nested(do, qkv, o, lse, scale, dtype if has_bias else None, backward)
     rows = dqkv.view(B * N, 3 * H * d)  # [B·N, 3·D]
     with without_autocast(x.device):
         dx = torch.mm(rows, weight).view(x.shape)  # [B, N, D]
@@ -136,7 +123,7 @@ def _(do, x, weight, qkv, o, lse, scale, dtype, has_bias, backward):  # type: ig
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=dtype), dbias
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, weight, bias, _, ctx.scale, dtype, _, ctx.backward = inputs
     o, _, qkv, lse, *low = output
     ctx.has_bias, ctx.dtype = bias is not None, weight.dtype
@@ -146,12 +133,11 @@ def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, do):  # type: ignore[no-untyped-def]
     rest = (ctx.scale, ctx.dtype, ctx.has_bias, ctx.backward)
-    run = _backward if torch.compiler.is_compiling() else _backward.eager
-    dx, dweight, dbias = run(do, *ctx.saved_tensors, *rest)
+    dx, dweight, dbias = _backward.decomposed(do, *ctx.saved_tensors, *rest)
     return dx, None, dweight, dbias if ctx.has_bias else None
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 
 # ----------------------------------------------------------------------------------------------- for the module alone
@@ -167,22 +153,21 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
         num_heads: H, a divisor of D.
     """
     H, d = num_heads, x.shape[-1] // num_heads
-    kind = kind_of_call("projected_attention", x, weight, bias, num_heads)
+    key = cache_key("projected_attention", x, weight, bias, num_heads)
     fits = len(x.shape) == 3 and x.shape[1] > 0 and d > 0 and tuple(weight.shape) == (3 * x.shape[2], x.shape[2])
-    if fits and (kind or is_untransformed(x, weight, bias)):
+    if fits and (key is not None or is_untransformed(x, weight, bias)):
         xp, dtype = primal_of(x), product_dtype(x)
-        backend = known(kind)
+        backend = cached(key)
         if backend is None or requested_part("attention_backward"):  # which depends on PyTorch's settings too
             check_linear(x, weight, bias)
             like = xp.new_empty((1,), dtype=dtype).expand(*xp.shape[:2], H, d)  # [B, N, H, d], as q and k will be
             backend, backward = op.choose_backends(like)
-            remember(kind, backend)
+            store(key, backend)
         else:
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
-            # dispatch modes see its products: a FLOP counter has no formula for custom ops
-            run = _forward if torch.compiler.is_compiling() else _forward.eager
-            return fused(run, (x,), (weight, bias, H, d**-0.5, dtype, backend, backward))
+            rest = (weight, bias, H, d**-0.5, dtype, backend, backward)
+            return run_on_duals(_forward.decomposed, (x,), rest)
     qkv = linear(x, weight, bias)  # [B, N, 3·D]
     q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d] each, views
     o = op.attention(q, k, v)  # [B, N, H, d]

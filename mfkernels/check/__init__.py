@@ -2,5 +2,5 @@
 
 Each op, on each backend that this machine has, in each dtype: value, tangent and every gradient against float64. An
 error may be at most twice that of the same formula in plain PyTorch, in the same dtype on the same device, plus a noise
-floor. Exit code 0: all right; 1: something is wrong; 2: a mistake in the arguments.
+floor. Exit code 0: every check passed; 1: some failed; 2: wrong arguments.
 """

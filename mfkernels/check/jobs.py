@@ -1,4 +1,4 @@
-"""What `python -m mfkernels.check` has to run on this machine, and what is found of each case."""
+"""The jobs of `python -m mfkernels.check` on this machine, and the outcome of each case."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..attention import backward, cuda
 from ..backend import OPS, PARTS, triton_unavailable, use_backend
 from ..mlp import cublaslt
 from ..timing import busy_time
-from .cases import FLOOR, Case, cases_of, timed_case
+from .case import FLOOR, Case, cases_of, timed_case
 from .processes import DeviceLostError, first_line
 
 # In eps, the bound where plain PyTorch gives none: float64, whose formula is the oracle itself, and what it cannot run.
@@ -28,11 +28,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 
 @dataclass(frozen=True)
 class Backend:
-    """name: as the table has it. request: what `use_backend` takes. own: whether all its memory is written by us."""
+    """name: in the table. request: for `use_backend`. poison: whether `torch.empty` gives NaN while it runs."""
 
     name: str
     request: str
-    own: bool
+    poison: bool
 
 
 def this_device() -> torch.device:
@@ -53,7 +53,7 @@ def missing_backward(name: str, device: torch.device) -> str | None:
 
 @functools.cache
 def missing(device: torch.device) -> dict[str, str]:
-    """What this machine does not have, by name, and why."""
+    """The backends that this machine does not have, and why."""
     reasons = {
         "triton": triton_unavailable(device),
         "cuda": cuda.unavailable(device),
@@ -65,27 +65,27 @@ def missing(device: torch.device) -> dict[str, str]:
 
 
 def backends(op: str, device: torch.device) -> list[Backend]:
-    """Those of the op that this machine has."""
-    found = [Backend("reference", "reference", own=False)]
+    """The backends of the op that this machine has."""
+    found = [Backend("reference", "reference", poison=False)]
     own_backward = ",attention_backward=triton" if op == "attention" else ""
     for name in OPS[op]:
         if name not in missing(device):
-            found.append(Backend(name, name + own_backward, own=True))
+            found.append(Backend(name, name + own_backward, poison=True))
     if op == "attention" and "triton" not in missing(device):
         for name in PARTS["attention_backward"]:
             if name != "triton" and f"backward {name}" not in missing(device):
-                found.append(Backend(f"triton, backward {name}", f"triton,attention_backward={name}", own=False))
+                found.append(Backend(f"triton, backward {name}", f"triton,attention_backward={name}", poison=False))
     return found
 
 
 def may_refuse(op: str, backend: str, dtype: str, device: str) -> bool:
-    """Whether it is documented that this backend does not serve some calls; any other refusal is a failure."""
+    """Whether this backend is documented not to serve some calls; any other `BackendError` is a failure."""
     if backend == "cublaslt":
         return True  # float32 and sizes that 8 does not divide
     if op != "attention":
         return False
     if ", backward " in backend:
-        return True  # others' kernels, which have limits of their own and serve on request alone
+        return True  # other packages' kernels, which have limits of their own and serve on request only
     if backend == "cuda":
         return dtype == "float32"
     return backend == "triton" and dtype == "bfloat16" and device == "cpu"  # the interpreter's products are wrong there
@@ -108,7 +108,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one case with so many tangent rows: (error, bound) by quantity; or why there are none."""
+    """Of one case with one number of tangent rows: (error, bound) by quantity; or why there are none."""
 
     case: str
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -119,19 +119,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Timed:
-    """Microseconds by what was timed."""
+    """Microseconds by the name of what was timed."""
 
     case: str
     microseconds: dict[str, float]
 
 
 @contextlib.contextmanager
-def unwritten_is_nan() -> Iterator[None]:
+def poisoned_empty() -> Iterator[None]:
     """`torch.empty` gives NaN, so that an element which a kernel does not write is an error."""
-    mode, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -139,7 +137,7 @@ def unwritten_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
-def answer(job: Job) -> Iterator[Outcome | Timed]:
+def run_job(job: Job) -> Iterator[Outcome | Timed]:
     """The results of a job, one at a time.
 
     Raises:
@@ -150,7 +148,7 @@ def answer(job: Job) -> Iterator[Outcome | Timed]:
         return
     for case in cases_of(job.op, job.device, job.part):
         for rows, batch in case.rows():
-            outcome = checked(job, case, rows, f"{case.size}, {rows} of {batch} rows")
+            outcome = check_case(job, case, rows, f"{case.size}, {rows} of {batch} rows")
             yield outcome
             if outcome.failure and job.device != "cpu":
                 try:
@@ -159,14 +157,14 @@ def answer(job: Job) -> Iterator[Outcome | Timed]:
                     raise DeviceLostError("the GPU refuses to go on after this error; the rest was not run") from error
 
 
-def checked(job: Job, case: Case, rows: int, name: str) -> Outcome:
+def check_case(job: Job, case: Case, rows: int, name: str) -> Outcome:
     """One case's errors, and the bounds that plain PyTorch's give."""
     dtype, device = DTYPES[job.dtype], torch.device(job.device)
     try:
-        with use_backend(job.backend.request), unwritten_is_nan() if job.backend.own else contextlib.nullcontext():
+        with use_backend(job.backend.request), poisoned_empty() if job.backend.poison else contextlib.nullcontext():
             ours = case.errors(rows, dtype, device, plain=False)
     except Exception as error:
-        return refused(job, name, error)
+        return failed(job, name, error)
     plain, note = {}, ""
     if dtype != torch.float64:
         try:
@@ -176,10 +174,10 @@ def checked(job: Job, case: Case, rows: int, name: str) -> Outcome:
     eps = torch.finfo(dtype).eps
     floor = FLOOR * eps + case.noise * min(eps, torch.finfo(torch.float32).eps)
     bounds = {quantity: 2 * plain.get(quantity, math.inf) + floor for quantity in ours}
-    endless = [quantity for quantity, bound in bounds.items() if not math.isfinite(bound)]
-    if plain and endless:
-        note = f"bounds of {FIXED:g} eps for {', '.join(endless)}, because plain PyTorch's are not finite"
-    bounds |= dict.fromkeys(endless, FIXED * eps)
+    infinite = [quantity for quantity, bound in bounds.items() if not math.isfinite(bound)]
+    if plain and infinite:
+        note = f"bounds of {FIXED:g} eps for {', '.join(infinite)}, because plain PyTorch's are not finite"
+    bounds |= dict.fromkeys(infinite, FIXED * eps)
     errors = {quantity: (error, bounds[quantity]) for quantity, error in ours.items()}
     wrong = [
         f"{quantity}: error {e:.2g}, bound {bound:.2g}" for quantity, (e, bound) in errors.items() if not e <= bound
@@ -187,10 +185,10 @@ def checked(job: Job, case: Case, rows: int, name: str) -> Outcome:
     return Outcome(name, errors, failure="; ".join(wrong), note=note)
 
 
-def refused(job: Job, name: str, error: Exception) -> Outcome:
+def failed(job: Job, name: str, error: Exception) -> Outcome:
     """A failure, unless it is one of the documented limits."""
     if isinstance(error, NotImplementedError) and may_refuse(job.op, job.backend.name, job.dtype, job.device):
-        return Outcome(name, not_served=first_line(error).partition(": ")[2])
+        return Outcome(name, not_served=str(error).strip().splitlines()[0])
     return Outcome(name, failure=first_line(error))
 
 
@@ -203,14 +201,14 @@ def timing(job: Job) -> Outcome | Timed:
             calls = case.calls(DTYPES[job.dtype], torch.device(job.device))
             ours = {what: _microseconds(getattr(calls, what)) for what in ("dual_forward", "forward_backward")}
     except Exception as error:
-        return refused(job, name, error)
+        return failed(job, name, error)
     return Timed(name, {**ours, **_plain_timing(job.op, job.dtype, job.device)})
 
 
 @functools.cache
 def _plain_timing(op: str, dtype: str, device: str) -> dict[str, float]:
     calls = timed_case(op, torch.device(device)).calls(DTYPES[dtype], torch.device(device))
-    with contextlib.suppress(RuntimeError):  # out of memory, or not there in this dtype: no figure
+    with contextlib.suppress(RuntimeError):  # out of memory, or not implemented in this dtype: no figure
         return {what: _microseconds(getattr(calls, what)) for what in ("plain_jvp", "plain_forward_backward")}
     return {}
 

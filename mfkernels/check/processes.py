@@ -1,4 +1,4 @@
-"""Processes that answer jobs, for `python -m mfkernels.check`: one that hangs or dies costs its job and no other."""
+"""Worker processes for `python -m mfkernels.check`: one that hangs or dies fails its own job only."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 START = 120.0  # seconds in which a process must have started
 
 # A function that yields the results of a job one at a time. Pickled by name, as the jobs and the results are.
-Answer = Callable[[Any], Iterable[object]]
+RunJob = Callable[[Any], Iterable[object]]
 
 
-class Lost(NamedTuple):
-    """Said of a job that did not come to its end."""
+class Failed(NamedTuple):
+    """The result of a job that did not finish."""
 
-    why: str
+    reason: str
 
 
 class DeviceLostError(RuntimeError):
-    """Raised by an `Answer`: the CUDA context is gone, and the process can do nothing more."""
+    """Raised by a `RunJob`: the CUDA context is gone, and the process cannot take another job."""
 
 
 def first_line(error: BaseException) -> str:
@@ -34,9 +34,9 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def work(connection: Connection, answer: Answer) -> None:
+def work(connection: Connection, run_job: RunJob) -> None:
     """The main program of a process. It sends True at its start, and after each job whether it can take another."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     usable = True
@@ -47,21 +47,21 @@ def work(connection: Connection, answer: Answer) -> None:
         except EOFError:
             return
         try:
-            for said in answer(job):
-                connection.send(said)
+            for result in run_job(job):
+                connection.send(result)
         except Exception as error:
             usable = not isinstance(error, DeviceLostError)
-            connection.send(Lost(first_line(error)))
+            connection.send(Failed(first_line(error)))
         connection.send(usable)
 
 
 class Worker:
     """A process and the job that it has, or will have when it has started."""
 
-    def __init__(self, answer: Answer, job: object) -> None:
+    def __init__(self, run_job: RunJob, job: object) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, answer), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, run_job), daemon=True)
         self.process.start()
         theirs.close()
         self.job, self.started, self.deadline = job, False, time.monotonic() + START
@@ -76,12 +76,12 @@ class Worker:
         self.connection.close()
 
 
-def run_jobs(jobs: Sequence[Any], answer: Answer, processes: int, limit: float) -> Iterator[tuple[Any, Any]]:
-    """(job, what is said of it) as it comes, and (job, None) at the end of each.
+def run_jobs(jobs: Sequence[Any], run_job: RunJob, processes: int, limit: float) -> Iterator[tuple[Any, Any]]:
+    """(job, result) as results come, and (job, None) at the end of each job.
 
     Args:
         jobs: in the order in which they are begun.
-        answer: called in the processes; what it raises is said as `Lost`.
+        run_job: called in the processes; an exception gives a `Failed`.
         processes: how many at a time.
         limit: seconds of a job.
     """
@@ -90,29 +90,29 @@ def run_jobs(jobs: Sequence[Any], answer: Answer, processes: int, limit: float) 
     try:
         while waiting or busy:
             while waiting and len(busy) < processes:
-                busy.append(Worker(answer, waiting.popleft()))
-            patience = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = wait([worker.connection for worker in busy], max(0.0, patience))
+                busy.append(Worker(run_job, waiting.popleft()))
+            timeout = min(worker.deadline for worker in busy) - time.monotonic()
+            ready = wait([worker.connection for worker in busy], max(0.0, timeout))
             for worker in list(busy):
-                said: object = False
+                message: object = False
                 if worker.connection in ready:
                     try:
-                        said = worker.connection.recv()
+                        message = worker.connection.recv()
                     except (EOFError, OSError):
                         worker.process.join()
-                        yield worker.job, Lost(f"the process ended with exit code {worker.process.exitcode}")
+                        yield worker.job, Failed(f"the process ended with exit code {worker.process.exitcode}")
                 elif time.monotonic() > worker.deadline:
-                    yield worker.job, Lost(f"no answer within {limit if worker.started else START:g} s")
+                    yield worker.job, Failed(f"no answer within {limit if worker.started else START:g} s")
                 else:
                     continue
-                if not isinstance(said, bool):
-                    yield worker.job, said
+                if not isinstance(message, bool):
+                    yield worker.job, message
                     continue
-                if said and not worker.started:
+                if message and not worker.started:
                     worker.take(worker.job, limit)
                     continue
                 yield worker.job, None
-                if said and waiting:
+                if message and waiting:
                     worker.take(waiting.popleft(), limit)
                 else:
                     busy.remove(worker)

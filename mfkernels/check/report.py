@@ -17,13 +17,13 @@ import torch
 
 import mfkernels
 
-from .cases import Calls
+from .case import Calls
 from .jobs import Outcome, Timed, missing
 
 
 @dataclass
 class Row:
-    """What is known of one op on one backend in one dtype."""
+    """The outcomes of one op on one backend in one dtype."""
 
     op: str
     backend: str
@@ -48,7 +48,7 @@ class Row:
         return found
 
     def worst(self) -> dict[str, Any] | None:
-        """The error that is the largest part of its bound."""
+        """The error that is the largest fraction of its bound."""
         found: list[dict[str, Any]] = [
             {"ratio": error / bound, "error": error, "bound": bound, "quantity": quantity, "case": outcome.case}
             for outcome in self.outcomes
@@ -57,7 +57,7 @@ class Row:
         return max(found, key=lambda entry: entry["ratio"], default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers that JSON does not have (an infinite error) are strings."""
+        """Infinite numbers, which JSON does not have, are strings."""
         worst = self.worst()
         return {
             "op": self.op,
@@ -97,7 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def write_json(path: Path | None, about: dict[str, Any], rows: Sequence[Row], *, done: bool) -> None:
-    """Replace the file in one step. "ok" is true only when all has been run, and nothing is wrong."""
+    """Replace the file in one step. "ok" is true only when everything was run and nothing is wrong."""
     if path is None:
         return
     ok = done and not any(row.failures for row in rows)
@@ -111,7 +111,7 @@ def write_json(path: Path | None, about: dict[str, Any], rows: Sequence[Row], *,
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row, and under it what is wrong, not served or bounded otherwise."""
+    """One line per row, then what is wrong, not served, or bounded otherwise."""
     heads = ("op", "backend", "dtype", "of bound", "checks", "dual µs", "plain jvp", "fwd+bwd", "plain", "worst at")
     lines: list[tuple[str, ...]] = [heads]
     for row in rows:

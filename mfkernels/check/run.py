@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..backend import OPS, requested_backend
-from .cases import cases_of
-from .jobs import DTYPES, Job, Outcome, Timed, answer, backends, missing, this_device
-from .processes import Answer, Lost, run_jobs
+from .case import cases_of
+from .jobs import DTYPES, Job, Outcome, Timed, backends, missing, run_job, this_device
+from .processes import Failed, RunJob, run_jobs
 from .report import Row, environment, summary, table, write_json
 
 LIMIT = 120.0  # seconds that a group of cases may take, with what it compiles
@@ -28,8 +28,8 @@ def processes_for(device: torch.device) -> int:
     return max(1, min(16, cores, torch.cuda.get_device_properties(device).total_memory // 2**31))
 
 
-def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: float = LIMIT) -> int:
-    """Run the command; returns its exit code. `answer` and `limit` (seconds of a group of cases) are the tests' own."""
+def main(argv: Sequence[str] | None = None, *, run_job: RunJob = run_job, limit: float = LIMIT) -> int:
+    """Run the command; returns its exit code. Tests pass a `run_job` and a `limit` (seconds of a group of cases)."""
     parser = argparse.ArgumentParser(
         prog="python -m mfkernels.check", description="Check every op on this machine against plain PyTorch."
     )
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: f
         unknown = sorted(set(arguments.ops or ()) - set(OPS))
         if unknown:
             raise ValueError(f"--ops: expected any of {', '.join(OPS)}, got {', '.join(unknown)}")
-        requested_backend()  # a mistake in MFKERNELS_BACKEND
+        requested_backend()  # raises if MFKERNELS_BACKEND is wrong
         write_json(arguments.json, about, [], done=False)
     except (OSError, ValueError) as error:
-        words = f"--json: {error}" if isinstance(error, OSError) else str(error)
-        print(f"mfkernels.check: {words}", file=sys.stderr)
+        text = f"--json: {error}" if isinstance(error, OSError) else str(error)
+        print(f"mfkernels.check: {text}", file=sys.stderr)
         return 2
     place = about["gpu"] or ("cpu, Triton's interpreter" if about["interpreted"] else "cpu")
     print(f"torch {about['torch']}, triton {about['triton']}, on {place}", flush=True)
@@ -65,34 +65,28 @@ def main(argv: Sequence[str] | None = None, *, answer: Answer = answer, limit: f
 
     def run(jobs: Sequence[Job], processes: int) -> None:
         last: dict[Job, str] = {}
-        for job, said in run_jobs(jobs, answer, processes, limit):
+        for job, result in run_jobs(jobs, run_job, processes, limit):
             row = rows[job.op, job.backend.name, job.dtype]
-            if isinstance(said, Timed):
-                row.times = said
-            elif isinstance(said, Lost):
-                at = (
-                    f"after {last[job]}"
-                    if job in last
-                    else "timing"
-                    if job.timed
-                    else f"at the start {job.part}".strip()
-                )
-                row.outcomes.append(Outcome(at, failure=said.why))
-            elif said is not None:
-                last[job] = said.case
-                row.outcomes.append(said)
+            if isinstance(result, Timed):
+                row.times = result
+            elif isinstance(result, Failed):
+                start = "timing" if job.timed else f"at the start {job.part}".strip()
+                row.outcomes.append(Outcome(f"after {last[job]}" if job in last else start, failure=result.reason))
+            elif result is not None:
+                last[job] = result.case
+                row.outcomes.append(result)
             else:
                 write_json(arguments.json, about, list(rows.values()), done=False)
 
-    # Those that compile longest first. Times are taken alone, of what is right, with every kernel compiled.
-    first = sorted(jobs, key=lambda job: (job.backend.name == "reference", job.op != "attention"))
+    # Those that compile longest first. Timings run one at a time, of rows that passed, with every kernel compiled.
+    ordered = sorted(jobs, key=lambda job: (job.backend.name == "reference", job.op != "attention"))
     stopped = False
     try:
-        run(first, processes_for(device))
-        right = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
-        named = {(job.op, job.backend.name, job.dtype): job for job in jobs}
-        timed = [replace(named[row.op, row.backend, row.dtype], part="", timed=True) for row in right]
-        # times in the interpreter are meaningless
+        run(ordered, processes_for(device))
+        passed = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
+        job_of = {(job.op, job.backend.name, job.dtype): job for job in jobs}
+        timed = [replace(job_of[row.op, row.backend, row.dtype], part="", timed=True) for row in passed]
+        # not in the interpreter, where times mean nothing
         run([job for job in timed if device.type == "cuda" or job.backend.name == "reference"], 1)
     except KeyboardInterrupt:
         stopped = True

@@ -35,11 +35,7 @@ def checkpoint(fn: Callable[..., Any], *args: Any, preserve_rng_state: bool = Tr
         return fn(*args, **kwargs)  # nothing is kept, so there is nothing to recompute
     if torch.compiler.is_compiling():
         return checkpoint_and_recompute_all(
-            fn,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=preserve_rng_state,
-            **kwargs,
+            fn, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, **kwargs
         )
     leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, Dual))
     return checkpoint_and_recompute_all(

@@ -120,7 +120,7 @@ def forward_launch(
     B_t = 0 if out_dot is None else out_dot.shape[0]
     gate_, stride_gate = per_sample(gate)
     gate_dot, stride_gate_dot = per_sample(gate_dot)
-    return Launch.of(
+    return Launch(
         _gated_residual_forward_kernel,
         lambda config: (B * cdiv(N, config["CHUNK"]),),
         config or launch_config("gated_residual_forward", x.device, x.dtype, width=D),
@@ -187,7 +187,7 @@ def backward_launch(
     B, N, D = y.shape
     chunks = partials.shape[1]
     gate_, stride_gate = per_sample(gate)
-    return Launch.of(
+    return Launch(
         _gated_residual_backward_kernel,
         lambda config: (B * chunks,),
         config,

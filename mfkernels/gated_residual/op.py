@@ -10,8 +10,8 @@ from ..ada_layer_norm.op import check_ada_layer_norm, normed_dtype, promoted
 from ..backend import rows_unsupported
 from ..checks import check_constant, check_number, check_operand, check_same, check_shape
 from ..dual import TensorOrDual, primal_of
-from ..operator import operator, or_no_rows, rows_of
-from ..router import Backend, DualOp, Facts, fused
+from ..operator import num_tangent_rows, operator, tangent_or_empty
+from ..router import Backend, Decision, DualOp, run_on_duals
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operators and their rules
@@ -19,47 +19,37 @@ from . import reference
 
 @operator("gated_residual_forward")
 def _forward(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
+    x: Tensor, y: Tensor, gate: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, gate_dot: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """x + gate·y (B, N, D) and its tangent (B_t, N, D), B_t = 0 where there is none."""
     from .kernels import gated_residual_forward
 
     out, out_dot = gated_residual_forward(x, y, gate, x_dot, y_dot, gate_dot, dtype=promoted(x, y, gate))
-    return out, or_no_rows(out_dot, out)
+    return out, tangent_or_empty(out_dot, out)
 
 
 @_forward.register_fake
 def _(x, y, gate, x_dot, y_dot, gate_dot):  # type: ignore[no-untyped-def]
     out = x.new_empty(x.shape, dtype=promoted(x, y, gate))
-    return out, out.new_empty((rows_of(x_dot, y_dot, gate_dot), *x.shape[1:]))
+    return out, out.new_empty((num_tangent_rows(x_dot, y_dot, gate_dot), *x.shape[1:]))
 
 
-@operator("gated_residual_backward")
+@operator("gated_residual_backward", outputs_like=("y", "gate"))
 def _backward(dout: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import gated_residual_backward
 
     return gated_residual_backward(dout, y, gate)
 
 
-@_backward.register_fake
-def _(dout, y, gate):  # type: ignore[no-untyped-def]
-    return y.new_empty(y.shape), gate.new_empty(gate.shape)
-
-
 _forward.register_gradients(
     lambda ctx, dout: (dout, *_backward(dout, *ctx.saved_tensors)),
-    keep=lambda ctx, inputs, output: inputs[1:3],  # y, gate
+    save=lambda ctx, inputs, output: inputs[1:3],  # y, gate
 )
 
 
-# The update followed by a norm. `defer` leaves out writing the sum: the next update makes it again, from x and this
-# update's y, gate and bias, which it calls the base. `seen` is what this one returned in the sum's place, and carries
-# the sum's gradient from that update to this one.
+# The update followed by a norm. `defer` leaves out writing the sum: the next update computes it again, from what it was
+# added to, `start`, and this update's y, gate and bias, the base. What this one returned in the sum's place is then the
+# next one's x: nothing reads its values, and its gradient is the sum's.
 
 
 @operator("gated_residual_ada_layer_norm_forward")
@@ -67,11 +57,6 @@ def _norm_forward(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    bias: Tensor | None,
-    seen: Tensor | None,
-    base_y: Tensor | None,
-    base_gate: Tensor | None,
-    base_bias: Tensor | None,
     shift: Tensor,
     scale: Tensor,
     x_dot: Tensor | None,
@@ -79,18 +64,25 @@ def _norm_forward(
     gate_dot: Tensor | None,
     shift_dot: Tensor | None,
     scale_dot: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-    defer: bool,
+    keeps_dtype: bool,
+    start: Tensor | None = None,
+    base_y: Tensor | None = None,
+    base_gate: Tensor | None = None,
+    base_bias: Tensor | None = None,
+    defer: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x_new and h (B, N, D), their tangents (B_t, N, D) with B_t = 0 where there is none, mean and rstd (B, N, 2).
 
     x_dot is that of the sum with the base, which is written in any case. With `defer` x_new is NaN without memory.
+    `keeps_dtype`, whether the sum has the dtype of x, is for `ResidualStream` alone.
     """
     from ..ada_layer_norm.kernels import Tangents, Update, norm_forward
 
     x_new, h, x_new_dot, h_dot, stats = norm_forward(
-        x,
+        x if start is None else start,
         Update(y, gate, bias),
         None if base_y is None or base_gate is None else Update(base_y, base_gate, base_bias),
         shift,
@@ -102,15 +94,14 @@ def _norm_forward(
         defer=defer,
     )
     assert x_new is not None
-    return x_new, h, or_no_rows(x_new_dot, x_new), or_no_rows(h_dot, h), stats
+    return x_new, h, tangent_or_empty(x_new_dot, x_new), tangent_or_empty(h_dot, h), stats
 
 
 @_norm_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, y, gate, bias, seen, base_y, base_gate, base_bias, shift, scale, *dots_and_rest
-):
-    *dots, _eps, dtype, defer = dots_and_rest
-    rows = rows_of(*dots)
+def _(x, y, gate, shift, scale, *rest):  # type: ignore[no-untyped-def]
+    *dots, _bias, _eps, dtype, _keeps_dtype = rest[:9]
+    defer = len(rest) == 14 and rest[13]
+    rows = num_tangent_rows(*dots)
     B, N, D = x.shape
     x_new = x.new_empty((1, 1, 1) if defer else (B, N, D), dtype=promoted(x, y, gate)).expand(B, N, D)
     h = x.new_empty((B, N, D), dtype=dtype)
@@ -136,15 +127,7 @@ def _norm_backward(
     """
     from ..ada_layer_norm.kernels import Update, norm_backward
 
-    dx, dy, dmodulation, dbias = norm_backward(
-        dh,
-        dx_new,
-        x,
-        Update(y, gate, bias),
-        scale,
-        stats,
-        deferred=deferred,
-    )
+    dx, dy, dmodulation, dbias = norm_backward(dh, dx_new, x, Update(y, gate, bias), scale, stats, deferred=deferred)
     assert dy is not None
     return dx, dy, dmodulation, dy.new_empty(0) if dbias is None else dbias
 
@@ -155,9 +138,10 @@ def _(dh, dx_new, x, y, gate, bias, scale, stats, deferred):  # type: ignore[no-
     return x.new_empty(x.shape), y.new_empty(y.shape), scale.new_empty((3, *scale.shape)), dbias
 
 
-def _norm_keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, y, gate, bias, seen, _, _, _, _, scale, *_, ctx.deferred = inputs
-    ctx.seen = seen is not None
+def _norm_saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, y, gate, _, scale = inputs[:5]
+    bias = inputs[10]
+    ctx.deferred = len(inputs) == 19 and inputs[18]
     # nothing of the base: its gradients come from the update that it was
     return x if ctx.deferred else output[0], y, gate, bias, scale, output[4]
 
@@ -168,51 +152,23 @@ def _norm_gradients(ctx, dx_new, dh):  # type: ignore[no-untyped-def]
         dx, dy, (dshift, dscale, dgate), dbias = _norm_backward(
             dh, dx_new, x, y, gate, bias, scale, stats, ctx.deferred
         )
+        dbias = None if bias is None else dbias
     else:  # the norm was not used
         dx, dshift, dscale = dx_new, None, None
         dy, dgate = _backward(dx_new, y if bias is None else y + bias, gate)
         dbias = None if bias is None else (dx_new * gate.unsqueeze(1)).sum((0, 1)).to(bias.dtype)
         dy = dy.to(y.dtype)
-    to_x, to_seen = (None, dx) if ctx.seen else (dx, None)
-    dbias = None if bias is None else dbias
-    return to_x, dy, dgate, dbias, to_seen, None, None, None, dshift, dscale
+    return dx, dy, dgate, dshift, dscale, *(None,) * 5, dbias
 
 
-_norm_forward.register_gradients(_norm_gradients, keep=_norm_keep, outputs=2)
+_norm_forward.register_gradients(_norm_gradients, save=_norm_saved, outputs=2)
 
 
-def _around(
+def _wrapper(
     forward: Callable[..., tuple[Tensor, Tensor]], x: Tensor, y: Tensor, gate: Tensor, *dots_and_bias: Any
 ) -> tuple[Tensor, Tensor]:
     *dots, bias = dots_and_bias
     return forward(x, reference.with_bias(y, bias), gate, *dots)
-
-
-def _norm_around(
-    forward: Callable[..., tuple[Tensor, ...]],
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    gate_dot: Tensor | None,
-    shift_dot: Tensor | None,
-    scale_dot: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-    _: bool,
-    before: Sequence[Tensor | None] = (None,) * 4,
-    defer: bool = False,
-) -> tuple[Tensor, ...]:
-    """`before`: what `x` was before its base was added, and that base; `x` is then what is called `seen` above."""
-    start, *base = before
-    seen = None if start is None else x
-    x = x if start is None else start
-    dots = (x_dot, y_dot, gate_dot, shift_dot, scale_dot)
-    return forward(x, y, gate, bias, seen, *base, shift, scale, *dots, eps, dtype, defer)
 
 
 # ------------------------------------------------------------------------------------------------ the public functions
@@ -234,7 +190,7 @@ def gated_residual(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, *, bias
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
     """
     return _gated_residual(x, y, gate, bias)
 
@@ -264,7 +220,8 @@ def gated_residual_ada_layer_norm(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; `bias` has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: `bias` has a tangent.
     """
     return gated_residual_norm(x, y, gate, shift, scale, bias, check_number("eps", eps, 0))
 
@@ -282,12 +239,7 @@ def _check(x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | 
 
 
 def _check_norm(
-    x: TensorOrDual,
-    y: TensorOrDual,
-    gate: TensorOrDual,
-    shift: TensorOrDual,
-    scale: TensorOrDual,
-    bias: Tensor | None,
+    x: TensorOrDual, y: TensorOrDual, gate: TensorOrDual, shift: TensorOrDual, scale: TensorOrDual, bias: Tensor | None
 ) -> None:
     _check(x, y, gate, bias)
     check_ada_layer_norm(x, shift, scale)
@@ -304,27 +256,27 @@ _gated_residual = DualOp(
     check=_check,
     reference=reference.gated_residual,
     tangent=reference.gated_residual_tangent,
-    backends={"triton": Backend(_forward, _unsupported, around=_around)},
+    backends={"triton": Backend(_forward, _unsupported, wrapper=_wrapper)},
 )
 
 
 class _Norm(DualOp):
     def update_and_norm(
         self,
-        facts: Facts,
+        decision: Decision,
         operands: Sequence[TensorOrDual],
         bias: Tensor | None,
         eps: float,
         *,
-        plainly: bool,
+        eager: bool,
         before: tuple[TensorOrDual, TensorOrDual, TensorOrDual, Tensor | None] | None = None,
         defer: bool = False,
     ) -> tuple[TensorOrDual, TensorOrDual]:
-        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_around`."""
-        # the gradients of what was before go through the sum's
+        """The kernels' x_new and h for a stream whose sums may be left unwritten; see `_norm_forward`."""
+        # the gradients of `before` go through the sum's
         detached = (None,) * 4 if before is None else [None if a is None else primal_of(a).detach() for a in before]
-        rest = (bias, eps, *facts.derived, detached, defer)
-        return fused(self._runs[plainly][facts.backend], operands, rest, self.outputs)
+        rest = (bias, eps, *decision.derived, *detached, defer)
+        return run_on_duals(self._runs[eager][decision.backend], operands, rest, self.outputs)
 
 
 gated_residual_norm = _Norm(
@@ -334,7 +286,7 @@ gated_residual_norm = _Norm(
     check=_check_norm,
     reference=reference.gated_residual_ada_layer_norm,
     tangent=reference.gated_residual_ada_layer_norm_tangent,
-    backends={"triton": Backend(_norm_forward, _unsupported, around=_norm_around)},
+    backends={"triton": Backend(_norm_forward, _unsupported)},
     outputs=((0, 1, 2), None),
     # the dtype of h, and whether the sum has that of x
     derived=lambda x, y, gate, shift, scale, bias: (

@@ -54,7 +54,7 @@ def gated_residual_ada_layer_norm(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-    _: bool,
+    keeps_dtype: bool,
 ) -> tuple[Tensor, ...]:
     """The sum, its norm in `dtype`, and what the tangent reads."""
     x_new, biased = gated_residual(x, y, gate, bias)  # [B, N, D]
@@ -81,7 +81,7 @@ def gated_residual_ada_layer_norm_tangent(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-    _: bool,
+    keeps_dtype: bool,
 ) -> tuple[Tensor | None, Tensor]:
     x_new_dot, dots = None, (x_dot, y_dot, gate_dot)
     if any(dot is not None for dot in dots):

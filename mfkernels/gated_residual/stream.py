@@ -5,10 +5,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..ada_layer_norm import ada_layer_norm
-from ..calls import is_untransformed, kind_of_call, known, remember
+from ..calls import cache_key, cached, is_untransformed, store
 from ..checks import check_number
 from ..dual import TensorOrDual, primal_of
-from ..router import Facts
+from ..router import Decision
 from .op import gated_residual, gated_residual_ada_layer_norm, gated_residual_norm
 
 
@@ -40,13 +40,12 @@ class ResidualStream(NamedTuple):
         """
         if bias is None:
             return False
-        kind = kind_of_call("takes_bias", self.x, bias)
-        takes: bool | None = known(kind)
+        key = cache_key("takes_bias", self.x, bias)
+        takes: bool | None = cached(key)
         if takes is None:
-            takes = gated_residual_norm.choose(x=primal_of(self.x)) != "reference" and (
-                kind != () or is_untransformed(self.x, bias)
-            )
-            remember(kind, takes)
+            fused = gated_residual_norm.choose(x=primal_of(self.x)) != "reference"
+            takes = fused and (key is not None or is_untransformed(self.x, bias))
+            store(key, takes)
         return takes
 
     def normed(
@@ -59,12 +58,12 @@ class ResidualStream(NamedTuple):
         if seen is not None:
             raise ValueError("stream: expected an update between two norms, and this one has been normed")
         eps = check_number("eps", eps, 0)
-        facts, plainly = _facts(x, y, gate, shift, scale, bias)
-        if facts is None:
+        decision, eager = _decision(x, y, gate, shift, scale, bias)
+        if decision is None:
             x, h = gated_residual_ada_layer_norm(x, y, gate, shift, scale, bias=bias, eps=eps)
             return h, ResidualStream(x)
         seen, h = gated_residual_norm.update_and_norm(
-            facts, (x, y, gate, shift, scale), bias, eps, plainly=plainly, defer=True
+            decision, (x, y, gate, shift, scale), bias, eps, eager=eager, defer=True
         )
         return h, ResidualStream(x, y, gate, bias, seen)
 
@@ -84,13 +83,13 @@ class ResidualStream(NamedTuple):
             return h, ResidualStream(x)
         before = (self.x, self.y, self.gate, self.bias)
         eps = check_number("eps", eps, 0)
-        facts, plainly = _facts(self.x, y, gate, shift, scale, bias)
-        if facts is None:
+        decision, eager = _decision(self.x, y, gate, shift, scale, bias)
+        if decision is None:
             raise ValueError(
                 "stream: expected the update of a sum that its norm has left unwritten to be such a one too"
             )
         operands = (self.seen, y, gate, shift, scale)
-        x, h = gated_residual_norm.update_and_norm(facts, operands, bias, eps, plainly=plainly, before=before)
+        x, h = gated_residual_norm.update_and_norm(decision, operands, bias, eps, eager=eager, before=before)
         return h, ResidualStream(x)
 
     def updated(self, y: TensorOrDual, gate: TensorOrDual, bias: Tensor | None = None) -> ResidualStream:
@@ -108,16 +107,14 @@ class ResidualStream(NamedTuple):
         return gated_residual(self.x, self.y, self.gate, bias=self.bias)
 
 
-def _facts(*arguments: TensorOrDual | None) -> tuple[Facts | None, bool]:
-    """What a call of `gated_residual_ada_layer_norm` comes to, and whether it is plain eager PyTorch.
-
-    None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and where it
-    would not be one op (a compiler and modes may look on, transforms may not).
-    """
-    facts = gated_residual_norm.facts(*arguments)
-    plainly = facts is not None
-    if facts is None and is_untransformed(*arguments):
-        facts = gated_residual_norm.work_out(*arguments)
-    if facts is not None and (facts.backend == "reference" or not facts.derived[1]):
-        facts = None
-    return facts, plainly
+def _decision(*arguments: TensorOrDual | None) -> tuple[Decision | None, bool]:
+    """The decision for a call of `gated_residual_ada_layer_norm`, and whether the call has a cache key."""
+    # None where the sum cannot be left unwritten: on plain PyTorch, where the sum has another dtype than x, and under
+    # torch.func, forward mode and for subclasses, where it would not be one op
+    decision = gated_residual_norm.checked(*arguments)
+    eager = decision is not None
+    if decision is None and is_untransformed(*arguments):
+        decision = gated_residual_norm.decide(*arguments)
+    if decision is not None and (decision.backend == "reference" or not decision.derived[1]):
+        decision = None
+    return decision, eager

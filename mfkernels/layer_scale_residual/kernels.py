@@ -83,7 +83,7 @@ def forward_launch(
 ) -> Launch:
     """The launch that fills out and out_dot; all contiguous, (R, D) and the first (R_t, D)."""
     R, D = x.shape
-    return Launch.of(
+    return Launch(
         _layer_scale_residual_forward_kernel,
         lambda config: (cdiv(R, config["BLOCK_R"]),),
         config or launch_config("layer_scale_residual_forward", x.device, out.dtype, width=D),
@@ -113,7 +113,7 @@ def backward_launch(
 ) -> Launch:
     """The launch that fills dy and the partial sums of dscale, one row a program."""
     R, D = y.shape
-    return Launch.of(
+    return Launch(
         _layer_scale_residual_backward_kernel,
         lambda config: (partials.shape[0],),
         config,

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import rows_unsupported
 from ..checks import check_constant, check_operand, check_rows, check_same, check_shape
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -16,40 +16,29 @@ from . import reference
 
 
 @operator("layer_scale_residual_forward")
-def _forward(
-    x: Tensor,
-    y: Tensor,
-    x_dot: Tensor | None,
-    y_dot: Tensor | None,
-    scale: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, y: Tensor, x_dot: Tensor | None, y_dot: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x + scale·y (B, …, D) and its tangent (B_t, …, D), B_t = 0 without a y_dot."""
     from .kernels import layer_scale_residual_forward
 
     dtype = torch.promote_types(x.dtype, y.dtype)
     out, out_dot = layer_scale_residual_forward(x, y, x_dot, y_dot, scale, dtype=dtype)
-    return out, or_no_rows(out_dot, out)
+    return out, tangent_or_empty(out_dot, out)
 
 
 @_forward.register_fake
 def _(x, y, x_dot, y_dot, scale):  # type: ignore[no-untyped-def]
     out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
-    return out, out.new_empty((rows_of(y_dot), *x.shape[1:]))
+    return out, out.new_empty((num_tangent_rows(y_dot), *x.shape[1:]))
 
 
-@operator("layer_scale_residual_backward")
+@operator("layer_scale_residual_backward", outputs_like=("y", "scale"))
 def _backward(dout: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import layer_scale_residual_backward
 
     return layer_scale_residual_backward(dout, y, scale)
 
 
-@_backward.register_fake
-def _(dout, y, scale):  # type: ignore[no-untyped-def]
-    return y.new_empty(y.shape), scale.new_empty(scale.shape)
-
-
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, y, _, _, scale = inputs
     ctx.dtype = x.dtype
     return y, scale
@@ -60,10 +49,10 @@ def _gradients(ctx, dout):  # type: ignore[no-untyped-def]
     return dout.to(ctx.dtype), dy, None, None, dscale
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 
-def _around(
+def _wrapper(
     forward: Callable[..., tuple[Tensor, Tensor]],
     x: Tensor,
     y: Tensor,
@@ -94,7 +83,8 @@ def layer_scale_residual(x: TensorOrDual, y: TensorOrDual, scale: Tensor) -> Ten
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; `scale` has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: `scale` has a tangent.
     """
     return _layer_scale_residual(x, y, scale)
 
@@ -114,5 +104,5 @@ _layer_scale_residual = DualOp(
     check=_check,
     reference=reference.layer_scale_residual,
     tangent=reference.layer_scale_residual_tangent,
-    backends={"triton": Backend(_forward, rows_unsupported, around=_around)},
+    backends={"triton": Backend(_forward, rows_unsupported, wrapper=_wrapper)},
 )

@@ -9,22 +9,18 @@ from torch import Tensor
 from ..calls import is_untransformed
 from ..checks import check_operand, check_parameter, check_shape
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
-from ..router import DualOp, Facts, fused
+from ..router import Decision, DualOp, run_on_duals
 from . import reference
 
 # ------------------------------------------------------------------------------------------- operator and its rules
-# Under autocast alone, whose casts round a weight's gradient.
+# Used under autocast only, whose casts round a weight's gradient.
 
 
 @operator("linear_forward")
 def _forward(
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y (B, …, D_out), its tangent (B_t, …, D_out), B_t = 0 without one; x, weight in `dtype`, (0,) if given so."""
     x_low, low = in_dtype(x, dtype), in_dtype(weight, dtype)
@@ -32,7 +28,7 @@ def _forward(
     y_dot = None if x_dot is None else F.linear(in_dtype(x_dot, dtype), low)  # [B_t, …, D_out]
     return (
         y,
-        or_no_rows(y_dot, y),
+        tangent_or_empty(y_dot, y),
         x_low if x_low is not x else y.new_empty(0),
         low if low is not weight else y.new_empty(0),
     )
@@ -41,11 +37,11 @@ def _forward(
 @_forward.register_fake
 def _(x, x_dot, weight, bias, dtype):  # type: ignore[no-untyped-def]
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
-    y_dot = y.new_empty((rows_of(x_dot), *y.shape[1:]))
+    y_dot = y.new_empty((num_tangent_rows(x_dot), *y.shape[1:]))
     return y, y_dot, *(y.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, weight))
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, weight, bias, ctx.product_dtype = inputs
     ctx.bias_dtype, ctx.dtype = None if bias is None else bias.dtype, weight.dtype
     return x, weight, output[3]
@@ -65,7 +61,7 @@ def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, None, dweight, dbias
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -102,15 +98,13 @@ def check_linear(x: TensorOrDual, weight: Tensor, bias: Tensor | None) -> None:
 class _Linear(DualOp):
     """Where autocast casts the weight, an op of its own, whose backward does not round the weight's gradient."""
 
-    def run(self, facts: Facts, arguments: tuple[Any, ...], *, plainly: bool) -> TensorOrDual:
+    def run(self, decision: Decision, arguments: tuple[Any, ...], *, eager: bool) -> TensorOrDual:
         x, weight, bias = arguments
-        (dtype,) = facts.derived
+        (dtype,) = decision.derived
         casts = dtype != weight.dtype and len(x.shape) > 1 and torch.is_grad_enabled()
-        if not casts or not (plainly or is_untransformed(x, weight, bias)):
-            return super().run(facts, arguments, plainly=plainly)
-        # modes see its products: a counter of FLOPs knows nothing of custom ops
-        run = _forward if torch.compiler.is_compiling() else _forward.eager
-        return fused(run, (x,), (weight, bias, dtype))
+        if not casts or not (eager or is_untransformed(x, weight, bias)):
+            return super().run(decision, arguments, eager=eager)
+        return run_on_duals(_forward.decomposed, (x,), (weight, bias, dtype))
 
 
 _linear = _Linear(

@@ -125,7 +125,7 @@ def forward_launch(
     """The launch that fills a [M, H] and a_dot [M_t, H], where they are given; all contiguous."""
     M, H = h.shape
     M_t = 0 if h_dot is None else h_dot.shape[0]
-    return Launch.of(
+    return Launch(
         _gelu_forward_kernel,
         lambda config: (cdiv(M, config["BLOCK_M"]) * cdiv(H, config["BLOCK_H"]),),
         config or launch_config("gelu_forward", h.device, h.dtype, width=H),
@@ -174,7 +174,7 @@ def backward_launch(
 ) -> Launch:
     """The launch that fills a and dh [M, H] and, with a bias, partials [chunks of config["CHUNK"] rows, H]."""
     M, H = h.shape
-    return Launch.of(
+    return Launch(
         _gelu_backward_kernel,
         lambda config: (cdiv(M, config["CHUNK"]) * cdiv(H, config["BLOCK_H"]),),
         config,

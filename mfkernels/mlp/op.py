@@ -2,19 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch import addmm_activation
-from ..backend import capability, triton_unavailable, unsupported_dtype
+from ..backend import capability, triton_unsupported
 from ..calls import is_untransformed
 from ..checks import check_parameter, check_rows, check_shape
 from ..dual import TensorOrDual
 from ..forward_mode import refuse_tangent
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..products import in_dtype, product_dtype, weight_gradient, without_autocast
 from ..router import Backend, DualOp
 from . import cublaslt, reference
@@ -53,7 +52,7 @@ def _forward(
     y = F.linear(a, w2_low, None if b2 is None else in_dtype(b2, dtype))  # [M, D_out]
     y_dot = None if a_dot is None else F.linear(a_dot, w2_low)  # [M_t, D_out]
     lows = [y.new_empty(0) if low is a else low for low, a in ((x_low, x), (w1_low, w1), (w2_low, w2))]
-    return y, or_no_rows(y_dot, y), h, lows[0], lows[1], lows[2]
+    return y, tangent_or_empty(y_dot, y), h, lows[0], lows[1], lows[2]
 
 
 @_forward.register_fake
@@ -61,7 +60,7 @@ def _(x, x_dot, w1, b1, w2, b2, dtype, backend="triton"):  # type: ignore[no-unt
     y, h = (x.new_empty((x.shape[0], w.shape[0]), dtype=dtype) for w in (w2, w1))
     return (
         y,
-        y.new_empty((rows_of(x_dot), w2.shape[0])),
+        y.new_empty((num_tangent_rows(x_dot), w2.shape[0])),
         h,
         *(y.new_empty(0) if a.dtype == dtype else torch.empty_like(a, dtype=dtype) for a in (x, w1, w2)),
     )
@@ -102,7 +101,7 @@ def _(dy, x, h, w1, b1, w2, has_b2, dtype, backend="triton"):  # type: ignore[no
     return dy.new_empty(x.shape), dw1, db1, dw2, dy.new_empty(dy.shape[1] if has_b2 else 0, dtype=dtype)
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, w1, b1, w2, b2, dtype, ctx.backend = inputs
     _, _, h, *low = output
     ctx.has_b2, ctx.dtype = b2 is not None, w1.dtype
@@ -116,10 +115,10 @@ def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, None, dw1, None if b1 is None else db1, dw2, db2 if ctx.has_b2 else None
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 
-def _around(
+def _wrapper(
     forward: Callable[..., tuple[Tensor, ...]],
     x: Tensor,
     x_dot: Tensor | None,
@@ -158,24 +157,14 @@ def _fuses_gelu(device: torch.device) -> bool:
     return device.type == "cuda" and bool(addmm_activation) and capability(device)[0] in (9, 10)
 
 
-def _triton_unsupported(x: Tensor, **_: Any) -> str | None:
-    return triton_unavailable(x.device) or unsupported_dtype("x", x.dtype)
-
-
 def _cublaslt_unsupported(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> str | None:
-    return _triton_unsupported(x) or cublaslt.unsupported(x, w1, b1, w2, product_dtype(x))
+    return triton_unsupported(x=x) or cublaslt.unsupported(x, w1, b1, w2, product_dtype(x))
 
 
 # ------------------------------------------------------------------------------------------------- the public function
 
 
-def mlp(
-    x: TensorOrDual,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-) -> TensorOrDual:
+def mlp(x: TensorOrDual, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> TensorOrDual:
     """Two-layer perceptron with the tanh form of GELU: y = gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
 
     The tangent is ẏ = (gelu'(h) ∘ ẋ W₁ᵀ) W₂ᵀ at the pre-activation h (arXiv 1606.08415 for GELU); under
@@ -191,7 +180,8 @@ def mlp(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; a parameter has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: a parameter has a tangent.
     """
     return _mlp(x, w1, b1, w2, b2)
 
@@ -219,10 +209,10 @@ _mlp = DualOp(
     reference=reference.mlp,
     tangent=reference.mlp_tangent,
     backends={
-        "triton": Backend(_forward, _triton_unsupported, around=_around),
+        "triton": Backend(_forward, lambda x, **_: triton_unsupported(x=x), wrapper=_wrapper),
         # it has not run on a GPU yet
         "cublaslt": Backend(
-            _forward, _cublaslt_unsupported, on_request=True, around=partial(_around, backend="cublaslt")
+            _forward, _cublaslt_unsupported, opt_in=True, wrapper=partial(_wrapper, backend="cublaslt")
         ),
     },
     derived=lambda x, **_: (product_dtype(x),),

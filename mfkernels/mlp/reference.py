@@ -8,12 +8,7 @@ from torch import Tensor
 
 
 def mlp(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """y, and the pre-activation h, which the tangent reads; `dtype` is the products', which PyTorch chooses itself."""
     h = F.linear(x, w1, b1)  # [B, …, D_hidden]

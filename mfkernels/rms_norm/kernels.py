@@ -109,7 +109,7 @@ def forward_launch(
 ) -> Launch:
     """The launch that fills y and y_dot; all contiguous, (R, D) and the first (R_t, D)."""
     R, D = x.shape
-    return Launch.of(
+    return Launch(
         _rms_norm_forward_kernel,
         lambda config: (cdiv(R, config["BLOCK_R"]),),
         config or launch_config("rms_norm_forward", x.device, x.dtype, width=D),
@@ -139,7 +139,7 @@ def backward_launch(
 ) -> Launch:
     """The launch that fills dx and the partial sums of dweight, one row a program."""
     R, D = x.shape
-    return Launch.of(
+    return Launch(
         _rms_norm_backward_kernel,
         lambda config: (partials.shape[0],),
         config,

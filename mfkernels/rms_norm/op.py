@@ -5,7 +5,7 @@ from torch import Tensor
 from ..backend import rows_unsupported
 from ..checks import check_constant, check_number, check_rows
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -18,27 +18,22 @@ def _forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float) -> tup
     from .kernels import rms_norm_forward
 
     y, y_dot = rms_norm_forward(x, x_dot, weight, eps=eps)
-    return y, or_no_rows(y_dot, y)
+    return y, tangent_or_empty(y_dot, y)
 
 
 @_forward.register_fake
 def _(x, x_dot, weight, eps):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty((rows_of(x_dot), *x.shape[1:]))
+    return x.new_empty(x.shape), x.new_empty((num_tangent_rows(x_dot), *x.shape[1:]))
 
 
-@operator("rms_norm_backward")
+@operator("rms_norm_backward", outputs_like=("x", "weight"))
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from .kernels import rms_norm_backward
 
     return rms_norm_backward(dy, x, weight, eps=eps)
 
 
-@_backward.register_fake
-def _(dy, x, weight, eps):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
-
-
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     x, _, weight, ctx.eps = inputs
     return x, weight
 
@@ -48,7 +43,7 @@ def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, None, dweight
 
 
-_forward.register_gradients(_gradients, keep=_keep)
+_forward.register_gradients(_gradients, save=_saved)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
@@ -69,7 +64,8 @@ def rms_norm(x: TensorOrDual, weight: Tensor, *, eps: float = 1e-6) -> TensorOrD
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; `weight` has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: `weight` has a tangent.
     """
     return _rms_norm(x, weight, check_number("eps", eps, 0))
 

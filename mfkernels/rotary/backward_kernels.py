@@ -191,7 +191,7 @@ def norm_backward_launch(
     stride_qb, STRIDE_QN, STRIDE_QH = strides_of(q)
     stride_kb, STRIDE_KN, STRIDE_KH = strides_of(k)
     blocks = blocks_of(q, k, config)
-    return Launch.of(
+    return Launch(
         _qk_norm_rotary_backward_kernel,
         lambda config: (partials.shape[1], 2),
         config,

@@ -295,7 +295,7 @@ def forward_launch(
     stride_q_dot_b, STRIDE_Q_DOT_N, STRIDE_Q_DOT_H = strides_of(q_dot)
     stride_k_dot_b, STRIDE_K_DOT_N, STRIDE_K_DOT_H = strides_of(k_dot)
     blocks = blocks_of(q, k, config)
-    return Launch.of(
+    return Launch(
         _rotary_forward_kernel,
         lambda config: (B * blocks, 2),
         config,

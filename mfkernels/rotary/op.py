@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import rows_unsupported
 from ..checks import check_constant, check_flag, check_number, check_operand, check_same
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -33,38 +33,24 @@ def _forward(
     from .kernels import rotary_forward
 
     q_out, k_out, q_out_dot, k_out_dot = rotary_forward(
-        q,
-        k,
-        q_dot,
-        k_dot,
-        q_weight,
-        k_weight,
-        cos,
-        sin,
-        eps=eps,
-        interleaved=interleaved,
+        q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps=eps, interleaved=interleaved
     )
-    return q_out, k_out, or_no_rows(q_out_dot, q_out), or_no_rows(k_out_dot, k_out)
+    return q_out, k_out, tangent_or_empty(q_out_dot, q_out), tangent_or_empty(k_out_dot, k_out)
 
 
 @_forward.register_fake
 def _(q, k, q_dot, k_dot, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ignore[no-untyped-def]
     pairs = ((q, q_dot), (k, k_dot))
     primals = (x.new_empty(x.shape) for x, _ in pairs)
-    return *primals, *(x.new_empty((rows_of(dot), *x.shape[1:])) for x, dot in pairs)
+    return *primals, *(x.new_empty((num_tangent_rows(dot), *x.shape[1:])) for x, dot in pairs)
 
 
-@operator("rotary_backward")
+@operator("rotary_backward", outputs_like=("dq", "dk"))
 def _backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     from .kernels import rotary_forward
 
     none = (None,) * 4
     return rotary_forward(dq, dk, *none, cos, sin, interleaved=interleaved, backward=True)[:2]
-
-
-@_backward.register_fake
-def _(dq, dk, cos, sin, interleaved):  # type: ignore[no-untyped-def]
-    return dq.new_empty(dq.shape), dk.new_empty(dk.shape)
 
 
 @operator("qk_norm_rotary_backward")
@@ -91,7 +77,7 @@ def _(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, interleaved):  # type: ig
     return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty((2, q.shape[-1]), dtype=torch.float32)
 
 
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     q, k, _, _, q_weight, k_weight, cos, sin, ctx.eps, ctx.interleaved = inputs
     ctx.shapes = q.shape, k.shape
     ctx.normed = q_weight is not None
@@ -109,18 +95,13 @@ def _gradients(ctx, dq, dk):  # type: ignore[no-untyped-def]
     return dq, dk, None, None, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
 
 
-_forward.register_gradients(_gradients, keep=_keep, outputs=2)
+_forward.register_gradients(_gradients, save=_saved, outputs=2)
 
 # ------------------------------------------------------------------------------------------------- the public function
 
 
 def rotary(
-    q: TensorOrDual,
-    k: TensorOrDual,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    interleaved: bool = False,
+    q: TensorOrDual, k: TensorOrDual, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 ) -> tuple[TensorOrDual, TensorOrDual]:
     """Rotary position embedding (arXiv 2104.09864) of queries and keys.
 
@@ -140,7 +121,8 @@ def rotary(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; `cos` or `sin` has a tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: `cos` or `sin` has a tangent.
     """
     check_flag("interleaved", interleaved)
     _check_tables(cos, sin)
@@ -173,8 +155,8 @@ def qk_norm_rotary(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call; a weight, `cos` or `sin` has a
-            tangent.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: a weight, `cos` or `sin` has a tangent.
     """
     check_flag("interleaved", interleaved)
     _check_tables(cos, sin)

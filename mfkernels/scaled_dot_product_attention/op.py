@@ -40,7 +40,8 @@ def scaled_dot_product_attention(
         (B, H, N_q, d); a Dual if any argument is one.
 
     Raises:
-        NotImplementedError: there is a mask or dropout, or the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
+        NotImplementedError: there is a mask or dropout.
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     if attn_mask is not None:

@@ -139,7 +139,7 @@ def forward_launch(
 ) -> Launch:
     """The launch that fills y and y_dot; inputs as `as_rows` leaves them, outputs contiguous."""
     D, flat, strides = _layout(a, b, a_dot, b_dot)
-    return Launch.of(
+    return Launch(
         _swiglu_forward_kernel,
         _grid(y.numel(), D),
         config or launch_config("swiglu", a.device, a.dtype, width=D),
@@ -172,7 +172,7 @@ def backward_launch(
 ) -> Launch:
     """The launch that fills da and db; inputs as `as_rows` leaves them, outputs contiguous."""
     D, flat, strides = _layout(dy, a, b)
-    return Launch.of(
+    return Launch(
         _swiglu_backward_kernel,
         _grid(da.numel(), D),
         config or launch_config("swiglu", a.device, a.dtype, width=D),

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backend import rows_unsupported
 from ..checks import check_operand, check_rows, check_same, check_shape
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -19,30 +19,24 @@ def _forward(a: Tensor, b: Tensor, a_dot: Tensor | None, b_dot: Tensor | None) -
     from .kernels import swiglu_forward
 
     y, y_dot = swiglu_forward(a, b, a_dot, b_dot)
-    return y, or_no_rows(y_dot, y)
+    return y, tangent_or_empty(y_dot, y)
 
 
 @_forward.register_fake
 def _(a, b, a_dot, b_dot):  # type: ignore[no-untyped-def]
     y = a.new_empty(a.shape, dtype=torch.promote_types(a.dtype, b.dtype))
-    return y, y.new_empty((rows_of(a_dot, b_dot), *a.shape[1:]))
+    return y, y.new_empty((num_tangent_rows(a_dot, b_dot), *a.shape[1:]))
 
 
-@operator("swiglu_backward")
+@operator("swiglu_backward", outputs_like=("a", "b"))
 def _backward(dy: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     from .kernels import swiglu_backward
 
     return swiglu_backward(dy, a, b)
 
 
-@_backward.register_fake
-def _(dy, a, b):  # type: ignore[no-untyped-def]
-    return a.new_empty(a.shape), b.new_empty(b.shape)
-
-
 _forward.register_gradients(
-    lambda ctx, dy: _backward(dy, *ctx.saved_tensors),
-    keep=lambda ctx, inputs, output: inputs[:2],
+    lambda ctx, dy: _backward(dy, *ctx.saved_tensors), save=lambda ctx, inputs, output: inputs[:2]
 )
 
 # ------------------------------------------------------------------------------------------------- the public function
@@ -62,7 +56,7 @@ def swiglu(a: TensorOrDual, b: TensorOrDual) -> TensorOrDual:
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
     """
     return _swiglu(a, b)
 

@@ -53,14 +53,7 @@ def _timestep_embedding_forward_kernel(
 
 @triton.jit
 def _timestep_embedding_backward_kernel(
-    dout_ptr,
-    t_ptr,
-    dt_ptr,
-    log_step,
-    B,
-    HALF: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    dout_ptr, t_ptr, dt_ptr, log_step, B, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr
 ):
     offs_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
     offs_h = tl.arange(0, BLOCK_H)[None, :]  # [1, BLOCK_H]
@@ -89,7 +82,7 @@ def forward_launch(
     B, dim = out.shape
     B_t = 0 if t_dot is None else t_dot.shape[0]
     HALF = dim // 2
-    return Launch.of(
+    return Launch(
         _timestep_embedding_forward_kernel,
         lambda config: (cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),
@@ -120,16 +113,11 @@ def embedding_forward(t: Tensor, t_dot: Tensor | None, dim: int, max_period: flo
 
 
 def backward_launch(
-    dout: Tensor,
-    t: Tensor,
-    dt: Tensor,
-    *,
-    max_period: float,
-    config: Mapping[str, int] | None = None,
+    dout: Tensor, t: Tensor, dt: Tensor, *, max_period: float, config: Mapping[str, int] | None = None
 ) -> Launch:
     B, dim = dout.shape
     HALF = dim // 2
-    return Launch.of(
+    return Launch(
         _timestep_embedding_backward_kernel,
         lambda config: (cdiv(B, config["BLOCK_B"]),),
         config or launch_config("timestep_embedding", t.device, t.dtype, width=dim),

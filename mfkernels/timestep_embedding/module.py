@@ -30,9 +30,7 @@ class TimestepEmbedder(nn.Module):
             raise ValueError(f"frequency_embedding_size: expected an even number >= 2, got {frequency_embedding_size}")
         self.frequency_embedding_size = frequency_embedding_size
         self.mlp = nn.Sequential(
-            Linear(frequency_embedding_size, hidden_size),
-            SiLU(),
-            Linear(hidden_size, hidden_size),
+            Linear(frequency_embedding_size, hidden_size), SiLU(), Linear(hidden_size, hidden_size)
         )
 
     def forward(self, t: TensorOrDual) -> TensorOrDual:

@@ -4,10 +4,10 @@ from numbers import Integral
 
 from torch import Tensor
 
-from ..backend import MAX_WIDTH, triton_unavailable, unsupported_dtype
+from ..backend import MAX_WIDTH, triton_unsupported
 from ..checks import check_number, check_operand
 from ..dual import TensorOrDual
-from ..operator import operator, or_no_rows, rows_of
+from ..operator import num_tangent_rows, operator, tangent_or_empty
 from ..router import Backend, DualOp
 from . import reference
 
@@ -20,39 +20,31 @@ def _forward(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tu
     from .kernels import embedding_forward
 
     out, out_dot = embedding_forward(t, t_dot, dim, max_period)
-    return out, or_no_rows(out_dot, out)
+    return out, tangent_or_empty(out_dot, out)
 
 
 @_forward.register_fake
 def _(t, t_dot, dim, max_period):  # type: ignore[no-untyped-def]
-    return t.new_empty((t.shape[0], dim)), t.new_empty((rows_of(t_dot), dim))
+    return t.new_empty((t.shape[0], dim)), t.new_empty((num_tangent_rows(t_dot), dim))
 
 
-@operator("timestep_embedding_backward")
+@operator("timestep_embedding_backward", outputs_like=("t",))
 def _backward(dout: Tensor, t: Tensor, max_period: float) -> Tensor:
     from .kernels import embedding_backward
 
     return embedding_backward(dout, t, max_period)
 
 
-@_backward.register_fake
-def _(dout, t, max_period):  # type: ignore[no-untyped-def]
-    return t.new_empty(t.shape)
-
-
-def _keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
     t, _, _, ctx.max_period = inputs
     return (t,)
 
 
-_forward.register_gradients(
-    lambda ctx, dout: (_backward(dout, *ctx.saved_tensors, ctx.max_period),),
-    keep=_keep,
-)
+_forward.register_gradients(lambda ctx, dout: (_backward(dout, *ctx.saved_tensors, ctx.max_period),), save=_saved)
 
 
 def _triton_unsupported(t: Tensor, dim: int) -> str | None:
-    reason = triton_unavailable(t.device) or unsupported_dtype("t", t.dtype)
+    reason = triton_unsupported(t=t)
     if reason is None and dim > MAX_WIDTH:
         reason = f"dim: expected at most {MAX_WIDTH}, got {dim}"
     return reason
@@ -76,7 +68,7 @@ def timestep_embedding(t: TensorOrDual, dim: int, *, max_period: float = 10000.0
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-        NotImplementedError: the backend that was asked for cannot serve the call.
+        BackendError: the requested backend cannot serve the call.
     """
     if not isinstance(dim, Integral) or dim < 2 or dim % 2 != 0:
         raise ValueError(f"dim: expected an even integer >= 2, got {dim}")

@@ -111,7 +111,7 @@ def test_loading_it_needs_no_gpu_and_prints_nothing() -> None:
 def test_what_is_missing_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
     monkeypatch.setattr("mfkernels.extension.COMPILED", False)
-    assert "MFKERNELS_CUDA=1 pip install" in str(cuda.unsupported(q, 1.0))
+    assert "MFKERNELS_CUDA=1 pip install" in str(cuda.unsupported(q))
     assert description() == cuda.unavailable()
 
 
@@ -138,7 +138,7 @@ def test_other_devices_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_torch_compile_traces_through_the_question() -> None:
     def ask(q: torch.Tensor) -> torch.Tensor:
-        return q if cuda.unsupported(q, 1.0) is not None else q + 1
+        return q if cuda.unsupported(q) is not None else q + 1
 
     q = torch.zeros(1, 2, 1, 64, dtype=torch.float16)
     assert torch.equal(torch.compile(ask, fullgraph=True, backend="aot_eager")(q), ask(q))

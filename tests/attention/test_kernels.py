@@ -237,16 +237,8 @@ def test_empty_results(empty: str) -> None:
     assert not dv.any()
 
 
-def test_refusals_name_the_argument() -> None:
+def test_tangents_of_different_numbers_of_rows_are_refused() -> None:
     x = torch.zeros(1, 4, 2, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="N_kv = 0"):
-        attention_forward(x, x[:, :0], x[:, :0], scale=1.0)
-    with pytest.raises(ValueError, match=r"q: .*multiple of 8 up to 256 in torch.float16, got 12"):
-        attention_forward(*[torch.zeros(1, 4, 2, 12, device=DEVICE, dtype=torch.float16)] * 3, scale=1.0)
-    with pytest.raises(ValueError, match=r"k: .*divides that of q, 2, got 3"):
-        attention_forward(x, *[torch.zeros(1, 4, 3, 8, device=DEVICE)] * 2, scale=1.0)
-    with pytest.raises(ValueError, match="scale"):
-        attention_forward(x, x, x, scale=-1.0)
     with pytest.raises(ValueError, match="q_dot, k_dot, v_dot"):
         attention_forward(x, x, x, x, x[:0], None, scale=1.0)
 

@@ -12,8 +12,15 @@ from torch import Tensor
 
 import mfkernels
 from mfkernels import Dual
-from mfkernels.check import formulas
+from mfkernels.ada_layer_norm.cases import modulated
+from mfkernels.adaptive_squared_error.cases import error_terms
+from mfkernels.attention.cases import softmax_attention
 from mfkernels.dual import primal_of
+from mfkernels.gated_residual.cases import residual
+from mfkernels.mlp.cases import perceptron
+from mfkernels.rms_norm.cases import rms
+from mfkernels.rotary.cases import angles, turned
+from mfkernels.timestep_embedding.cases import frequencies, sinusoids
 
 EPS = (1e-6, 1e-5, 1e-3, 0.0, 1, 1.0)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,17 +76,17 @@ def _tokens(d: Draw, names: str) -> tuple[dict[str, Tensor | None], list[str]]:
 
 
 def ada_layer_norm(d: Draw) -> Call:
-    return Call("ada_layer_norm", *_tokens(d, "x shift scale"), formulas.modulated, {"eps": d.choice(EPS)})
+    return Call("ada_layer_norm", *_tokens(d, "x shift scale"), modulated, {"eps": d.choice(EPS)})
 
 
 def gated_residual(d: Draw) -> Call:
-    return Call("gated_residual", *_tokens(d, "x y gate"), formulas.residual)
+    return Call("gated_residual", *_tokens(d, "x y gate"), residual)
 
 
 def gated_residual_ada_layer_norm(d: Draw) -> Call:
     def formula(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Any:
-        stream = formulas.residual(x, y, gate)
-        return stream, formulas.modulated(stream, shift, scale, eps)
+        stream = residual(x, y, gate)
+        return stream, modulated(stream, shift, scale, eps)
 
     inputs, duals = _tokens(d, "x y gate shift scale")
     return Call("gated_residual_ada_layer_norm", inputs, duals, formula, {"eps": d.choice(EPS)})
@@ -101,7 +108,7 @@ def rms_norm(d: Draw) -> Call:
         "rms_norm",
         {"x": d.tensor(*shape), "weight": d.tensor(shape[-1])},
         ["x"],
-        formulas.rms,
+        rms,
         {"eps": d.choice(EPS)},
     )
 
@@ -123,7 +130,7 @@ def linear(d: Draw) -> Call:
 
 def mlp(d: Draw) -> Call:
     def formula(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-        return formulas.perceptron(x, w1, 0.0 if b1 is None else b1, w2, 0.0 if b2 is None else b2)
+        return perceptron(x, w1, 0.0 if b1 is None else b1, w2, 0.0 if b2 is None else b2)
 
     shape, hidden, out = _rows(d), d.size(), d.size()
     inputs = {"x": d.tensor(*shape), "w1": d.tensor(hidden, shape[-1]), "b1": d.some((hidden,))}
@@ -145,7 +152,7 @@ def patch_embed(d: Draw) -> Call:
 
 def timestep_embedding(d: Draw) -> Call:
     def formula(t: Tensor, dim: int, max_period: float) -> Tensor:
-        return formulas.sinusoids(t, formulas.frequencies(dim, max_period))
+        return sinusoids(t, frequencies(dim, max_period))
 
     options = {"dim": 2 * d.randint(1, 20), "max_period": d.choice((10000.0, 10000, 1.5, 1e6))}
     return Call("timestep_embedding", {"t": d.tensor(d.size())}, ["t"], formula, options)
@@ -158,11 +165,11 @@ def _heads(d: Draw, N: int) -> tuple[dict[str, Tensor | None], int]:
 
 def rotary(d: Draw) -> Call:
     def formula(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Any:
-        return tuple(formulas.turned(x, cos, sin, interleaved) for x in (q, k))
+        return tuple(turned(x, cos, sin, interleaved) for x in (q, k))
 
     N = d.size()
     inputs, width = _heads(d, N)
-    inputs |= dict(zip(("cos", "sin"), (x.double() for x in formulas.angles(N, width)), strict=True))
+    inputs |= dict(zip(("cos", "sin"), (x.double() for x in angles(N, width)), strict=True))
     return Call("rotary", inputs, ["q", "k"], formula, {"interleaved": d.random() < 0.5}, ("cos", "sin"))
 
 
@@ -170,7 +177,7 @@ def qk_norm_rotary(d: Draw) -> Call:
     turn = rotary(d)
 
     def formula(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, **rest: Any) -> Any:
-        return turn.formula(formulas.rms(q, q_weight, eps), formulas.rms(k, k_weight, eps), **rest)
+        return turn.formula(rms(q, q_weight, eps), rms(k, k_weight, eps), **rest)
 
     width = turn.inputs["q"].shape[-1]
     inputs = {**turn.inputs, "q_weight": d.tensor(width), "k_weight": d.tensor(width)}
@@ -180,7 +187,7 @@ def qk_norm_rotary(d: Draw) -> Call:
 def attention(d: Draw) -> Call:
     def formula(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
         if q.dtype != torch.float64:
-            return formulas.softmax_attention(q, k, v, is_causal, scale)
+            return softmax_attention(q, k, v, is_causal, scale)
         # the same from the log-sum-exp, as a kernel's backward has it: the rounding of that counts too
         group, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
         k, v = (x.repeat_interleave(group, 2) for x in (k, v))  # [B, N_kv, H, d]
@@ -220,7 +227,7 @@ def adaptive_squared_error(d: Draw) -> Call:
         "interval": d.tensor(shape[0]).sigmoid(),
     }
     options = {"p": d.choice((0, 0.5, 0.75, 1.0, 1)), "eps": d.choice((0.01, 1e-3, 1))}
-    return Call("adaptive_squared_error", inputs, [], formulas.error_terms, options, ("v", "correction", "interval"))
+    return Call("adaptive_squared_error", inputs, [], error_terms, options, ("v", "correction", "interval"))
 
 
 OPS: dict[str, Callable[[Draw], Call]] = {

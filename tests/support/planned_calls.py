@@ -135,7 +135,7 @@ def tensors_of(args):
 def launched(function, args, options):
     """Launches' arguments, the results, and which arguments are addresses: none where a plan was followed."""
     made = []
-    run, started = launch.Launch.run, launch.started
+    run, replay = launch.Launch.run, launch.replay
 
     def ran(this):
         made.append([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in this.values()])
@@ -145,14 +145,14 @@ def launched(function, args, options):
 
     def ran_again(start, arguments):
         made.append(list(arguments))
-        started(start, arguments)
+        replay(start, arguments)
 
     kept, addresses = [], []
-    launch.Launch.run, launch.started = ran, ran_again
+    launch.Launch.run, launch.replay = ran, ran_again
     try:
         out = function(*args, **options)
     finally:
-        launch.Launch.run, launch.started = run, started
+        launch.Launch.run, launch.replay = run, replay
     outs = [out] if isinstance(out, torch.Tensor) else list(out)
     return made, outs, addresses
 
