@@ -188,13 +188,12 @@ def test_the_operators_obey_pytorchs_rules(triton):
         torch.library.opcheck(op._forward.custom_op, (*leaves[:3], *tangents[:3]))
         for bias, base, defer in ((None, None, False), (vector, None, True), (vector, leaves[:3], False)):
             before = [None] * 4 if base is None else [*base[:2], base[2], vector]
-            args = (*leaves[:3], bias, *before, *leaves[3:], *tangents, 1e-6, torch.float32, defer)
+            args = (*leaves, *tangents, bias, 1e-6, torch.float32, True, *before, defer)
             # where the sum is not written, what is returned in its place is NaN, which is not equal to itself
             checks = {"test_utils": ("test_schema", "test_faketensor")} if defer else {}
             torch.library.opcheck(op._norm_forward.custom_op, args, **checks)
     x, y, gate, _, scale = (a.detach() for a in leaves)
-    args = (*leaves[:3], *[None] * 5, *leaves[3:], *[None] * 5, 1e-6, torch.float32, False)
-    x_new, h, _, _, stats = op._norm_forward(*args)
+    x_new, h, _, _, stats = op._norm_forward(*leaves, *[None] * 6, 1e-6, torch.float32, True)
     torch.library.opcheck(op._backward.custom_op, (torch.randn_like(x), y, gate))
     for dx_new, bias in ((torch.randn_like(x), None), (None, vector.detach())):
         args = (torch.randn_like(h), dx_new, x_new.detach(), y, gate, bias, scale, stats, bias is not None)
