@@ -65,7 +65,7 @@ class Start:
 def train(args: Sequence[str]) -> int:
     """Train a network"""
     flags = dict(_words(args))
-    trust: Trust = "trust_code" in flags or {word for word in flags.values() if is_code(word)}
+    trust: Trust = bool({"--trust-code", "--trust_code"} & set(args)) or {a for a in flags.values() if is_code(a)}
     file = read_values(Path(flags["config"]), trust) if flags.get("config") else {}
     preset = file.pop(PRESET, None)
     if preset is not None and preset not in names("recipes"):

@@ -45,7 +45,14 @@ def test_a_function_that_a_weight_file_names_is_not_run(here, capsys):
     fails("sample theirs.safetensors", capsys, "theirs.safetensors names the function 'os:system'", "--trust-code")
 
 
-@pytest.mark.parametrize("line", ["--resume --name plain --steps 3", "--config runs/plain/config.yaml --name new"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--resume --name plain --steps 3",
+        "--config runs/plain/config.yaml --name new",
+        "--config runs/plain/config.yaml --name new --trust-code=no",
+    ],
+)
 def test_a_function_that_a_configuration_names_is_not_run(here, capsys, line):
     path = PLAIN / "config.yaml"
     path.write_text(path.read_text().replace("name: DiT", "name: canary:fire"))
