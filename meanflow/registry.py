@@ -81,7 +81,10 @@ def find(kind: str, name: str) -> Any:
         expected = ", ".join(names(kind))
         raise UsageError(f'expected one of {expected} or "package.module:Name", got {name!r}', field=field)
     if name not in _known[kind]:
-        (entry,) = entry_points(group=f"meanflow.{kind}", name=name)
+        entry, *others = entry_points(group=f"meanflow.{kind}", name=name)
+        if others:
+            several = ", ".join(f"{one.value} of {one.dist.name if one.dist else '?'}" for one in (entry, *others))
+            raise UsageError(f"expected one package that has {name}, found {several}", field=field)
         try:
             register(kind, name)(entry.load())
         except Exception as error:  # whatever the import of a package raises
@@ -97,10 +100,10 @@ def available(kind: str, look_up: Callable[[str], Any] | None = None) -> Iterato
     for name in names(kind):
         try:
             component = find(kind, name) if look_up is None else look_up(name)
-        except UsageError as error:
+        except Exception as error:  # of a component that is none, whatever is tried with it
             if (kind, name) not in _warned:
                 _warned.add((kind, name))
-                _log.warning("%s %s is left out: %s", kind, name, error.message)
+                _log.warning("%s %s is left out: %s", kind, name, getattr(error, "message", error))
             continue
         yield name, component
 

@@ -43,8 +43,7 @@ _requested: str | None = os.environ.get("MFKERNELS_BACKEND") or None
 class BackendError(NotImplementedError):
     """A requested backend cannot serve a call.
 
-    Args:
-        message: the whole text.
+    Attributes:
         op: the op, or the part of one, by the name that requests use.
         backend: the requested backend.
         reason: why it cannot serve the call.

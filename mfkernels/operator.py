@@ -101,10 +101,11 @@ class Operator:
         """A call inside another operator, which has the gradients: without an autograd node of its own."""
         return self.run(*inputs) if is_plain_eager(*inputs) else self.custom_op(*inputs)
 
-    def decomposed(self, *inputs: Any) -> Any:
-        """A call whose products dispatch modes see: a FLOP counter has no formula for custom ops. A compiler sees one.
+    def visible_to_modes(self, *inputs: Any) -> Any:
+        """A call of the autograd function under dispatch modes too, and of the custom op under a compiler alone.
 
-        For inputs that `calls.is_untransformed`.
+        So a FLOP counter, which has no formula for custom ops, sees the products inside. For inputs that
+        `calls.is_untransformed`.
         """
         return self.custom_op(*inputs) if torch.compiler.is_compiling() else self.eager(*inputs)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from damage import seal
+from safetensors.torch import load_file, save_file
 
 from meanflow import cli, registry
 from meanflow.config import Config
@@ -137,11 +140,38 @@ def test_what_an_objective_learns_is_asked_for_where_no_trainer_hands_it_over(pa
     net = registry.find("models", "Conv")(input_size=8, in_channels=1, num_classes=2)
     net.num_classes = 2
     x, y = torch.randn(6, 1, 8, 8), torch.arange(6) % 2
-    with pytest.raises(TypeError, match=r"nets: expected Networks\(learned=…\), what learned_module\(\) of Weighted"):
+    with pytest.raises(
+        TypeError, match=r"nets: expected Networks\(learned=module\), with the module that Weighted.learned_module"
+    ):
         objective(net, x, y)
     learned = objective.learned_module()
     objective(net, x, y, nets=Networks(learned=learned)).loss.backward()
     assert learned.of_time.weight.grad.abs().sum() > 0
+
+
+def test_an_objective_may_have_nothing_to_learn(package):
+    weighted = registry.find("objectives", "weighted")
+    plain = type("Plain", (weighted,), {"learned_module": lambda self: None, "terms": weighted.__mro__[1].terms})
+    net = registry.find("models", "Conv")(input_size=8, in_channels=1, num_classes=2)
+    net.num_classes = 2
+    assert plain()(net, torch.randn(4, 1, 8, 8), torch.arange(4) % 2).loss.isfinite()
+
+
+def test_a_checkpoint_of_an_objective_that_learned_is_not_resumed_by_one_that_does_not(package, capsys, monkeypatch):
+    line = f"train checkers --objective weighted {FLAGS} --no-evaluate --steps 2"
+    assert run(line) == 0
+    weighted = registry.find("objectives", "weighted")
+    with monkeypatch.context() as patched:
+        patched.setattr(weighted, "learned_module", lambda self: None)
+        patched.setattr(weighted, "terms", weighted.__mro__[1].terms)
+        assert run("train --resume --name checkers --steps 3") == 2
+    assert "objective: runs/checkers/checkpoints/step_00000002 has learned parameters" in capsys.readouterr().err
+    path = list_checkpoints(Path("runs/checkers/checkpoints"))[-1]
+    learned = load_file(path / "learned.safetensors")
+    save_file({**learned, "of_time.bias": learned["of_time.bias"] * torch.nan}, path / "learned.safetensors")
+    seal(path, json.loads((path / "state.json").read_text()))
+    assert run("train --resume --name checkers --steps 3") == 2
+    assert "learned.safetensors: of_time.bias: expected finite numbers" in capsys.readouterr().err
 
 
 def test_a_module_in_the_working_directory_needs_no_package(here, capsys):
@@ -176,6 +206,27 @@ def test_an_installed_package_that_does_not_import_is_left_out_and_named(package
     ]
     assert run("train digits --objective pseudo-huber") == 2
     assert "objective: cannot import my_objective:PseudoHuber" in capsys.readouterr().err
+
+
+def test_a_name_of_two_packages_is_left_out_and_both_are_named(package, capsys, caplog):
+    shutil.copytree("site/my_methods-1.0.dist-info", "site/theirs-1.0.dist-info")
+    Path("site/theirs-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    with pytest.raises(SystemExit):
+        run("sample --help")
+    assert "--omega" in capsys.readouterr().out
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("objectives weighted")]
+    assert len(said) == 1
+    assert "my_weight:Weighted of my-methods" in said[0]
+    assert "my_weight:Weighted of theirs" in said[0]
+
+
+def test_a_run_to_resume_is_not_looked_for_by_the_value_of_a_flag(here, capsys):
+    Path("runs/digits").mkdir(parents=True)
+    Path("runs/digits/config.yaml").write_text("objective: 'nothing:Here'\n")
+    assert run("train --resume --data digits") == 2
+    assert "resume: runs/default does not exist" in capsys.readouterr().err
+    assert run("train digits --config=") == 2
+    assert "cannot read ." in capsys.readouterr().err
 
 
 def test_a_files_preset_is_checked_where_a_flag_has_another(here, capsys):

@@ -14,7 +14,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 from ..errors import UsageError
 from ..options import Option, help_of, options_of
 from ..processes import is_first
-from ..registry import available
+from ..registry import available, find
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluator
@@ -70,8 +70,8 @@ def given_flags(options: Iterable[Option]) -> Any:
 def sampling_options() -> dict[str, list[tuple[str, Option]]]:
     """The sampling's options of every objective, by name: the objectives that have one, and what it is there."""
     found: dict[str, list[tuple[str, Option]]] = {}
-    for name, objective in available("objectives"):
-        for option in options_of(type(objective().sampling)):
+    for name, objective in available("objectives", lambda name: find("objectives", name)()):
+        for option in options_of(type(objective.sampling)):
             found.setdefault(option.name, []).append((name, option))
     return found
 

@@ -24,6 +24,8 @@ from ..training.folder import RunFolder
 from ..training.run import run_training
 from .common import WITHOUT_PREFIX, Flag, command, given_flags, parse, say, say_report
 
+_NO_VALUE = ("", "--resume", "--overwrite", "--trust-code", "--trust_code")  # what may stand before a recipe's name
+
 
 def _recipes() -> Any:
     """The type of a recipe's name. Not `Literal[…] | None`: tyro would take the word "None" for one."""
@@ -66,7 +68,7 @@ def train(args: Sequence[str]) -> int:
     """Train a network"""
     flags = dict(_words(args))
     trust: Trust = bool({"--trust-code", "--trust_code"} & set(args)) or {a for a in flags.values() if is_code(a)}
-    file = read_values(Path(flags["config"]), trust) if flags.get("config") else {}
+    file = read_values(Path(flags["config"]), trust) if "config" in flags else {}
     preset = file.pop(PRESET, None)
     if preset is not None and preset not in names("recipes"):
         raise UsageError(
@@ -75,7 +77,8 @@ def train(args: Sequence[str]) -> int:
         )
     named = {**file, **flags}  # components that may be code, whose options are flags too
     if "resume" in flags:
-        word = next((arg for arg in args if arg in names("recipes")), preset)
+        recipes = [arg for before, arg in zip(("", *args), args, strict=False) if before in _NO_VALUE]
+        word = next((arg for arg in recipes if arg in names("recipes")), preset)
         folder = _folder(named, word)
         if folder.config.is_file():
             named = {**read_config(folder.config, trust)[0].values(), **named}
@@ -135,7 +138,7 @@ def _saved_run(word: str | None, given: dict[str, Any], trust: Any, *, overwrite
 
 
 def _words(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Flags by their names, with the words that follow them; what is wrong with them the parser says."""
+    """Flags by their names, with the words that follow them, before the parser has checked them."""
     words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     for flag, word in itertools.zip_longest(words, words[1:], fillvalue=""):
         if flag.startswith("--"):

@@ -63,7 +63,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: what is trained on, what is kept apart for evaluation (None: nothing), and the labels' names.
+    """A data set: what is trained on, what is held out for evaluation (None: nothing), and the labels' names.
 
     skipped: files of its folder that are no images of a class.
     left_out: images that cannot be read, as far as they were met; None: such an image is an error.

@@ -247,7 +247,7 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
     """Raise unless a transformer of these sizes can be built."""
     for name, size in sizes.items():
         least = 0 if name == "depth" else 1
-        if type(size) is int and name not in ("input_size", "mlp_ratio", "aux_head_depth") and size < least:
+        if name not in ("input_size", "mlp_ratio", "aux_head_depth", "v_head") and size < least:
             raise ValueError(f"{name}: expected at least {least}, got {size}")
     input_size, patch_size = sizes["input_size"], sizes["patch_size"]
     if input_size < patch_size or input_size % patch_size != 0:

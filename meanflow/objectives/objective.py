@@ -34,16 +34,16 @@ class Loss(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """What an objective evaluates beside the network in training, if it needs any of it.
+    """The modules that an objective evaluates beside the network in training.
 
-    learned: the module that `Objective.learned_module` makes, trained with the network.
     ema, frozen, weak: other copies of the network: averaged, pretrained, and a worse one for autoguidance.
+    learned: the module that `Objective.learned_module` made, trained with the network.
     """
 
-    learned: nn.Module | None = None
     ema: Net | None = None
     frozen: Net | None = None
     weak: Net | None = None
+    learned: nn.Module | None = None
 
 
 class Terms(NamedTuple):
@@ -128,8 +128,9 @@ class Objective(Options, ABC):
     def learned_module(self) -> nn.Module | None:
         """A new module of the objective's own parameters, such as a log-variance of its weight; None: it has none.
 
-        The trainer puts it into the optimiser and the checkpoints and hands it to `terms` as `nets.learned`, which
-        calls it as a module. Its parameters have one dimension at least, so that FSDP2 can shard them.
+        The trainer makes it once, puts it into the optimiser (with weight decay) and the checkpoints, and passes it to
+        `terms` as `nets.learned`, to be called as a module. It is not averaged. Its parameters have one dimension at
+        least, so that FSDP2 can shard them, and its forward keeps no state in Python, which a CUDA graph would not run.
         """
         return None
 
@@ -158,7 +159,7 @@ class Objective(Options, ABC):
             x: (B, C, H, W) data; any shape (B, …) that the network takes.
             y: (B,) integer labels.
             generator: source of the draws, on the device of `x`; default: PyTorch's global one.
-            nets: what the objective evaluates beside the network, if it needs any of it.
+            nets: the modules beside the network, for the objectives that need them.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
@@ -257,7 +258,7 @@ class Objective(Options, ABC):
             t, r: (B,) times in [0, 1], r <= t. Their number of rows with r ≠ t is read on the host.
             y: (B,) integer labels.
             drop: (B,) bool, True where the label is dropped; default: nowhere.
-            nets: what the objective evaluates beside the network, if it needs any of it.
+            nets: the modules beside the network, for the objectives that need them.
             conditions: (B,) further draws, by the names in the attribute `conditions`.
 
         Raises:
@@ -294,11 +295,10 @@ class Objective(Options, ABC):
             check_takes(net, "y", *self.conditions, *self.keywords)
 
     def _check_learned(self, nets: Networks | None) -> None:
-        own = type(self).learned_module is not Objective.learned_module
-        if own and (nets is None or nets.learned is None):
-            raise TypeError(
-                f"nets: expected Networks(learned=…), what learned_module() of {type(self).__name__} returns, got none"
-            )
+        given = nets is not None and nets.learned is not None
+        if not given and self.learned_module() is not None:
+            name = type(self).__name__
+            raise TypeError(f"nets: expected Networks(learned=module), with the module that {name}.learned_module made")
 
     def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Raise unless given draws by the names in `conditions` have values in their ranges, which are read."""

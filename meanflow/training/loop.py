@@ -189,6 +189,11 @@ class Trainer:
             before = state["model"].get("config", {}).get(name, here)
             if before != here:
                 raise UsageError(f"data: {path} was trained with {name} {before}, and {self.data.name} has {here}")
+        if bool(saved.learned) != bool(held.learned):
+            has, needs = ("no ", "") if held.learned else ("", "no ")
+            raise UsageError(
+                f"{path} has {has}learned parameters, and this objective has {needs}module for them", field="objective"
+            )
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
@@ -199,8 +204,7 @@ class Trainer:
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
         if self.learned is not None:
-            check_tensors(saved.learned, held.learned, path / "learned.safetensors")
-            self.learned.load_state_dict(saved.learned)
+            load_weights(self.learned, saved.learned, path / "learned.safetensors")
         load_optimizer_tensors(self.loss_of, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
             check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
@@ -216,7 +220,8 @@ class Trainer:
         """
         saved = self._held(seconds)
         averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
-        bad = not_finite({**dict(self.model.named_parameters()), **averages, **saved.learned, **saved.optimizer})
+        learned = {} if self.learned is None else {f"learned {n}": p for n, p in self.learned.named_parameters()}
+        bad = not_finite({**dict(self.model.named_parameters()), **averages, **learned, **saved.optimizer})
         if bad:  # a step whose loss and gradient were finite can still lead there
             raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.sharded or self.accelerator.is_main_process:

@@ -37,7 +37,7 @@ from .state import check_files, checksum
 
 T = TypeVar("T")
 FOLDER = "shards"
-OLDER = "shares"  # its name in checkpoints of before
+OLDER = "shares"  # its name in older checkpoints
 METADATA = ".metadata"
 _LARGEST = 2**30  # bytes of .metadata: about 5 million shards
 _DEEPEST = 10_000  # a list or dict counts one more for each thousand items

@@ -360,7 +360,7 @@ def attention_forward(
 
     q is [B, N_q, H, d]; k and v [B, N_kv, H_kv, d]; each tangent is None (zero) or has the first B_t <= B batch rows.
     `precision` is that of float32 products, "ieee" or "tf32". `config` overrides the table. Shapes and dtypes are not
-    checked here: the router does, by `unsupported` in op.py; scale is positive. A direct caller compares the result.
+    checked here: the router does, by `unsupported` in op.py; scale is positive. Others give wrong numbers, no error.
     """
     B, N_q, H, D = q.shape
     tangent_rows = {x.shape[0] for x in (q_dot, k_dot, v_dot) if x is not None}

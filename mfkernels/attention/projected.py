@@ -133,7 +133,7 @@ def _saved(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, do):  # type: ignore[no-untyped-def]
     rest = (ctx.scale, ctx.dtype, ctx.has_bias, ctx.backward)
-    dx, dweight, dbias = _backward.decomposed(do, *ctx.saved_tensors, *rest)
+    dx, dweight, dbias = _backward.visible_to_modes(do, *ctx.saved_tensors, *rest)
     return dx, None, dweight, dbias if ctx.has_bias else None
 
 
@@ -167,7 +167,7 @@ def projected_attention(x: TensorOrDual, weight: Tensor, bias: Tensor | None, nu
             backend, backward = recorded("attention", backend), "triton"
         if backend != "reference":
             rest = (weight, bias, H, d**-0.5, dtype, backend, backward)
-            return run_on_duals(_forward.decomposed, (x,), rest)
+            return run_on_duals(_forward.visible_to_modes, (x,), rest)
     qkv = linear(x, weight, bias)  # [B, N, 3·D]
     q, k, v = split_map(lambda a: a.unflatten(-1, (3, H, d)).unbind(2), qkv)  # [B, N, H, d] each, views
     o = op.attention(q, k, v)  # [B, N, H, d]

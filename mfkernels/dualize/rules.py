@@ -79,7 +79,7 @@ def along(call: Call, out: Any, *, is_linear: bool = False) -> list[Out]:
 
 
 def linear_along(call: Call, out: Any) -> list[Out]:
-    """The same of an operator that is linear."""
+    """`along` of an operator that is linear: its tangent is the operator on the operand's tangent."""
     return along(call, out, is_linear=True)
 
 

@@ -193,9 +193,8 @@ class DualPass(_torch.TorchDispatchMode):  # type: ignore[misc, valid-type]
         """A Dual as a DualTensor, on the tape if the primal is; the primal if there is no tangent."""
         if x.rows == 0:
             return x.primal
-        rows = (
-            Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
-        )  # a single sample cannot be mixed
+        # a single sample cannot be mixed with others
+        rows = Rows(0, 1, self.batch, 1, self.active_rows) if self.batch > 1 else None
         return _dual_tensor(x.primal, padded_tangent(x, self.active_rows), rows, self)
 
     def slot(self, x: Tensor) -> Slot | None:

@@ -104,7 +104,7 @@ class _Linear(DualOp):
         casts = dtype != weight.dtype and len(x.shape) > 1 and torch.is_grad_enabled()
         if not casts or not (eager or is_untransformed(x, weight, bias)):
             return super().run(decision, arguments, eager=eager)
-        return run_on_duals(_forward.decomposed, (x,), (weight, bias, dtype))
+        return run_on_duals(_forward.visible_to_modes, (x,), (weight, bias, dtype))
 
 
 _linear = _Linear(

@@ -29,7 +29,7 @@ cross = cases(
     reference={torch.float64: 1.2e-15},  # measured 5.8e-16
     triton={torch.float32: 6e-7},  # 3.1e-7
 )
-few = cases(reference={torch.float64: 5e-15})  # measured 4.4e-15: over one key the gradient of q cancels to zero
+few = cases(reference={torch.float64: 8.8e-15})  # measured 4.4e-15: over one key the gradient of q cancels to zero
 not_positive = cases(
     reference={torch.float64: 1.1e-15},  # measured 5.4e-16
     triton={torch.float32: 6e-7},  # 3.1e-7
