@@ -23,6 +23,7 @@ _HOMES = {
     "codecs": "meanflow.codecs",
     "data": "meanflow.data",
     "evaluators": "meanflow.evaluation",
+    "forms": "meanflow.objectives",
     "models": "meanflow.models",
     "objectives": "meanflow.objectives",
     "recipes": "meanflow.recipes",

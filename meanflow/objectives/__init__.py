@@ -2,17 +2,25 @@
 
 from .draws import Draws
 from .flow_matching import FlowMatching
+from .forms import EDM, AverageVelocity, DataPrediction, Form, ScaledVelocity, Shortcut, TrigFlow
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
-from .path import LinearPath
+from .path import Angle, Clock, Cosine, LinearPath, NoiseLevel
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler, Uniform
 from .weights import adaptive_error
 
 __all__ = [
+    "EDM",
+    "Angle",
+    "AverageVelocity",
+    "Clock",
+    "Cosine",
+    "DataPrediction",
     "Draws",
     "FlowMatching",
+    "Form",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowOutput",
     "LinearPath",
@@ -21,11 +29,15 @@ __all__ = [
     "MeanFlow",
     "Net",
     "Networks",
+    "NoiseLevel",
     "Objective",
     "ObjectiveOutput",
     "Rows",
+    "ScaledVelocity",
+    "Shortcut",
     "Terms",
     "TimeSampler",
+    "TrigFlow",
     "Uniform",
     "adaptive_error",
 ]

@@ -18,7 +18,8 @@ class Draws:
     moved: (B,) bool, True where r ≠ t.
     rows: how many of them, known on the host.
     drop: (B,) bool, True where the label is dropped; None: nowhere.
-    conditions: further (B,) draws by name.
+    conditions: further draws by name, (B,) or of the shape of the noise.
+    phase: of an objective whose formulas change in the course of training; another phase is another graph.
     """
 
     noise: Tensor
@@ -28,6 +29,7 @@ class Draws:
     rows: int
     drop: Tensor | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    phase: str = ""
 
     @property
     def order(self) -> Tensor:
@@ -62,6 +64,7 @@ class Draws:
             rows=self.rows if rows is None else rows,
             drop=None if self.drop is None else fn(self.drop),
             conditions={name: fn(a) for name, a in self.conditions.items()},
+            phase=self.phase,
         )
 
     def tensors(self) -> dict[str, Tensor]:

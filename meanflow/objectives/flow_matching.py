@@ -47,7 +47,7 @@ class FlowMatching(Objective):
         check_time_sampler(self.time_sampler)
 
     def draw_times(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """One time per sample, (n,), twice."""
         t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]

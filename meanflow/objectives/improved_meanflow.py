@@ -26,7 +26,7 @@ from .time_samplers import LogitNormal, TimeSampler
 from .weights import adaptive_error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImprovedMeanFlowOutput(ObjectiveOutput):
     """`ObjectiveOutput` of improved MeanFlow: `u_tgt` there is v_g − (t − r)·du/dt, so ‖u − u_tgt‖² = ‖V − v_g‖².
 
@@ -99,11 +99,11 @@ class ImprovedMeanFlow(Objective):
         return torch.exp(torch.log1p(share * math.expm1(power * log_max)) / power)  # [B]
 
     def draw_conditions(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """ω, t_min uniform on [0, 1/2] and t_max on [1/2, 1], (n,) each."""
-        omega = self.draw_omega(n, generator=generator, device=device)  # [B]
-        t_min, t_max = torch.rand(2, n, generator=generator, device=device) / 2  # [B] each
+        """ω, t_min uniform on [0, 1/2] and t_max on [1/2, 1], (B,) each."""
+        omega = self.draw_omega(len(t), generator=generator, device=t.device)  # [B]
+        t_min, t_max = torch.rand(2, len(t), generator=generator, device=t.device) / 2  # [B] each
         return {"omega": omega, "t_min": t_min, "t_max": 1 - t_max}
 
     def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from ..checks import check_finite, check_floating, check_label_range, check_labe
 from ..options import Options
 from ..sampling import Sampling
 from .draws import Draws, choose_moved
+from .forms import AverageVelocity, Form
 from .path import LinearPath
 from .rows import Net, Rows
 from .time_samplers import TimeSampler
@@ -34,9 +35,11 @@ class Loss(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The modules that an objective evaluates beside the network in training.
+    """What an objective evaluates beside the network in training.
 
-    ema, frozen, weak: other copies of the network: averaged, pretrained, and a worse one for autoguidance.
+    ema: the averaged copy of the network that makes targets, see `Objective.target_decay`.
+    frozen, weak: pretrained networks u(z, r, t, y) in the form that they were trained in, see `Objective.teachers`:
+        the teacher, and a worse one for autoguidance.
     learned: the module that `Objective.learned_module` made, trained with the network.
     """
 
@@ -64,7 +67,7 @@ class Terms(NamedTuple):
     others: Mapping[str, Tensor] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveOutput:
     """All that one evaluation of an objective gives, in the caller's row order.
 
@@ -75,6 +78,7 @@ class ObjectiveOutput:
     du_dt: (B, C, H, W) its total derivative, zero where r = t, detached.
     v: (B, C, H, W) the guided velocity that it is trained towards.
     t, r: (B,) the times.
+    others: further results by name, such as "u_tgt" (B, C, H, W), detached.
     """
 
     loss: Tensor
@@ -85,6 +89,7 @@ class ObjectiveOutput:
     v: Tensor
     t: Tensor
     r: Tensor
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,12 @@ class Objective(Options, ABC):
     Attributes:
         outputs: what the network returns.
         metrics: names of what `terms` gives for the log.
-        conditions: names of the further (B,) draws that `draw_conditions` makes.
+        conditions: names of the further draws that `draw_conditions` makes.
         keywords: what the network is called with besides z, r, t and y.
+        teachers: which pretrained networks it needs, of "frozen" and "weak".
+        group: samples that belong together: no cut of a batch may part them.
         path: between data and noise.
+        form: what the network returns.
         Output: the class of what a call returns.
     """
 
@@ -107,6 +115,7 @@ class Objective(Options, ABC):
     metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
     conditions: ClassVar[tuple[str, ...]] = ()
     keywords: ClassVar[tuple[str, ...]] = ()
+    teachers: ClassVar[tuple[str, ...]] = ()
     path: ClassVar[LinearPath] = LinearPath()
     Output: ClassVar[type[Any]] = ObjectiveOutput
 
@@ -120,6 +129,14 @@ class Objective(Options, ABC):
         def time_sampler(self) -> TimeSampler: ...
         @property
         def sampling(self) -> Sampling: ...
+        @property
+        def form(self) -> Form: ...
+        @property
+        def group(self) -> int: ...
+
+    else:
+        form = AverageVelocity()
+        group = 1
 
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
@@ -134,18 +151,31 @@ class Objective(Options, ABC):
         """
         return None
 
-    def draw_conditions(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
-        """Further draws, (n,) each, by the names in `conditions`."""
-        return {}
+    def target_decay(self, step: int) -> float | None:
+        """Decay of the averaged copy of the network that makes targets (`Networks.ema`) after this step, counted from
+        0; None, at every step: there is no such copy. It is not the average that images are drawn from."""
+        return None
 
     def draw_times(
-        self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Two independent times per sample, (n,) each, the larger one first."""
+        """Times t and r <= t of n samples, (n,) each: here two independent ones, the larger one first."""
         pair = self.time_sampler.sample(2 * n, generator=generator, device=device).view(2, n)  # [2, B]
         return pair.amax(dim=0), pair.amin(dim=0)  # [B]
+
+    def draw_conditions(
+        self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Further draws of samples with times t and r, by the names in `conditions`: (B,) each, or (B, …) as images."""
+        return {}
+
+    def is_moved(self, t: Tensor, r: Tensor) -> Tensor:
+        """(B,) bool: the samples at times t and r that are none of instantaneous velocity."""
+        return r != t
+
+    def phase_at(self, t: Tensor, r: Tensor, conditions: Mapping[str, Tensor], step: int | None = None) -> str:
+        """The phase of the training (see `Draws.phase`) at a step, or that in which draws like these are made."""
+        return ""
 
     # ------------------------------------------------------------------------------------------------- what users call
 
@@ -166,7 +196,7 @@ class Objective(Options, ABC):
         """
         check_batch(net, x, y)
         self.check_network(net)
-        self._check_learned(nets)
+        self._check_networks(nets)
         draws = self.draw(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self._output(net, x, y, draws, nets)
 
@@ -190,11 +220,13 @@ class Objective(Options, ABC):
         B = shape[0]
         place: dict[str, Any] = {"generator": generator, "device": device}
         e = torch.randn(tuple(shape), dtype=dtype, **place)  # [B, C, H, W]
-        t, r = self.draw_times(B, **place)
+        t, r = self.draw_times(B, step=step, **place)
         drop = torch.rand(B, **place) < self.label_dropout if self.label_dropout > 0 else None  # [B]
         moved, rows = choose_moved(B, self.ratio, spread=spread, **place)
-        conditions = self.draw_conditions(B, **place)
-        return Draws(noise=e, t=t, r=torch.where(moved, r, t), moved=moved, rows=rows, drop=drop, conditions=conditions)
+        r = torch.where(moved, r, t)  # [B]
+        conditions = self.draw_conditions(t, r, step=step, generator=generator)
+        phase = self.phase_at(t, r, conditions, step)
+        return Draws(e, t, r, moved, rows, drop=drop, conditions=conditions, phase=phase)
 
     def loss(self, net: Net, x: Tensor, y: Tensor, draws: Draws, nets: Networks | None = None) -> Loss:
         """The loss at what `draw` gave. Nothing random, no read on the host: a compiler takes it whole.
@@ -226,13 +258,15 @@ class Objective(Options, ABC):
             du_dt = torch.cat([terms.du_dt, du_dt[len(terms.du_dt) :].to(terms.du_dt.dtype)])  # [B, …]
         error = terms.metrics.get("squared_error", terms.per_sample.detach())  # [B]
         rows = {"u": terms.u.detach(), "du_dt": du_dt, "v": terms.v, "squared_error": error}
+        more = {**terms.metrics, **terms.others}
         if self.Output is not ObjectiveOutput:
-            rows |= {**terms.metrics, **terms.others}
+            rows |= more
         return self.Output(
             loss=terms.per_sample.mean(),
             per_sample=terms.per_sample.detach()[back],
             t=draws.t,
             r=draws.r,
+            others={name: a.detach()[back] for name, a in more.items() if name not in rows},
             **{name: a[back] for name, a in rows.items()},
         )
 
@@ -259,7 +293,7 @@ class Objective(Options, ABC):
             y: (B,) integer labels.
             drop: (B,) bool, True where the label is dropped; default: nowhere.
             nets: the modules beside the network, for the objectives that need them.
-            conditions: (B,) further draws, by the names in the attribute `conditions`.
+            conditions: further draws, by the names in the attribute `conditions`.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
@@ -273,9 +307,10 @@ class Objective(Options, ABC):
         check_finite("noise", noise)
         self.check_conditions(conditions)
         self.check_network(net)
-        self._check_learned(nets)
-        moved = r != t  # [B]
-        draws = Draws(noise=noise, t=t, r=r, moved=moved, rows=int(moved.sum()), drop=drop, conditions=conditions)
+        self._check_networks(nets)
+        moved = self.is_moved(t, r)  # [B]
+        phase = self.phase_at(t, r, conditions)
+        draws = Draws(noise, t, r, moved, int(moved.sum()), drop=drop, conditions=conditions, phase=phase)
         return self._output(net, x, y, draws, nets)
 
     def sample(self, net: Net, noise: Tensor, y: Tensor, **options: Any) -> Tensor:
@@ -285,7 +320,11 @@ class Objective(Options, ABC):
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         sampling: Any = self.sampling
-        return dataclasses.replace(sampling, **options).draw(net, noise, y)
+        return dataclasses.replace(sampling, **options).draw(self.sampled(net), noise, y)
+
+    def sampled(self, net: Net) -> Net:
+        """u(z, r, t, y), from which images are drawn, of a network that this objective trains."""
+        return self.form.wrap(net)
 
     # ----------------------------------------------------------------------------------------------------------- checks
 
@@ -294,11 +333,15 @@ class Objective(Options, ABC):
         if self.ratio > 0 or self.keywords:
             check_takes(net, "y", *self.conditions, *self.keywords)
 
-    def _check_learned(self, nets: Networks | None) -> None:
-        given = nets is not None and nets.learned is not None
-        if not given and self.learned_module() is not None:
-            name = type(self).__name__
+    def _check_networks(self, nets: Networks | None) -> None:
+        name, given = type(self).__name__, Networks() if nets is None else nets
+        if given.learned is None and self.learned_module() is not None:
             raise TypeError(f"nets: expected Networks(learned=module), with the module that {name}.learned_module made")
+        if given.ema is None and self.target_decay(0) is not None:
+            raise TypeError(f"nets: expected Networks(ema=copy), an averaged copy of the network, for {name}'s target")
+        for role in self.teachers:
+            if getattr(given, role) is None:
+                raise TypeError(f"nets: expected Networks({role}=network), a pretrained u(z, r, t, y), for {name}")
 
     def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
         """Raise unless given draws by the names in `conditions` have values in their ranges, which are read."""
@@ -308,8 +351,14 @@ class Objective(Options, ABC):
         order = draws.order
         x, e, t, r, y = (a[order] for a in (x, draws.noise, draws.t, draws.r, y))
         drop = None if draws.drop is None else draws.drop[order]  # [B]
+        nets = Networks() if nets is None else nets
+        if nets.ema is not None:
+            nets = nets._replace(ema=self.form.wrap(nets.ema))
         batch = Rows(
-            net=net,
+            net=self.form.wrap(net),
+            path=self.path,
+            x=x,
+            noise=e,
             z=self.path.point(x, e, t),
             v=self.path.velocity(x, e, t),
             r=r,
@@ -319,8 +368,9 @@ class Objective(Options, ABC):
             drop=drop,
             moved=draws.rows,
             conditions={name: a[order] for name, a in draws.conditions.items()},
+            phase=draws.phase,
         )
-        return self.terms(batch, Networks() if nets is None else nets), order
+        return self.terms(batch, nets), order
 
 
 def check_time_sampler(sampler: Any) -> None:
@@ -356,7 +406,7 @@ def check_draws(x: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: 
             raise TypeError(f"drop: expected bool, got {drop.dtype}")
         rows["drop"] = drop
     for name, a in rows.items():
-        if a.shape != x.shape[:1]:
+        if a.shape != x.shape[:1] and (name in ("t", "r", "drop") or a.shape != x.shape):
             raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
 
 

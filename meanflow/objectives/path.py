@@ -1,7 +1,12 @@
-"""The path between data and noise."""
+"""The path between data and noise, and the clocks and scales in which other papers write it."""
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 
@@ -10,14 +15,100 @@ def column(a: Tensor, like: Tensor) -> Tensor:
     return a.view(-1, *[1] * (like.ndim - 1))
 
 
+@dataclass(frozen=True)
 class LinearPath:
-    """z_t = (1 − t) x + t e from data x at t = 0 to noise e at t = 1, with velocity v = e − x (arXiv 2210.02747)."""
+    """z_t = (1 − t) x + t e from data x at t = 0 to noise e at t = 1, with velocity v = e − x (arXiv 2210.02747).
+
+    Args:
+        floor: share of the noise that is left at t = 0: e times t + floor·(1 − t).
+    """
+
+    floor: float = 0.0
 
     def point(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
         """z_t, (B, …), at times t (B,)."""
         t_ = column(t.to(x.dtype), x)  # [B, 1, …]
-        return (1 - t_) * x + t_ * e
+        if self.floor == 0.0:
+            return (1 - t_) * x + t_ * e
+        return (1 - t_) * x + (t_ + self.floor * (1 - t_)) * e
 
     def velocity(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
         """dz_t/dt given x and e, (B, …)."""
-        return e - x
+        return e - x if self.floor == 0.0 else (1 - self.floor) * e - x
+
+
+class Clock(ABC):
+    """Another way to write the same path: x_s = alpha(s)·x + sigma(s)·e at times s of its own.
+
+    On the linear path that is the time t = sigma/(alpha + sigma) and the point z_t = x_s/(alpha + sigma).
+    """
+
+    @abstractmethod
+    def alpha(self, s: Tensor) -> Tensor:
+        """Scale of the data, (B,)."""
+
+    @abstractmethod
+    def sigma(self, s: Tensor) -> Tensor:
+        """Scale of the noise, (B,)."""
+
+    @abstractmethod
+    def of_linear(self, t: Tensor) -> Tensor:
+        """s at the linear path's time t, (B,)."""
+
+    def to_linear(self, s: Tensor) -> Tensor:
+        """The linear path's time t at s, (B,)."""
+        return self.sigma(s) / (self.alpha(s) + self.sigma(s))
+
+    def point(self, x_s: Tensor, s: Tensor) -> Tensor:
+        """z_t, (B, …), of x_s at times s (B,)."""
+        return x_s / column(self.alpha(s) + self.sigma(s), x_s)
+
+    def state(self, z: Tensor, s: Tensor) -> Tensor:
+        """x_s, (B, …), of z_t at times s (B,)."""
+        return z * column(self.alpha(s) + self.sigma(s), z)
+
+
+class NoiseLevel(Clock):
+    """x + σe at noise levels σ (arXiv 2206.00364): t = σ/(1 + σ)."""
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return torch.ones_like(s)
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return s
+
+    def of_linear(self, t: Tensor) -> Tensor:
+        return t / (1 - t)
+
+
+@dataclass(frozen=True)
+class Angle(Clock):
+    """cos θ·x + sin θ·σ_d·e at angles θ in [0, π/2] (TrigFlow, arXiv 2410.11081).
+
+    Args:
+        sigma_data: σ_d, standard deviation of the data.
+    """
+
+    sigma_data: float = 1.0
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return s.cos()
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return self.sigma_data * s.sin()
+
+    def of_linear(self, t: Tensor) -> Tensor:
+        return torch.atan2(t, (1 - t) * self.sigma_data)
+
+
+class Cosine(Clock):
+    """cos(πs/2)·x + sin(πs/2)·e at times s in [0, 1]."""
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return (s * (math.pi / 2)).cos()
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return (s * (math.pi / 2)).sin()
+
+    def of_linear(self, t: Tensor) -> Tensor:
+        return torch.atan2(t, 1 - t) * (2 / math.pi)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from mfkernels import jvp
 from mfkernels.checks import autocast_enabled
 
 from ..checks import no_label_of
-from .path import column
+from .path import LinearPath, column
 
 # u = net(z, r, t, y)
 Net = Callable[..., Any]
@@ -23,14 +24,20 @@ Net = Callable[..., Any]
 class Rows:
     """Points on the path and their conditions; the first `moved` rows have r ≠ t, and only those carry tangents.
 
+    net: u(z, r, t, y), the network in its form.
+    x, noise: (B, …) data and noise; path: between them.
     z: (B, …) points at times t; v: (B, …) the path's velocity there, given data and noise.
     r, t: (B,) times.
     labels: (B,) as they are in the data; y: (B,) as the network is given them in training; drop: (B,) bool, True where
         that is "no label"; None: nowhere.
-    conditions: further (B,) draws by name.
+    conditions: further draws by name, (B,) or (B, …).
+    phase: see `Draws.phase`.
     """
 
     net: Net
+    path: LinearPath
+    x: Tensor
+    noise: Tensor
     z: Tensor
     v: Tensor
     r: Tensor
@@ -40,6 +47,7 @@ class Rows:
     drop: Tensor | None
     moved: int
     conditions: Mapping[str, Tensor]
+    phase: str = ""
 
     @property
     def no_label(self) -> int:
@@ -53,6 +61,19 @@ class Rows:
     def column(self, a: Tensor) -> Tensor:
         """(B,) numbers of the rows, to be multiplied with velocities: (B, 1, …) of their dtype."""
         return column(a.to(self.v.dtype), self.v)
+
+    @property
+    def gap(self) -> Tensor:
+        """t − r, (B, 1, …), to be multiplied with velocities."""
+        wide = torch.promote_types(self.t.dtype, torch.float32)  # a difference of half-precision times needs more bits
+        return self.column(self.t.to(wide) - self.r.to(wide))
+
+    def at(self, t: Tensor, r: Tensor | None = None, *, noise: Tensor | None = None) -> Rows:
+        """The same data and labels at times t (B,) and r (default: t), with this noise (B, …) or the same."""
+        e = self.noise if noise is None else noise
+        z, v = self.path.point(self.x, e, t), self.path.velocity(self.x, e, t)  # [B, …] each
+        moved = 0 if r is None else self.moved
+        return dataclasses.replace(self, noise=e, z=z, v=v, t=t, r=t if r is None else r, moved=moved)
 
     def with_derivative(self, velocity: Tensor, **conditions: Any) -> tuple[Any, Any]:
         """net(z, r, t, y) of every row, and du/dt of the first ones: its derivative along (velocity, 0, 1).

@@ -1,0 +1,232 @@
+"""What a network returns, as the average velocity u: every parametrisation of the field is one of these wrappers.
+
+u = c_z(t)·z + c_out(t)·F(c_in(t)·z, r', t', y), with coefficients of t alone, whatever r is. The objectives and
+samplers know u only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mfkernels import Dual, TensorOrDual, is_dual_aware, linear_map
+from mfkernels.dual import map_output, padded_tangent, primal_of, tangent_rows
+
+from ..options import Options, option
+from ..registry import register
+from .path import column
+
+# (c_in, c_z, c_out), (B,) each
+Coefficients = tuple[Tensor, Tensor, Tensor]
+_LEAST = 1e-6  # times are kept so far from 0 and 1 where their logarithm is taken
+
+
+@dataclass(frozen=True)
+class Form(Options, ABC):
+    """What a network returns, and which times it is told.
+
+    Args:
+        times: t, the logarithm of the noise level t/(1 − t), or the angle arctan(t/((1 − t)·sigma_data))
+        time_scale: factor of these times
+        one_time: the network is told t alone: in the place of r it is given t
+    """
+
+    sigma_data: ClassVar[float] = 1.0
+
+    times: Literal["t", "log_sigma", "angle"] = "t"
+    time_scale: float = 1.0
+    one_time: bool = False
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """(c_in, c_z, c_out) at times t (B,), (B,) each."""
+
+    def clock(self, t: Tensor) -> Tensor:
+        """What the network is told of times t (B,), (B,)."""
+        if self.times == "log_sigma":
+            t = t.clamp(_LEAST, 1 - _LEAST)
+            t = t.log() - (1 - t).log()  # [B]
+        elif self.times == "angle":
+            t = torch.atan2(t, (1 - t) * self.sigma_data)  # [B]
+        return t if self.time_scale == 1.0 else self.time_scale * t
+
+    def told(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is given in the place of r and t, (B,) each."""
+        now = self.clock(t)  # [B]
+        return (now if self.one_time else self.clock(r)), now
+
+    def wrap(self, net: Callable[..., Any]) -> Callable[..., Any]:
+        """u(z, r, t, y) of a network of this form; dual-aware if that is."""
+        return Wrapped(self, net)
+
+    def output_of(self, u: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """F, what the network returned where u is the average velocity at z (B, …) and t (B,)."""
+        _, c_z, c_out = (column(c.to(u.dtype), z) for c in self.coefficients(t))  # [B, 1, …]
+        return (u - c_z * z) / c_out
+
+
+@register("forms", "average_velocity")
+@dataclass(frozen=True)
+class AverageVelocity(Form):
+    """The network returns u itself (MeanFlow, α-Flow, DMF, TVM, AYF, flow map matching)."""
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """1, 0, 1."""
+        return torch.ones_like(t), torch.zeros_like(t), torch.ones_like(t)
+
+    def wrap(self, net: Callable[..., Any]) -> Callable[..., Any]:
+        """The network as it is, or told other times."""
+        plain = self.times == "t" and self.time_scale == 1.0 and not self.one_time
+        return net if plain else Wrapped(self, net)
+
+
+@register("forms", "data")
+@dataclass(frozen=True)
+class DataPrediction(Form):
+    """The network returns the data x̂, and u = (z − x̂)/max(t, t_min) (pixel MeanFlow, arXiv 2601.22158).
+
+    Args:
+        t_min: times below it are taken for it where one divides by them
+    """
+
+    t_min: float = option(0.05, low=0.0, high=1.0, above=True)
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """1, 1/t, −1/t."""
+        c = 1 / t.clamp(self.t_min, 1.0)  # [B]
+        return torch.ones_like(t), c, -c
+
+
+@register("forms", "edm")
+@dataclass(frozen=True)
+class EDM(Form):
+    """EDM's preconditioned network (arXiv 2206.00364, table 1), which sees z/√(σ_d²(1 − t)² + t²).
+
+    Args:
+        sigma_data: standard deviation σ_d of the data
+        sigma_min: noise level at which the denoised image is the input itself, as in consistency models (arXiv
+            2303.01469, appendix C); with 0 the coefficients are EDM's
+    """
+
+    sigma_data: float = option(0.5, low=0.0, above=True)  # type: ignore[misc]
+    sigma_min: float = option(0.0, low=0.0)
+    times: Literal["t", "log_sigma", "angle"] = "log_sigma"
+    time_scale: float = 0.25
+    one_time: bool = True
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """c_skip = σ_d²/((σ − σ_min)² + σ_d²) and c_out = (σ − σ_min)σ_d/√(σ² + σ_d²) with σ = t/(1 − t), for u."""
+        data = self.sigma_data * (1 - t)  # [B]
+        Q = (data.square() + t.square()).sqrt()  # [B]
+        if self.sigma_min == 0.0:
+            return 1 / Q, (t - self.sigma_data * data) / Q.square(), -self.sigma_data / Q
+        above = t - self.sigma_min * (1 - t)  # [B]
+        c_z = (above.square() / t - self.sigma_data * data) / (above.square() + data.square())  # [B]
+        return 1 / Q, c_z, -self.sigma_data * above / (t * Q)
+
+
+@register("forms", "trigflow")
+@dataclass(frozen=True)
+class TrigFlow(Form):
+    """TrigFlow's network, σ_d·F the velocity dx/dθ (arXiv 2410.11081); IMM's "simple-EDM" with sigma_data 1.
+
+    Args:
+        sigma_data: standard deviation σ_d of the data
+    """
+
+    sigma_data: float = option(0.5, low=0.0, above=True)  # type: ignore[misc]
+    times: Literal["t", "log_sigma", "angle"] = "angle"
+    one_time: bool = True
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """EDM's with the sign of F turned."""
+        data = self.sigma_data * (1 - t)  # [B]
+        Q = (data.square() + t.square()).sqrt()  # [B]
+        return 1 / Q, (t - self.sigma_data * data) / Q.square(), self.sigma_data / Q
+
+
+@register("forms", "imm")
+@dataclass(frozen=True)
+class ScaledVelocity(Form):
+    """u = σ_d·F(z/(σ_d·√((1 − t)² + t²))): IMM's Euler-FM (arXiv 2503.07565), for data and noise of deviation σ_d.
+
+    Args:
+        sigma_data: standard deviation σ_d of data and noise
+        kind: euler_fm, or simple_edm with u = (2t − 1)/N²·z + σ_d/N·F and N = √((1 − t)² + t²)
+    """
+
+    sigma_data: float = option(1.0, low=0.0, above=True)  # type: ignore[misc]
+    kind: Literal["euler_fm", "simple_edm"] = "euler_fm"
+    time_scale: float = 1000.0
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """1/(σ_d·N), 0, σ_d."""
+        N = ((1 - t).square() + t.square()).sqrt()  # [B]
+        if self.kind == "euler_fm":
+            return 1 / (self.sigma_data * N), torch.zeros_like(t), self.sigma_data * torch.ones_like(t)
+        return 1 / (self.sigma_data * N), (2 * t - 1) / N.square(), self.sigma_data / N
+
+    def clock(self, t: Tensor) -> Tensor:
+        """An angle is one in the circle of z, whatever the scale of the data."""
+        if self.times == "angle":
+            return self.time_scale * torch.atan2(t, 1 - t)
+        return super().clock(t)
+
+
+@register("forms", "shortcut")
+@dataclass(frozen=True)
+class Shortcut(Form):
+    """Networks of Shortcut models (arXiv 2410.12557): s(z, τ, k) = −u with τ = 1 − t and steps of 2^−k = t − r.
+
+    The network is given k in the place of r, and τ in that of t.
+    """
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """1, 0, −1."""
+        return torch.ones_like(t), torch.zeros_like(t), -torch.ones_like(t)
+
+    def told(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """k and τ."""
+        return -torch.log2(t - r), 1 - t
+
+
+class Wrapped:
+    """u(z, r, t, y, …) of a network in a form; looks like the network to what asks for its attributes."""
+
+    def __init__(self, form: Form, net: Callable[..., Any]) -> None:
+        self.form, self.module = form, net
+        self.__dual_aware__ = is_dual_aware(net)
+
+    def __call__(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, **conditions: Any) -> Any:
+        """The average velocity, (B, …), or all outputs of the network as velocities."""
+        coefficients = _of_times(lambda r, t: self.form.coefficients(t), r, t)  # [B] each
+        r_, t_ = _of_times(self.form.told, r, t)  # [B] each
+        c_in, c_z, c_out = (_column(c, z) for c in coefficients)  # [B, 1, …] each
+        out = self.module(z * c_in, r_, t_, y, **conditions)
+        return map_output(lambda F: z * c_z + F * c_out, out)
+
+
+def _column(a: TensorOrDual, like: TensorOrDual) -> TensorOrDual:
+    p = primal_of(like)
+    return linear_map(lambda a: column(a.to(p.dtype), p), a)
+
+
+def _of_times(fn: Callable[[Tensor, Tensor], tuple[Tensor, ...]], r: TensorOrDual, t: TensorOrDual) -> tuple[Any, ...]:
+    """Several functions of the times (B,), with their derivatives where a time is a Dual."""
+    out = fn(primal_of(r), primal_of(t))
+    rows = tangent_rows(r, t)
+    if rows is None:
+        return out
+    with torch.no_grad():
+        primals = (primal_of(r)[:rows], primal_of(t)[:rows])  # [rows] each
+        tangents = tuple(
+            torch.zeros_like(p) if dot is None else dot
+            for p, dot in zip(primals, (padded_tangent(r, rows), padded_tangent(t, rows)), strict=True)
+        )
+        _, dots = torch.func.jvp(fn, primals, tangents)
+    return tuple(Dual(p, dot) for p, dot in zip(out, dots, strict=True))
