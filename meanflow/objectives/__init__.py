@@ -1,29 +1,65 @@
-"""Training objectives: pure functions of a network and its draws."""
+"""Training objectives: pure functions of a network and its draws. One method, one file."""
 
+from .align_your_flow import AlignYourFlow
+from .alpha_flow import AlphaFlow
+from .consistency_training import ConsistencyDistillation, ConsistencyTraining, ImprovedConsistencyTraining
+from .consistency_trajectory import ConsistencyTrajectory
+from .decoupled_meanflow import DecoupledMeanFlow
 from .draws import Draws
+from .easy_consistency import EasyConsistency
+from .flow_map_matching import (
+    EulerianDistillation,
+    EulerianSelfDistillation,
+    LagrangianDistillation,
+    LagrangianSelfDistillation,
+    ProgressiveFlowMapMatching,
+    ProgressiveSelfDistillation,
+)
 from .flow_matching import FlowMatching
 from .forms import EDM, AverageVelocity, DataPrediction, Form, ScaledVelocity, Shortcut, TrigFlow
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
+from .inductive_moment_matching import InductiveMomentMatching
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
 from .path import Angle, Clock, Cosine, LinearPath, NoiseLevel
+from .pixel_meanflow import PixelMeanFlow
 from .rows import Net, Rows
+from .scm import ContinuousConsistencyDistillation, ContinuousConsistencyTraining, RegularizedConsistency
+from .shortcut import ShortcutModel
+from .split_meanflow import SplitMeanFlow
+from .terminal_velocity import TerminalVelocityMatching
 from .time_samplers import LogitNormal, TimeSampler, Uniform
-from .weights import adaptive_error
+from .weights import LogVariance, adaptive_error
 
 __all__ = [
     "EDM",
+    "AlignYourFlow",
+    "AlphaFlow",
     "Angle",
     "AverageVelocity",
     "Clock",
+    "ConsistencyDistillation",
+    "ConsistencyTraining",
+    "ConsistencyTrajectory",
+    "ContinuousConsistencyDistillation",
+    "ContinuousConsistencyTraining",
     "Cosine",
     "DataPrediction",
+    "DecoupledMeanFlow",
     "Draws",
+    "EasyConsistency",
+    "EulerianDistillation",
+    "EulerianSelfDistillation",
     "FlowMatching",
     "Form",
+    "ImprovedConsistencyTraining",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowOutput",
+    "InductiveMomentMatching",
+    "LagrangianDistillation",
+    "LagrangianSelfDistillation",
     "LinearPath",
+    "LogVariance",
     "LogitNormal",
     "Loss",
     "MeanFlow",
@@ -32,9 +68,16 @@ __all__ = [
     "NoiseLevel",
     "Objective",
     "ObjectiveOutput",
+    "PixelMeanFlow",
+    "ProgressiveFlowMapMatching",
+    "ProgressiveSelfDistillation",
+    "RegularizedConsistency",
     "Rows",
     "ScaledVelocity",
     "Shortcut",
+    "ShortcutModel",
+    "SplitMeanFlow",
+    "TerminalVelocityMatching",
     "Terms",
     "TimeSampler",
     "TrigFlow",

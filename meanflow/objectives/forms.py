@@ -208,7 +208,7 @@ class Wrapped:
         r_, t_ = _of_times(self.form.told, r, t)  # [B] each
         c_in, c_z, c_out = (_column(c, z) for c in coefficients)  # [B, 1, …] each
         out = self.module(z * c_in, r_, t_, y, **conditions)
-        return map_output(lambda F: z * c_z + F * c_out, out)
+        return map_output(lambda F: F if F is None else z * c_z + F * c_out, out)
 
 
 def _column(a: TensorOrDual, like: TensorOrDual) -> TensorOrDual:
@@ -228,5 +228,5 @@ def _of_times(fn: Callable[[Tensor, Tensor], tuple[Tensor, ...]], r: TensorOrDua
             torch.zeros_like(p) if dot is None else dot
             for p, dot in zip(primals, (padded_tangent(r, rows), padded_tangent(t, rows)), strict=True)
         )
-        _, dots = torch.func.jvp(fn, primals, tangents)
+        dots: Any = torch.func.jvp(fn, primals, tangents)[1]
     return tuple(Dual(p, dot) for p, dot in zip(out, dots, strict=True))

@@ -115,7 +115,7 @@ class ImprovedMeanFlow(Objective):
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """‖V − v_g‖² and ‖v_head − v_g‖², each with its weight."""
-        conditions = dict(b.conditions)
+        conditions: dict[str, Any] = dict(b.conditions)
         conditions["t_min"] = torch.cat([b.conditions["t_min"][: b.moved], torch.zeros_like(b.t[b.moved :])])  # [B]
         conditions["t_max"] = torch.cat([b.conditions["t_max"][: b.moved], torch.ones_like(b.t[b.moved :])])  # [B]
         omega = conditions["omega"]  # [B]

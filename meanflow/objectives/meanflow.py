@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..checks import check_velocity
@@ -17,8 +16,9 @@ from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps
 from .objective import Networks, Objective, Terms, check_time_sampler
-from .rows import Rows, forget_autocast
+from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
+from .velocities import guided_velocity, with_own
 from .weights import adaptive_error
 
 
@@ -80,34 +80,17 @@ class MeanFlow(Objective):
         u = check_velocity("u", u, b.z)
         if self.kappa != 0:
             # where r = t and the label is kept, the prediction itself is the u(z,t,t|y) of the guided target
-            v_g = torch.cat([v_g[: b.moved], (v_g + w_cond * u.detach())[b.moved :]])
+            v_g = with_own(b, v_g, w_cond, u)
         v_g = v_g.to(b.v.dtype)
         error = adaptive_error(u, v_g, b, du_dt, norm_p=self.norm_p, norm_eps=self.norm_eps)
         return Terms(error.per_sample, {"squared_error": error.squared_error}, u, du_dt, v_g)
 
-    @torch.no_grad()
     def _guided_velocity(self, b: Rows) -> tuple[Tensor, Tensor]:
-        """The guided velocity, and the weight of u(z,t,t|y) that rows with r = t still lack; both broadcast to (B, …).
-
-        One forward of the network: all rows without label, and those with r ≠ t with theirs.
-        """
+        """As `guided_velocity`: v_g, and the weight of u(z,t,t|y) that rows with r = t lack."""
         if not self.guided:
             return b.v, b.v.new_zeros(())
         low, high = self.guidance_interval
         inside = (b.t >= low) & (b.t <= high)  # [B]
-        active = b.column(inside if b.drop is None else inside & ~b.drop)  # [B, 1, …]
-        w_cond, w_null = active * self.kappa, active * (1.0 - self.omega - self.kappa)
-        v_g = (1.0 + active * (self.omega - 1.0)) * b.v  # [B, …]
-        n_null = 0 if self.omega + self.kappa == 1.0 else len(b.z)
-        n_cond = 0 if self.kappa == 0 else b.moved
-        if n_null + n_cond > 0:
-            null = torch.full_like(b.labels, b.no_label)  # [B]
-            z, t = torch.cat([b.z[:n_null], b.z[:n_cond]]), torch.cat([b.t[:n_null], b.t[:n_cond]])
-            u = b.net(z, t, t, torch.cat([null[:n_null], b.labels[:n_cond]]))
-            u = check_velocity("u", u, z).to(b.v.dtype)  # [n_null + n_cond, …]
-            forget_autocast(b.z.device)
-            if n_null:
-                v_g = v_g + w_null * u[:n_null]
-            if n_cond:
-                v_g = torch.cat([v_g[: b.moved] + w_cond[: b.moved] * u[n_null:], v_g[b.moved :]])
-        return v_g, w_cond
+        active = inside if b.drop is None else inside & ~b.drop  # [B]
+        null = 0.0 if self.omega + self.kappa == 1.0 else 1.0 - self.omega - self.kappa
+        return guided_velocity(b, active, data=self.omega, label=self.kappa, null=null)

@@ -105,7 +105,7 @@ class Objective(Options, ABC):
         conditions: names of the further draws that `draw_conditions` makes.
         keywords: what the network is called with besides z, r, t and y.
         teachers: which pretrained networks it needs, of "frozen" and "weak".
-        group: samples that belong together: no cut of a batch may part them.
+        group_size: consecutive samples that belong together: no cut of a batch may part them.
         path: between data and noise.
         form: what the network returns.
         Output: the class of what a call returns.
@@ -115,7 +115,6 @@ class Objective(Options, ABC):
     metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
     conditions: ClassVar[tuple[str, ...]] = ()
     keywords: ClassVar[tuple[str, ...]] = ()
-    teachers: ClassVar[tuple[str, ...]] = ()
     path: ClassVar[LinearPath] = LinearPath()
     Output: ClassVar[type[Any]] = ObjectiveOutput
 
@@ -132,11 +131,14 @@ class Objective(Options, ABC):
         @property
         def form(self) -> Form: ...
         @property
-        def group(self) -> int: ...
+        def group_size(self) -> int: ...
+        @property
+        def teachers(self) -> tuple[str, ...]: ...
 
     else:
+        teachers = ()
         form = AverageVelocity()
-        group = 1
+        group_size = 1
 
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
@@ -166,8 +168,16 @@ class Objective(Options, ABC):
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Further draws of samples with times t and r, by the names in `conditions`: (B,) each, or (B, …) as images."""
+        """Further draws of samples with times t and r, (B,) each, by names in `conditions`."""
         return {}
+
+    def draw_noises(self, noise: Tensor, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Further noise of the shape of `noise` (B, …), by names in `conditions`."""
+        return {}
+
+    def dropped(self, drop: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """(B,) bool: which of the samples whose label is to be dropped, with times t and r, lose it."""
+        return drop
 
     def is_moved(self, t: Tensor, r: Tensor) -> Tensor:
         """(B,) bool: the samples at times t and r that are none of instantaneous velocity."""
@@ -225,6 +235,7 @@ class Objective(Options, ABC):
         moved, rows = choose_moved(B, self.ratio, spread=spread, **place)
         r = torch.where(moved, r, t)  # [B]
         conditions = self.draw_conditions(t, r, step=step, generator=generator)
+        conditions |= self.draw_noises(e, generator=generator)
         phase = self.phase_at(t, r, conditions, step)
         return Draws(e, t, r, moved, rows, drop=drop, conditions=conditions, phase=phase)
 
@@ -350,7 +361,7 @@ class Objective(Options, ABC):
         """The formulas on the rows in their order (B,), those with r ≠ t first."""
         order = draws.order
         x, e, t, r, y = (a[order] for a in (x, draws.noise, draws.t, draws.r, y))
-        drop = None if draws.drop is None else draws.drop[order]  # [B]
+        drop = None if draws.drop is None else self.dropped(draws.drop[order], t, r)  # [B]
         nets = Networks() if nets is None else nets
         if nets.ema is not None:
             nets = nets._replace(ema=self.form.wrap(nets.ema))

@@ -13,7 +13,7 @@ from torch import Tensor
 from mfkernels import jvp
 from mfkernels.checks import autocast_enabled
 
-from ..checks import no_label_of
+from ..checks import check_velocity, no_label_of
 from .path import LinearPath, column
 
 # u = net(z, r, t, y)
@@ -75,11 +75,33 @@ class Rows:
         moved = 0 if r is None else self.moved
         return dataclasses.replace(self, noise=e, z=z, v=v, t=t, r=t if r is None else r, moved=moved)
 
-    def with_derivative(self, velocity: Tensor, **conditions: Any) -> tuple[Any, Any]:
-        """net(z, r, t, y) of every row, and du/dt of the first ones: its derivative along (velocity, 0, 1).
+    def joined(self, others: Rows) -> Rows:
+        """These rows, and then others of which none is moved, as one batch for the network, without draws by name."""
+        names = ("x", "noise", "z", "v", "r", "t", "labels", "y")
+        both: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
+        drop = None if self.drop is None or others.drop is None else torch.cat([self.drop, others.drop])  # [B + B']
+        return dataclasses.replace(self, **both, drop=drop, conditions={})
+
+    def predict(self, **conditions: Any) -> Tensor:
+        """u(z, r, t, y) of every row, (B, …), on the tape."""
+        return check_velocity("u", self.net(self.z, self.r, self.t, self.y, **conditions), self.z)
+
+    def with_derivative(
+        self,
+        velocity: Tensor | None,
+        *,
+        dr: float = 0.0,
+        dt: float = 1.0,
+        differentiable: bool = False,
+        **conditions: Any,
+    ) -> tuple[Any, Any]:
+        """net(z, r, t, y) of every row, and du/dt of the first ones: its derivative along (velocity, dr, dt).
 
         Args:
-            velocity: (moved, …), or of more rows.
+            velocity: (moved, …), or of more rows; None: z stays.
+            dr, dt: what the times change by.
+            differentiable: the derivative is on the tape too, by `torch.func.jvp` of the network on those rows: for
+                networks of plain PyTorch. A gradient through the tangent of this library's layers is an error.
 
         Returns:
             What the network returns, on the tape, and its derivative with `moved` rows; None where there are none.
@@ -87,7 +109,13 @@ class Rows:
         if self.moved == 0:
             return self.net(self.z, self.r, self.t, self.y, **conditions), None
         r, t = self.r[: self.moved], self.t[: self.moved]  # [moved]
-        tangents = (velocity[: self.moved], torch.zeros_like(r), torch.ones_like(t))
+        dz = None if velocity is None else velocity[: self.moved]  # [moved, …]
+        tangents = (dz, torch.full_like(r, dr), torch.full_like(t, dt))
+        if differentiable:
+            z, y, cut = self.z[: self.moved], self.y[: self.moved], {k: a[: self.moved] for k, a in conditions.items()}
+            along = (torch.zeros_like(z) if dz is None else dz, *tangents[1:])
+            out = self.net(self.z, self.r, self.t, self.y, **conditions)
+            return out, torch.func.jvp(lambda z, r, t: self.net(z, r, t, y, **cut), (z, r, t), along)[1]
         return jvp(self.net, (self.z, self.r, self.t), tangents, y=self.y, **conditions)
 
 

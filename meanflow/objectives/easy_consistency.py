@@ -1,0 +1,82 @@
+"""Easy consistency tuning (ECT, arXiv 2406.14548): consistency training whose gap closes in stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..options import choice, group, option
+from ..registry import register
+from ..sampling import FewSteps
+from .consistency_training import LEVELS, consistency_terms
+from .forms import EDM, Form
+from .objective import Networks, Objective, Terms
+from .rows import Rows
+from .rules import composition
+from .time_samplers import LogitNormal, TimeSampler
+from .weights import pseudo_huber
+
+
+@register("objectives", "ect")
+@dataclass(frozen=True)
+class EasyConsistency(Objective):
+    """Easy consistency tuning: (√(‖f(z_t, t) − f⁻(z_s, s)‖² + c²) − c)/(σ_t − σ_s), f the denoised image.
+
+    σ_s = σ_t·max(0, 1 − (1 + k·sigmoid(−b·σ_t))/q^(stage + 1)): at first mostly 0, where the target is the image
+    itself, and nearer to σ_t by a factor of q in each stage.
+
+    Args:
+        stage_factor: q, factor between the gaps of two stages
+        gap_scale: k, of the gap
+        gap_slope: b, of the gap
+        stage_steps: steps of a stage
+        huber: c of the pseudo-Huber distance; 0 is the norm
+        label_dropout: share of samples trained without their label, in [0, 1]
+        time_sampler: how t is drawn; a log-normal σ is a logit-normal t
+        form: what the network returns
+        sampling: how images are drawn
+    """
+
+    ratio = 1.0
+    conditions = ("s",)
+
+    stage_factor: float = option(2.0, low=1.0, above=True)
+    gap_scale: float = option(8.0, low=0.0)
+    gap_slope: float = option(1.0, low=0.0)
+    stage_steps: int = option(25_000, low=1)
+    huber: float = option(0.0, low=0.0)
+    label_dropout: float = option(0.0, low=0.0, high=1.0)
+    time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.1, 2.0), prefix="time_")
+    form: Form = choice("forms", EDM, prefix="form_")
+    sampling: FewSteps = group(FewSteps, prefix="sample_")
+
+    def partner(self, t: Tensor, stage: int) -> Tensor:
+        """s of times t in a stage (counted from 0), (B,)."""
+        sigma = LEVELS.of_linear(t)  # [B]
+        share = 1 - (1 + self.gap_scale * torch.sigmoid(-self.gap_slope * sigma)) / self.stage_factor ** (
+            stage + 1
+        )  # [B]
+        return LEVELS.to_linear(sigma * share.clamp_min(0.0))
+
+    def draw_times(
+        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """t, and r = 0."""
+        t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
+        return t, torch.zeros_like(t)
+
+    def draw_conditions(
+        self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """s, of the stage that the step is in."""
+        return {"s": self.partner(t, step // self.stage_steps)}
+
+    def terms(self, b: Rows, nets: Networks) -> Terms:
+        """(√(‖f − f⁻‖² + c²) − c)/(σ_t − σ_s)."""
+        s = b.conditions["s"]  # [B]
+        pair = composition(b, b.v, s, second=b.net)
+        jump = b.column(b.t) * (pair.u - pair.u_tgt)  # [B, …]
+        gap = LEVELS.of_linear(b.t) - LEVELS.of_linear(s)  # [B]
+        return consistency_terms(b, pair, pseudo_huber(jump, self.huber) / gap.to(jump.dtype))
