@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..options import choice, option
+from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps
 from .forms import Form, ScaledVelocity
@@ -26,8 +26,8 @@ LEVELS = NoiseLevel()
 class InductiveMomentMatching(Objective):
     """w·MMD² of X_{t→r}(z_t) and X⁻_{s→r}(z_s), with the same data and noise, over groups of samples that share times.
 
-    w = sigmoid(b + 2·logit t)·(1 − t)^(a − 1)/(t·((1 − t)² + t²)), the kernel exp(−‖·‖/((t − r)·σ_d·D)). As in the paper, the
-    samples of a group share their times and not their labels.
+    w = sigmoid(b + 2·logit t)·(1 − t)^(a − 1)/(t·((1 − t)² + t²)), the kernel exp(−‖·‖/((t − r)·σ_d·D)).
+    As in the paper, the samples of a group share their times, not their labels.
 
     Args:
         group_size: samples that share their times; the batch is a multiple
@@ -88,17 +88,13 @@ class InductiveMomentMatching(Objective):
             near = b.at(s, b.r)
             other = near.z - near.gap * near.predict()  # [B, …], X⁻_{s→r}(z_s)
             forget_autocast(b.z.device)
-        distance = moment_matching(
-            y, other, group=self.group_size, scale=1 / ((b.t - b.r) * self.form.sigma_data)
-        )  # [B]
+        scale = 1 / ((b.t - b.r) * self.form.sigma_data)  # [B]
+        distance = moment_matching(y, other, group=self.group_size, scale=scale)  # [B]
         metrics = {"squared_error": squared_norm(y.detach() - other)}
         return Terms(self.weight(b.t).to(y.dtype) * distance, metrics, u, None, b.v, {"y": y, "y_tgt": other})
 
     def weight(self, t: Tensor) -> Tensor:
         """w at times t, (B,)."""
         logit = t.log() - (1 - t).log()  # [B]
-        return (
-            torch.sigmoid(self.weight_shift + 2 * logit)
-            * (1 - t) ** (self.weight_power - 1)
-            / (t * ((1 - t).square() + t.square()))
-        )
+        norm = t * ((1 - t).square() + t.square())  # [B]
+        return torch.sigmoid(self.weight_shift + 2 * logit) * (1 - t) ** (self.weight_power - 1) / norm

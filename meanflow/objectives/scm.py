@@ -173,7 +173,7 @@ class RegularizedConsistency(ContinuousConsistency):
     loss_scale: float = option(100.0, low=0.0, above=True)
 
     @property
-    def teachers(self) -> tuple[str, ...]:  # type: ignore[override]
+    def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
         return ("frozen",) if self.teacher else ()
 

@@ -42,7 +42,7 @@ class SplitMeanFlow(Objective):
     sampling: FewSteps = group(FewSteps, prefix="sample_")
 
     @property
-    def teachers(self) -> tuple[str, ...]:  # type: ignore[override]
+    def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
         return ("frozen",) if self.teacher else ()
 
