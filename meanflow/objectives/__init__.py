@@ -21,7 +21,7 @@ from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
 from .inductive_moment_matching import InductiveMomentMatching
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
-from .path import Angle, Clock, Cosine, LinearPath, NoiseLevel
+from .path import Angle, Clock, Cosine, Linear, LinearPath, NoiseLevel
 from .pixel_meanflow import PixelMeanFlow
 from .rows import Net, Rows
 from .scm import ContinuousConsistencyDistillation, ContinuousConsistencyTraining, RegularizedConsistency
@@ -58,6 +58,7 @@ __all__ = [
     "InductiveMomentMatching",
     "LagrangianDistillation",
     "LagrangianSelfDistillation",
+    "Linear",
     "LinearPath",
     "LogVariance",
     "LogitNormal",

@@ -44,7 +44,7 @@ class ConsistencyTrajectory(Objective):
         dsm_mean, dsm_std: of ln σ in half of the denoising term
         dsm_share: share of the grid, from its noisy end, in the other half
         dsm_weight: factor of the denoising term
-        ema_decay: of the averaged network
+        target_ema: of the averaged network
         label_dropout: share of samples trained without their label, in [0, 1]
         form: what the network returns
         sampling: how images are drawn
@@ -63,7 +63,7 @@ class ConsistencyTrajectory(Objective):
     dsm_std: float = option(1.2, low=0.0, above=True)
     dsm_share: float = option(0.7, low=0.0, high=1.0)
     dsm_weight: float = option(1.0, low=0.0)
-    ema_decay: float = option(0.999, low=0.0, high=1.0, below=True)
+    target_ema: float = option(0.999, low=0.0, high=1.0, below=True)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     form: Form = choice("forms", lambda: EDM(time_scale=250.0, one_time=False), prefix="form_")
     sampling: FewSteps = group(FewSteps, prefix="sample_")
@@ -75,7 +75,7 @@ class ConsistencyTrajectory(Objective):
 
     def target_decay(self, step: int) -> float | None:
         """The same at every step."""
-        return self.ema_decay
+        return self.target_ema
 
     def levels(self, index: Tensor) -> Tensor:
         """Noise levels of the grid by index, (n,) float, the noisiest first."""

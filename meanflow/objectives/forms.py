@@ -19,7 +19,7 @@ from mfkernels.dual import map_output, padded_tangent, primal_of, tangent_rows
 
 from ..options import Options, option
 from ..registry import register
-from .path import column
+from .path import Cosine, column
 
 # (c_in, c_z, c_out), (B,) each
 Coefficients = tuple[Tensor, Tensor, Tensor]
@@ -31,14 +31,15 @@ class Form(Options, ABC):
     """What a network returns, and which times it is told.
 
     Args:
-        times: t, the logarithm of the noise level t/(1 − t), or the angle arctan(t/((1 − t)·sigma_data))
+        times: t, the logarithm of the noise level t/(1 − t), the angle arctan(t/((1 − t)·sigma_data)), or the share
+            2/π·arctan(t/(1 − t)) of the cosine path
         time_scale: factor of these times
         one_time: the network is told t alone: in the place of r it is given t
     """
 
     sigma_data: ClassVar[float] = 1.0
 
-    times: Literal["t", "log_sigma", "angle"] = "t"
+    times: Literal["t", "log_sigma", "angle", "cosine"] = "t"
     time_scale: float = 1.0
     one_time: bool = False
 
@@ -51,6 +52,8 @@ class Form(Options, ABC):
         if self.times == "log_sigma":
             t = t.clamp(_LEAST, 1 - _LEAST)
             t = t.log() - (1 - t).log()  # [B]
+        elif self.times == "cosine":
+            t = Cosine().of_linear(t)  # [B]
         elif self.times == "angle":
             t = torch.atan2(t, (1 - t) * self.sigma_data)  # [B]
         return t if self.time_scale == 1.0 else self.time_scale * t
@@ -115,7 +118,7 @@ class EDM(Form):
 
     sigma_data: float = option(0.5, low=0.0, above=True)  # type: ignore[misc]
     sigma_min: float = option(0.0, low=0.0)
-    times: Literal["t", "log_sigma", "angle"] = "log_sigma"
+    times: Literal["t", "log_sigma", "angle", "cosine"] = "log_sigma"
     time_scale: float = 0.25
     one_time: bool = True
 
@@ -140,7 +143,7 @@ class TrigFlow(Form):
     """
 
     sigma_data: float = option(0.5, low=0.0, above=True)  # type: ignore[misc]
-    times: Literal["t", "log_sigma", "angle"] = "angle"
+    times: Literal["t", "log_sigma", "angle", "cosine"] = "angle"
     one_time: bool = True
 
     def coefficients(self, t: Tensor) -> Coefficients:
@@ -170,12 +173,6 @@ class ScaledVelocity(Form):
         if self.kind == "euler_fm":
             return 1 / (self.sigma_data * N), torch.zeros_like(t), self.sigma_data * torch.ones_like(t)
         return 1 / (self.sigma_data * N), (2 * t - 1) / N.square(), self.sigma_data / N
-
-    def clock(self, t: Tensor) -> Tensor:
-        """An angle is one in the circle of z, whatever the scale of the data."""
-        if self.times == "angle":
-            return self.time_scale * torch.atan2(t, 1 - t)
-        return super().clock(t)
 
 
 @register("forms", "shortcut")

@@ -71,7 +71,7 @@ class ImprovedMeanFlow(Objective):
     outputs = ("u", "v")
     metrics = ("squared_error", "squared_error_v")
     conditions = ("omega", "t_min", "t_max")
-    keywords = ("heads",)
+    keywords = (*conditions, "heads")
     Output = ImprovedMeanFlowOutput
 
     ratio: float = option(0.5, low=0.0, high=1.0)

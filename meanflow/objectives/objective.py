@@ -114,7 +114,6 @@ class Objective(Options, ABC):
     outputs: ClassVar[tuple[str, ...]] = ("u",)
     metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
     conditions: ClassVar[tuple[str, ...]] = ()
-    keywords: ClassVar[tuple[str, ...]] = ()
     path: ClassVar[LinearPath] = LinearPath()
     Output: ClassVar[type[Any]] = ObjectiveOutput
 
@@ -133,9 +132,12 @@ class Objective(Options, ABC):
         @property
         def group_size(self) -> int: ...
         @property
+        def keywords(self) -> tuple[str, ...]: ...
+        @property
         def teachers(self) -> tuple[str, ...]: ...
 
     else:
+        keywords = ()
         teachers = ()
         form = AverageVelocity()
         group_size = 1
@@ -342,7 +344,7 @@ class Objective(Options, ABC):
     def check_network(self, net: Net) -> None:
         """Raise a NetworkError unless `net` takes what the objective gives it."""
         if self.ratio > 0 or self.keywords:
-            check_takes(net, "y", *self.conditions, *self.keywords)
+            check_takes(net, "y", *self.keywords)
 
     def _check_networks(self, nets: Networks | None) -> None:
         name, given = type(self).__name__, Networks() if nets is None else nets

@@ -32,6 +32,15 @@ class LinearPath:
             return (1 - t_) * x + t_ * e
         return (1 - t_) * x + (t_ + self.floor * (1 - t_)) * e
 
+    def denoised(self, u: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """z − t·u, (B, …): the image at the end of u(z, 0, t); of a velocity u(z, t, t) the mean of the data."""
+        return z - column(t.to(z.dtype), z) * u
+
+    def between(self, x: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """z_s, (B, …), with the data x and the noise of z_t, t > 0 (DDIM, arXiv 2010.02502)."""
+        t_, s_ = column(t.to(z.dtype), z), column(s.to(z.dtype), z)  # [B, 1, …] each
+        return (1 - s_) * x + s_ * ((z - (1 - t_) * x) / t_)
+
     def velocity(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
         """dz_t/dt given x and e, (B, …)."""
         return e - x if self.floor == 0.0 else (1 - self.floor) * e - x
@@ -68,6 +77,19 @@ class Clock(ABC):
         return z * column(self.alpha(s) + self.sigma(s), z)
 
 
+class Linear(Clock):
+    """The linear path itself: s = t."""
+
+    def alpha(self, s: Tensor) -> Tensor:
+        return 1 - s
+
+    def sigma(self, s: Tensor) -> Tensor:
+        return s
+
+    def of_linear(self, t: Tensor) -> Tensor:
+        return t
+
+
 class NoiseLevel(Clock):
     """x + σe at noise levels σ (arXiv 2206.00364): t = σ/(1 + σ)."""
 
@@ -99,6 +121,23 @@ class Angle(Clock):
 
     def of_linear(self, t: Tensor) -> Tensor:
         return torch.atan2(t, (1 - t) * self.sigma_data)
+
+    def velocity(self, u: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """dx/dθ of the velocity u = dz/dt at z (B, …) and t (B,), (B, …): σ_d·F where u is a network's."""
+        t_, data, Q = self._radius(z, t)  # [B, 1, …] each
+        return u * Q - z * (t_ - self.sigma_data * data) / Q
+
+    def tangent(self, u: Tensor, du_dt: Tensor, a: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """cos θ sin θ·dF/dθ, (B, …), of u and its total derivative along the velocity a at z (B, …) and t (B,)."""
+        t_, data, Q = self._radius(z, t)  # [B, 1, …] each
+        cos2 = (data / Q).square()  # [B, 1, …]
+        whole = Q * ((1 - t_ - cos2) * (u - a) + (1 - t_) * t_ * du_dt)  # [B, …]
+        return whole / self.sigma_data - data * t_ / Q.square() * z / Q
+
+    def _radius(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t_ = column(t.to(z.dtype), z)  # [B, 1, …]
+        data = self.sigma_data * (1 - t_)  # [B, 1, …]
+        return t_, data, (data.square() + t_.square()).sqrt()
 
 
 class Cosine(Clock):

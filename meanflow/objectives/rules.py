@@ -28,6 +28,11 @@ class Pair(NamedTuple):
     du_dt: Tensor | None = None
 
 
+def flow_map(net: Net, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """X_{t→r}(z) = z − (t − r)·u(z, r, t, y), (B, …), of times t and r (B,)."""
+    return z - column((t - r).to(z.dtype), z) * check_velocity("u", net(z, r, t, y), z)
+
+
 def instantaneous_velocity(b: Rows, a: Tensor) -> Pair:
     """u(z, t, t) towards a (flow matching, arXiv 2210.02747); no row is moved.
 

@@ -160,7 +160,7 @@ class RegularizedConsistency(ContinuousConsistency):
     the loss over the batch; here as everywhere it is the mean.
 
     Args:
-        teacher: distil; otherwise the velocity is that of data and noise
+        distil: along the velocity of a frozen flow; otherwise along that of data and noise
         loss_scale: factor of the loss
     """
 
@@ -169,13 +169,13 @@ class RegularizedConsistency(ContinuousConsistency):
     guidance: float = 5.0
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.7, 1.6), prefix="time_")
     form: Form = choice("forms", lambda: AverageVelocity(time_scale=1000.0, one_time=True), prefix="form_")
-    teacher: bool = True
+    distil: bool = True
     loss_scale: float = option(100.0, low=0.0, above=True)
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
-        return ("frozen",) if self.teacher else ()
+        return ("frozen",) if self.distil else ()
 
     def tangent(self, b: Rows, away: Tensor, turn: Tensor, Q: Tensor, warm_up: Tensor) -> Tensor:
         """−cos θ·√(1 − ρ²·sin²θ)·(F − dx/dθ) − (ρ·cos θ sin θ·x + cos θ sin θ·dF/dθ)."""

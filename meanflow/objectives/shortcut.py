@@ -39,7 +39,7 @@ class ShortcutModel(Objective):
         ratio: share of samples with a composed target, in [0, 1]
         timesteps: the smallest step is one over this, a power of 2
         guidance: scale of classifier-free guidance in the target; 1 is none
-        ema_decay: of the averaged network; 0: targets are the network's own
+        target_ema: of the averaged network; 0: targets are the network's own
         clip: largest absolute value of targets, and of the points between the steps
         noise_floor: share of the noise that is left at t = 0
         label_dropout: share of the samples with target v trained without their label, in [0, 1]
@@ -50,7 +50,7 @@ class ShortcutModel(Objective):
     ratio: float = option(0.125, low=0.0, high=1.0)
     timesteps: int = option(128, low=2)
     guidance: float = 1.5
-    ema_decay: float = option(0.999, low=0.0, high=1.0, below=True)
+    target_ema: float = option(0.999, low=0.0, high=1.0, below=True)
     clip: float = option(4.0, low=0.0, above=True)
     noise_floor: float = option(1e-5, low=0.0, high=1.0)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
@@ -69,7 +69,7 @@ class ShortcutModel(Objective):
 
     def target_decay(self, step: int) -> float | None:
         """The same at every step."""
-        return self.ema_decay or None
+        return self.target_ema or None
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -81,13 +81,20 @@ class ShortcutModel(Objective):
     def draw(self, shape: Sequence[int], **options: Any) -> Draws:
         """As `Objective.draw`."""
         draws = super().draw(shape, **options)
+        steps = torch.where(draws.moved, self.composed(draws.moved.cumsum(0) - 1, draws.rows), self.timesteps)  # [B]
+        t, r = self.times((draws.t * steps).floor(), steps)  # [B] each
+        return dataclasses.replace(draws, t=t, r=r)
+
+    def composed(self, rank: Tensor, rows: int) -> Tensor:
+        """The number 2^k of steps in [0, 1] of the samples by their rank (n,) among the `rows` composed ones, (n,)."""
         sizes = int(math.log2(self.timesteps))
-        each = draws.rows // sizes  # samples of a size; what is left over has the largest
-        rank = draws.moved.cumsum(0) - 1  # [B]
-        k = (sizes - 1 - rank // each).clamp_min(0) if each else torch.zeros_like(rank)  # [B]
-        steps = torch.where(draws.moved, 2**k, self.timesteps)  # [B]
-        t = 1 - (draws.t * steps).floor() / steps  # [B]
-        return dataclasses.replace(draws, t=t, r=t - 1 / steps)
+        each = rows // sizes  # samples of a size; what is left over has the largest
+        return 2 ** (sizes - 1 - rank // each).clamp_min(0) if each else torch.ones_like(rank)
+
+    def times(self, index: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """t and r of the `index`-th step from noise (n,), where there are `steps` (n,), (n,) each."""
+        t = 1 - index / steps  # [n]
+        return t, t - 1 / steps
 
     def is_moved(self, t: Tensor, r: Tensor) -> Tensor:
         """Those with more than the smallest step."""

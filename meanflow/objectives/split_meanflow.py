@@ -25,7 +25,7 @@ class SplitMeanFlow(Objective):
 
     Args:
         ratio: share of samples with r != t, in [0, 1]; the others are trained towards a velocity
-        teacher: take that velocity from a frozen flow, as the authors do in their second stage
+        distil: take that velocity from a frozen flow, as the authors do in their second stage
         guidance: scale of classifier-free guidance in the teacher; 1 is none
         label_dropout: share of samples trained without their label, in [0, 1]
         time_sampler: how the two times are drawn; the larger is t
@@ -35,7 +35,7 @@ class SplitMeanFlow(Objective):
     conditions = ("s",)
 
     ratio: float = option(0.5, low=0.0, high=1.0)
-    teacher: bool = False
+    distil: bool = False
     guidance: float = 1.0
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
@@ -44,7 +44,7 @@ class SplitMeanFlow(Objective):
     @property
     def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
-        return ("frozen",) if self.teacher else ()
+        return ("frozen",) if self.distil else ()
 
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None

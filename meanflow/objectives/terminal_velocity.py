@@ -35,7 +35,7 @@ class TerminalVelocityMatching(Objective):
         scaled: F is ω times what the network returns
         detach_tangent: train u alone, with ∂u/∂r off the tape. The authors train through it, which here needs a network
             of plain PyTorch
-        ema_decay: of the averaged network
+        target_ema: of the averaged network
         gap_mean, gap_std: of the normal whose sigmoid t − r is
         r_sampler: how r is drawn, cut to r <= 1 − (t − r); and q
         label_dropout: share of samples trained without their label, in [0, 1]
@@ -50,16 +50,21 @@ class TerminalVelocityMatching(Objective):
     conditioned: bool = False
     scaled: bool = False
     detach_tangent: bool = True
-    ema_decay: float = option(0.99, low=0.0, high=1.0, below=True)
+    target_ema: float = option(0.99, low=0.0, high=1.0, below=True)
     gap_mean: float = -0.8
     gap_std: float = option(1.0, low=0.0, above=True)
     r_sampler: LogitNormal = group(LogitNormal, prefix="r_")
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     sampling: FewSteps = group(FewSteps, prefix="sample_")
 
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """What the network is told besides z, r, t and y."""
+        return ("beta",) if self.conditioned else ()
+
     def target_decay(self, step: int) -> float | None:
         """The same at every step."""
-        return self.ema_decay
+        return self.target_ema
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -48,4 +48,8 @@ class LogitNormal(Options):
 
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n float32 times, (n,)."""
-        return torch.sigmoid(self.mean + self.std * torch.randn(n, generator=generator, device=device))
+        return self.of(torch.randn(n, generator=generator, device=device))
+
+    def of(self, normal: Tensor) -> Tensor:
+        """Times of standard normal numbers, (n,) of (n,)."""
+        return torch.sigmoid(self.mean + self.std * normal)

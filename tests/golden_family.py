@@ -1,0 +1,454 @@
+"""The authors' own values of the other methods: python -m tests.golden_family FILE.npz…
+
+Takes every constant from the file, drives the public objectives, forms and samplers with its data, draws and weights in
+float64, and prints each quantity's relative error ‖ours − theirs‖/‖theirs‖. The exit code is 0 if all are at most 1e-9,
+1 otherwise. What the arrays are: golden/README.md of the project's notes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meanflow.objectives import (
+    EDM,
+    AlphaFlow,
+    Angle,
+    AverageVelocity,
+    ConsistencyTraining,
+    ConsistencyTrajectory,
+    ContinuousConsistencyDistillation,
+    ContinuousConsistencyTraining,
+    Cosine,
+    DecoupledMeanFlow,
+    EasyConsistency,
+    Linear,
+    LinearPath,
+    LogitNormal,
+    Networks,
+    NoiseLevel,
+    RegularizedConsistency,
+    ScaledVelocity,
+    Shortcut,
+    ShortcutModel,
+    TerminalVelocityMatching,
+    TrigFlow,
+)
+from meanflow.objectives.rules import flow_map
+
+BOUND = 1e-9
+PATH, LEVELS = LinearPath(), NoiseLevel()
+Quantities = Iterator[tuple[str, Any]]
+
+
+class Tiny(nn.Module):
+    """The network of golden/README.md, which sees of its times what `times` makes of (r, t)."""
+
+    def __init__(self, file: File, part: str, times: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        weights = file.weights(part)
+        self.W = nn.ParameterDict({name: nn.Parameter(weights[name]) for name in ("W1", "b1", "W2", "b2", "W3", "b3")})
+        self.num_classes, self.times = int(file.setting["num_classes"]), times
+        self.requires_grad_(part == "param")
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, beta: Tensor | None = None) -> Tensor:
+        seen = [*self.times(r, t), *([] if beta is None else [beta])]
+        labels = len(self.W["W1"]) - z[0].numel() - len(seen)
+        one_hot = torch.eye(self.num_classes + 1, dtype=z.dtype)[y][:, :labels]
+        h = torch.cat([z.flatten(1), torch.stack(seen, dim=1), one_hot], dim=1)
+        for i in "12":
+            h = torch.tanh(h @ self.W[f"W{i}"] + self.W[f"b{i}"])
+        return (h @ self.W["W3"] + self.W["b3"]).view_as(z)
+
+
+def one_time(r: Tensor, t: Tensor) -> list[Tensor]:
+    return [t]
+
+
+def two_times(r: Tensor, t: Tensor) -> list[Tensor]:
+    return [t, r]
+
+
+def time_and_gap(r: Tensor, t: Tensor) -> list[Tensor]:
+    return [t, t - r]
+
+
+class File:
+    """A file's arrays as tensors, and its settings."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.arrays = {name: arrays[name] for name in arrays.files}
+        self.setting = {
+            name.removeprefix("setting/"): bytes(a).decode() if a.dtype == np.uint8 and a.ndim else a.item()
+            for name, a in self.arrays.items()
+            if name.startswith("setting/")
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(np.asarray(self.arrays[name]))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def weights(self, part: str) -> dict[str, Tensor]:
+        names = [name for name in self.arrays if name.startswith(f"{part}/")]
+        return {name.removeprefix(f"{part}/"): self[name] for name in names}
+
+    def samples(self, prefix: str) -> list[str]:
+        """Names of the samples that begin so, without what belongs to them."""
+        belongs = ("_latents", "_noise", "_times", "_mid", "_labels", "_ts", "_steps")
+        names = [name for name in self.arrays if name.startswith(f"sample_{prefix}")]
+        return [name for name in names if not any(mark in name for mark in belongs)]
+
+    def noises(self, name: str) -> list[Tensor]:
+        """The noises of a sample, in their order."""
+        found = [other for other in self.arrays if other.startswith(f"{name}_noise_")]
+        return [self[other] for other in sorted(found, key=lambda other: int(other.rpartition("_")[2]))]
+
+
+def gradients(
+    net: Tiny, loss: Tensor, learned: nn.Module | None = None, *, prefix: str = "grad", by: int = 1
+) -> Quantities:
+    """Gradients of `by` times the loss."""
+    own = {name.removeprefix("W."): p for name, p in net.named_parameters()}
+    if learned is not None:
+        own["logvar"] = learned.weight
+    found = torch.autograd.grad(by * loss, list(own.values()), retain_graph=True, materialize_grads=True)
+    yield from ((f"{prefix}/{name}", a) for name, a in zip(own, found, strict=True))
+
+
+def shortcut(file: File) -> Quantities:
+    s, B = file.setting, len(file["x"])
+    rows = B // s["bootstrap_every"]
+    guidance = s["cfg_scale"] if s["bootstrap_cfg"] else 1.0
+    objective = ShortcutModel(
+        timesteps=s["denoise_timesteps"],
+        guidance=guidance,
+        target_ema=0.999 if s["bootstrap_ema"] else 0.0,
+        form=Shortcut(),
+    )
+    net, ema = (Tiny(file, part, lambda r, t: [t, r]) for part in ("param", "ema"))
+
+    def arranged(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat([first[:rows], second[: B - rows]])
+
+    x, y = arranged(file["x"], file["x"]), arranged(file["labels"], file["labels"])
+    noise = arranged(file["noise_bst"], file["noise_fm"])
+    drop = arranged(torch.zeros(rows, dtype=torch.bool), file["drop"].bool())
+    steps = arranged(objective.composed(torch.arange(rows), rows), torch.full((B,), s["denoise_timesteps"])).double()
+    t, r = objective.times(arranged(file["t_index_bst"], file["t_index_fm"]).double(), steps)
+    nets = Networks(ema=ema if s["bootstrap_ema"] else None)
+    out = objective.loss_at(net, x=x, noise=noise, t=t, r=r, y=y, drop=drop, nets=nets)
+    z, form = objective.path.point(x, noise, t), objective.form
+    k, tau = form.told(r, t)
+    yield from {"x_t": z, "t": tau, "dt_base": k}.items()
+    yield "labels_in", torch.where(objective.dropped(drop, t, r), net.num_classes, y)
+    yield "v_t", form.output_of(out.others["u_tgt"], z, t)
+    yield "v_prime", form.output_of(out.u, z, t)
+    yield "loss_per_row", out.per_sample
+    yield "loss_bootstrap", out.per_sample[:rows].mean()
+    yield "loss_flow", out.per_sample[rows:].mean()
+    yield "loss", out.loss
+    yield from gradients(net, out.loss)
+
+
+def ect(file: File) -> Quantities:
+    s = file.setting
+    objective = EasyConsistency(
+        stage_factor=s["q"],
+        gap_scale=s["k"],
+        gap_slope=s["b"],
+        huber=s["c"],
+        time_sampler=LogitNormal(s["P_mean"], s["P_std"]),
+        form=EDM(sigma_data=s["sigma_data"]),
+    )
+    net = Tiny(file, "param", one_time)
+    t = objective.time_sampler.of(file["normal_t"])
+    partner = objective.partner(t, s["stage"])
+    x, noise = file["x"], file["noise"]
+    draws = {"x": x, "noise": noise, "t": t, "r": torch.zeros_like(t), "s": partner}
+    out = objective.loss_at(net, y=file["labels"], **draws)
+    for name, time in (("t", t), ("r", partner)):
+        level = LEVELS.of_linear(time)
+        yield name, level
+        yield f"x_{name}", LEVELS.state(PATH.point(x, noise, time), level)
+    yield "F_t", objective.form.output_of(out.u, PATH.point(x, noise, t), t)
+    yield from {"D_t": out.others["f"], "target": out.others["f_tgt"]}.items()
+    yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+    yield from gradients(net, out.loss)
+
+
+def ct(file: File) -> Quantities:
+    s = file.setting
+    objective = ConsistencyTraining(
+        sigma_min=s["sigma_min"],
+        sigma_max=s["sigma_max"],
+        rho=s["rho"],
+        start_scales=s["schedule_start_scales"],
+        end_scales=s["schedule_end_scales"],
+        total_steps=s["schedule_total_steps"],
+        start_ema=s["schedule_start_ema"],
+        distance=s["loss_norm"],
+        weight=s["weight_schedule"],
+        form=EDM(sigma_data=s["sigma_data"], sigma_min=s["sigma_min"], time_scale=250.0),
+    )
+    net, target = (Tiny(file, part, one_time) for part in ("param", "target"))
+    index = file["indices"].double()
+    levels = [objective.levels(index + i, s["num_scales"]) for i in (0, 1)]
+    t, partner = (LEVELS.to_linear(level) for level in levels)
+    x, noise = file["x"], file["noise"]
+    draws = {"x": x, "noise": noise, "t": t, "r": torch.zeros_like(t), "s": partner}
+    out = objective.loss_at(net, y=file["labels"], nets=Networks(ema=target), **draws)
+    for name, time, level in zip(("t", "t2"), (t, partner), levels, strict=True):
+        yield name, level
+        yield f"x_{name}", LEVELS.state(PATH.point(x, noise, time), level)
+    yield from {"f_t": out.others["f"], "f_t2": out.others["f_tgt"]}.items()
+    yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+    yield from gradients(net, out.loss)
+    steps = [int(k) for k in file["schedule_step"]]
+    yield "schedule_scales", torch.tensor([objective.scales(k) for k in steps])
+    yield "schedule_ema", torch.tensor([objective.target_decay(k) for k in steps], dtype=torch.float64)
+
+
+def trigonometric(file: File, out: Any, clock: Angle, form: TrigFlow, names: dict[str, str], t: Tensor) -> Quantities:
+    """What sCM and rCM have in common, under each file's names."""
+    z = PATH.point(file["x"], file["noise"], t)
+    theta, a = clock.of_linear(t), out.others["a"]
+    yield "theta", theta
+    yield names["x"], clock.state(z, theta)
+    yield "dx_dt", clock.velocity(a, z, t)
+    yield "F", form.output_of(out.u, z, t)
+    yield "F_tangent", clock.tangent(out.u, out.du_dt, a, z, t)
+    yield "x0_pred", PATH.denoised(out.u, z, t)
+
+
+def scm(file: File) -> Quantities:
+    s = file.setting
+    distil = bool(s["use_cd"])
+    objective = (ContinuousConsistencyDistillation if distil else ContinuousConsistencyTraining)(
+        sigma_data=s["sigma_data"],
+        warm_up_steps=s["tangent_warmup_steps"],
+        normalisation=s["tangent_warmup_const"],
+        norm="mean" if s["g_norm_spatial_invariance"] else "sum",
+        prior_weight=bool(s["prior_weighting_enabled"]),
+        divide_by_size=bool(s["divide_x_0_spatial_dim"]),
+        guidance=s.get("guidance_scale", 1.0),
+        form=AverageVelocity(one_time=True),
+    )
+    net, learned = Tiny(file, "param", one_time), objective.learned_module().double()
+    learned.load_state_dict({"weight": file["param/logvar"]})
+    frozen = Tiny(file, "teacher", one_time) if distil else None
+    t = file["t"]
+    draws = {"x": file["x"], "noise": file["noise"], "t": t, "r": torch.zeros_like(t)}
+    warm_up = torch.full_like(t, objective.warm_up(s["iteration"]))
+    nets = Networks(frozen=frozen, learned=learned)
+    out = objective.loss_at(net, y=file["labels"], warm_up=warm_up, nets=nets, **draws)
+    form = TrigFlow(sigma_data=s["sigma_data"])
+    yield from trigonometric(file, out, objective.clock, form, {"x": "x_hat"}, t)
+    yield "logvar", learned(t, t)
+    yield "loss_unweighted", out.others["mean_square"]
+    yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+    yield from gradients(net, out.loss, learned)
+
+
+def rcm(file: File) -> Quantities:
+    s, distil = file.setting, "teacher/W1" in file
+    objective = RegularizedConsistency(
+        distil=distil,
+        warm_up_steps=s["tangent_warmup"],
+        guidance=s["teacher_guidance"],
+        loss_scale=s["loss_scale"],
+        time_sampler=LogitNormal(s["p_mean"], s["p_std"]),
+        form=AverageVelocity(time_scale=s["time_scale"], one_time=True),
+    )
+    net = Tiny(file, "param", one_time)
+    frozen = objective.form.wrap(Tiny(file, "teacher", one_time)) if distil else None
+    t = objective.time_sampler.of(file["normal_theta"])
+    draws = {"x": file["x"], "noise": file["noise"], "t": t, "r": torch.zeros_like(t)}
+    warm_up = torch.full_like(t, objective.warm_up(s["iteration"]))
+    out = objective.loss_at(net, y=file["labels"], warm_up=warm_up, nets=Networks(frozen=frozen), **draws)
+    form = TrigFlow(sigma_data=1.0)
+    yield from trigonometric(file, out, objective.clock, form, {"x": "x_theta"}, t)
+    yield "loss_per_row", out.per_sample
+    yield "loss", len(t) * out.loss  # the authors' is a sum
+    yield from gradients(net, out.loss, by=len(t))
+
+
+def alphaflow(file: File) -> Quantities:
+    s = file.setting
+    objective = AlphaFlow(
+        ratio=1 - s["ratio_fm"],
+        omega=s["omega"],
+        kappa=s["kappa"],
+        guidance_interval=(s["t_min"], s["t_max"]),
+        label_dropout=s["label_dropout"],
+        clip=s["clamp_utgt"],
+        norm_eps=s["adaptive_loss_weight_eps"],
+        alpha_start=s["alpha_change_init_steps"],
+        alpha_end=s["alpha_change_end_steps"],
+        alpha_gamma=s["alpha_gamma"],
+        alpha_clamp=s["alpha_clamp_value"],
+    )
+    net = Tiny(file, "param", two_times)
+    x, noise, t, r, y = (file[name] for name in ("x", "noise", "t", "r", "labels"))
+    drop = file["drop"].bool() if "drop" in file else torch.zeros(len(t), dtype=torch.bool)
+    between = objective.draw_conditions(t, r, step=s["step"])["s"]
+    out = objective.loss_at(net, x=x, noise=noise, t=t, r=r, y=y, drop=drop, s=between)
+    yield "alpha", torch.tensor(objective.alpha(s["step"]), dtype=torch.float64)
+    yield "dt", t - between
+    yield "labels_dropped", objective.dropped(drop, t, r)
+    yield from {"v_g": out.v, "u_tgt": out.others["u_tgt"], "u": out.u}.items()
+    yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+    yield from gradients(net, out.loss)
+    steps = [int(k) for k in file["schedule_step"]]
+    yield "schedule_alpha", torch.tensor([objective.alpha(k) for k in steps], dtype=torch.float64)
+
+
+def dmf(file: File) -> Quantities:
+    s = file.setting
+    omega = s["omega"] if s["g_type"] == "mg" else 0.0
+    net = Tiny(file, "param", two_times)
+    t, r = file["t_mf"], file["r_mf"]
+    draws = {
+        "x": file["x"],
+        "noise": file["noise_mf"],
+        "t": t,
+        "r": r,
+        "t_fm": file["t_fm"],
+        "noise_fm": file["noise_fm"],
+    }
+    for released in (False, True):
+        interval = (s["g_min"], s["g_max"])
+        objective = DecoupledMeanFlow(omega=omega, guidance_interval=interval, released=released)
+        learned = objective.learned_module().double()
+        learned.load_state_dict({"weight": file["param/logvar"]})
+        nets = Networks(learned=learned)
+        out = objective.loss_at(net, y=file["labels"], drop=file["drop"].bool(), nets=nets, **draws)
+        if released:
+            yield "released_loss", out.loss
+            yield from gradients(net, out.loss, learned, prefix="released_grad")
+            return
+        others = out.others
+        yield from {"u": out.u, "u_tgt": others["u_tgt"], "v_g_mf": out.v}.items()
+        yield from {"v_fm": others["v_fm"], "v_g_fm": others["v_g_fm"]}.items()
+        yield from ((f"logvar_{half}", others[f"log_variance_{half}"]) for half in ("fm", "mf"))
+        yield from ((f"loss_{half}", others[f"loss_{half}"]) for half in ("fm", "mf"))
+        yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+        yield from gradients(net, out.loss, learned)
+
+
+def tvm(file: File) -> Quantities:
+    s = file.setting
+    lowest = s["cfg"] if "cfg" in s else s["min_cfg"]
+    objective = TerminalVelocityMatching(
+        omega=lowest,
+        omega_max=s.get("max_cfg", 0.0),
+        conditioned=True,
+        scaled=bool(s["do_scale_param"]),
+        detach_tangent=bool(s["detach_jvp"]),
+    )
+    net, target = (Tiny(file, part, time_and_gap) for part in ("param", "target"))
+    t, end = file["t"], file["s"]
+    draws = {"x": file["x"], "noise": file["noise"], "t": t, "r": end, "q": file["s_prime"], "beta": file["beta"]}
+    nets = Networks(ema=target)
+    out = objective.loss_at(net, y=file["labels"], drop=file["drop"].bool(), nets=nets, **draws)
+    others = out.others
+    yield "z_t", PATH.point(file["x"], file["noise"], t)
+    yield "z_s_prime", PATH.point(file["x"], file["noise"], file["s_prime"])
+    yield from {"f": others["X"], "df_ds": others["dX_dr"]}.items()
+    yield from {"loss_terminal": others["terminal"], "loss_fm": others["instantaneous"]}.items()
+    yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
+    yield from gradients(net, out.loss)
+
+
+def imm(file: File) -> Quantities:
+    s = file.setting
+    clock = {"fm": Linear(), "vp_cosine": Cosine()}[s["noise_schedule"]]
+    form = ScaledVelocity(
+        sigma_data=s["sigma_data"],
+        kind=s["f_type"],
+        times="t" if s["noise_schedule"] == "fm" else "cosine",
+        time_scale=s["time_scale"],
+    )
+    net = Tiny(file, "param", two_times if s["temb_type"] == "identity" else time_and_gap)
+    u = form.wrap(net)
+    x, t, end, y = file["x"], file["t"], file["s"], file["labels"]
+    time, least = clock.to_linear(t), clock.to_linear(end)
+    z = PATH.point(x, s["sigma_data"] * file["noise"], time)
+    yield from {"alpha": clock.alpha(t), "sigma": clock.sigma(t)}.items()
+    yield "x_t", clock.state(z, t)
+    yield "f_st", clock.state(flow_map(u, z, least, time, y), end)
+    yield "ddim", clock.state(PATH.between(x, z, time, least), end)
+
+
+def ctm(file: File) -> Quantities:
+    s = file.setting
+    objective = ConsistencyTrajectory(
+        self_learned=bool(s["self_learn"]),
+        sigma_min=s["sigma_min"],
+        sigma_max=s["sigma_max"],
+        rho=s["rho"],
+        scales=s["start_scales"],
+        heun_steps=s["num_heun_step"],
+        dsm_mean=s["dsm_p_mean"],
+        dsm_std=s["dsm_p_std"],
+        dsm_share=s["diffusion_mult"],
+        form=EDM(sigma_data=s["sigma_data"], time_scale=250.0, one_time=False),
+    )
+    net, target = (Tiny(file, part, two_times) for part in ("param", "target_param"))
+    frozen = objective.form.wrap(Tiny(file, "teacher", two_times)) if "teacher/W1" in file else None
+    indices = (file["index_t"], file["index_t"] + file["heun_steps"], file["index_s"])
+    levels = [objective.levels(index.double()) for index in indices]
+    t, partner, r = (LEVELS.to_linear(level) for level in levels)
+    dsm = objective.dsm_levels(file["dsm_normal"], file["dsm_uniform"])
+    draws = {"x": file["x"], "noise": file["noise"], "t": t, "r": r, "s": partner}
+    draws |= {"dsm_t": LEVELS.to_linear(dsm), "dsm_noise": file["dsm_noise"]}
+    out = objective.loss_at(net, y=file["labels"], nets=Networks(ema=target, frozen=frozen), **draws)
+    others = out.others
+    yield from zip(("t", "u", "s"), levels, strict=True)
+    yield "dsm_sigma", dsm
+    yield "x_t", LEVELS.state(PATH.point(file["x"], file["noise"], t), levels[0])
+    yield "x_u", LEVELS.state(others["z_s"], levels[1])
+    yield from {"estimate": others["estimate"], "target": others["target"]}.items()
+    yield from {"consistency_per_row": others["consistency"], "dsm_per_row": others["dsm"], "loss": out.loss}.items()
+    yield from gradients(net, out.loss)
+
+
+METHODS = {f.__name__: f for f in (shortcut, ect, ct, scm, rcm, alphaflow, dmf, tvm, imm, ctm)}
+
+
+def check(path: Path) -> bool:
+    """Print the errors of a file's quantities; whether all are within the bound."""
+    method = path.stem.rpartition("_")[0]
+    if method not in METHODS:
+        print(f"{path}: expected a file named METHOD_CASE.npz with METHOD of {', '.join(METHODS)}")
+        return False
+    file, fine = File(path), True
+    print(path)
+    for name, ours in METHODS[method](file):
+        theirs = file[name].double()
+        ours = ours.detach().double()
+        error = float((ours - theirs).norm() / (theirs.norm() if theirs.any() else 1.0))
+        within = ours.shape == theirs.shape and error <= BOUND  # NaN is not
+        fine &= within
+        print(f"  {name:32} {error:9.1e}{'' if within else '  ABOVE ' + str(BOUND)}")
+    return fine
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments:
+        print(__doc__, file=sys.stderr)
+        return 1
+    fine = [check(Path(argument)) for argument in arguments]
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
