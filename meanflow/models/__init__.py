@@ -23,11 +23,13 @@ from .dit import (
     DiTBlock,
     FinalLayer,
 )
+from .dmf_dit import DMFDiT
 from .factory import config_of, create_model
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
 
 __all__ = [
     "Affine",
+    "DMFDiT",
     "DiT",
     "DiTBlock",
     "DiT_B_2",

@@ -6,9 +6,9 @@ Run on tensors it is a plain network; run on `mfkernels.Dual`s it also returns i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +134,12 @@ class DiT(nn.Module):
 
     Raises:
         ValueError: a size does not fit; the message names it.
+
+    Attributes:
+        embeds_gap: whether there is an embedding of t − r beside that of t.
     """
+
+    embeds_gap: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -158,7 +163,8 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.r_embedder = TimestepEmbedder(hidden_size)
+        if self.embeds_gap:
+            self.r_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         positions = sincos_2d(hidden_size, input_size // patch_size)[None]  # [1, N, D]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -178,7 +184,7 @@ class DiT(nn.Module):
         assert self.x_embedder.proj.bias is not None
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in (self.t_embedder, self.r_embedder):
+        for embedder in (self.t_embedder, self.r_embedder) if self.embeds_gap else (self.t_embedder,):
             for layer in (embedder.mlp[0], embedder.mlp[2]):
                 nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         silent = [self.final_layer.adaLN_modulation, self.final_layer.linear]
@@ -186,6 +192,11 @@ class DiT(nn.Module):
         for module in silent:
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+
+    def conditioning(self, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> Sequence[TensorOrDual]:
+        """What each block is told, and then the last layer, (B, D) each."""
+        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
+        return [c] * (len(self.blocks) + 1)
 
     def forward(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor) -> TensorOrDual:
         """The average velocity over [r, t] at z.
@@ -203,14 +214,14 @@ class DiT(nn.Module):
         """
         check_inputs(z, r, t, y, (self.in_channels, self.input_size, self.input_size))
         x = self.x_embedder(z) + self.pos_embed  # [B, N, D]
-        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
+        *told, last_told = self.conditioning(r, t, y)  # [B, D] each
         stream = ResidualStream(x)
-        for block in self.blocks:
+        for block, c in zip(self.blocks, told, strict=True):
             # hooks, wrappers and checkpoints see tensors
             streams = is_untouched(block, DiTBlock)
             stream = block(stream, c) if streams else ResidualStream(block(stream.value(), c))  # [B, N, D]
         last = stream if is_untouched(self.final_layer, FinalLayer) else stream.value()  # [B, N, D]
-        x = self.final_layer(last, c)  # [B, N, p·p·C]
+        x = self.final_layer(last, last_told)  # [B, N, p·p·C]
         return unpatchify(x, self.patch_size, self.in_channels)  # [B, C, H, W]
 
 
