@@ -6,23 +6,25 @@ samplers know u only.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from mfkernels import Dual, TensorOrDual, is_dual_aware, linear_map
-from mfkernels.dual import map_output, padded_tangent, primal_of, tangent_rows
+from mfkernels import TensorOrDual, is_dual_aware, linear_map
+from mfkernels.dual import map_output, primal_of
 
+from ..checks import num_classes_of
 from ..options import Options, option
 from ..registry import register
-from .path import Cosine, column
+from .elementwise import arctan_ratio, clamp, log, reciprocal, sqrt
+from .path import column
 
-# (c_in, c_z, c_out), (B,) each
-Coefficients = tuple[Tensor, Tensor, Tensor]
+# c_in, c_z and c_out: (B,), or the same for all
+Coefficients = tuple[TensorOrDual | float, TensorOrDual | float, TensorOrDual | float]
 _LEAST = 1e-6  # times are kept so far from 0 and 1 where their logarithm is taken
 
 
@@ -44,21 +46,24 @@ class Form(Options, ABC):
     one_time: bool = False
 
     @abstractmethod
-    def coefficients(self, t: Tensor) -> Coefficients:
-        """(c_in, c_z, c_out) at times t (B,), (B,) each."""
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
+        """c_in, c_z and c_out at times t (B,), with their derivatives where t is a Dual.
 
-    def clock(self, t: Tensor) -> Tensor:
+        Dual has arithmetic; what else there is of functions is in `meanflow.objectives.elementwise`.
+        """
+
+    def clock(self, t: TensorOrDual) -> TensorOrDual:
         """What the network is told of times t (B,), (B,)."""
         if self.times == "log_sigma":
-            t = t.clamp(_LEAST, 1 - _LEAST)
-            t = t.log() - (1 - t).log()  # [B]
-        elif self.times == "cosine":
-            t = Cosine().of_linear(t)  # [B]
+            t = clamp(t, _LEAST, 1 - _LEAST)
+            t = log(t) - log(1 - t)  # [B]
         elif self.times == "angle":
-            t = torch.atan2(t, (1 - t) * self.sigma_data)  # [B]
+            t = arctan_ratio(t, (1 - t) * self.sigma_data)  # [B]
+        elif self.times == "cosine":
+            t = arctan_ratio(t, 1 - t) * (2 / math.pi)  # [B]
         return t if self.time_scale == 1.0 else self.time_scale * t
 
-    def told(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def told(self, r: TensorOrDual, t: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         """What the network is given in the place of r and t, (B,) each."""
         now = self.clock(t)  # [B]
         return (now if self.one_time else self.clock(r)), now
@@ -69,7 +74,7 @@ class Form(Options, ABC):
 
     def output_of(self, u: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """F, what the network returned where u is the average velocity at z (B, …) and t (B,)."""
-        _, c_z, c_out = (column(c.to(u.dtype), z) for c in self.coefficients(t))  # [B, 1, …]
+        _, c_z, c_out = (_column(c, z) for c in self.coefficients(t))  # [B, 1, …] each
         return (u - c_z * z) / c_out
 
 
@@ -78,9 +83,9 @@ class Form(Options, ABC):
 class AverageVelocity(Form):
     """The network returns u itself (MeanFlow, α-Flow, DMF, TVM, AYF, flow map matching)."""
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """1, 0, 1."""
-        return torch.ones_like(t), torch.zeros_like(t), torch.ones_like(t)
+        return 1.0, 0.0, 1.0
 
     def wrap(self, net: Callable[..., Any]) -> Callable[..., Any]:
         """The network as it is, or told other times."""
@@ -99,10 +104,10 @@ class DataPrediction(Form):
 
     t_min: float = option(0.05, low=0.0, high=1.0, above=True)
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """1, 1/t, −1/t."""
-        c = 1 / t.clamp(self.t_min, 1.0)  # [B]
-        return torch.ones_like(t), c, -c
+        c = reciprocal(clamp(t, self.t_min, 1.0))  # [B]
+        return 1.0, c, -c
 
 
 @register("forms", "edm")
@@ -122,15 +127,16 @@ class EDM(Form):
     time_scale: float = 0.25
     one_time: bool = True
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """c_skip = σ_d²/((σ − σ_min)² + σ_d²) and c_out = (σ − σ_min)σ_d/√(σ² + σ_d²) with σ = t/(1 − t), for u."""
-        data = self.sigma_data * (1 - t)  # [B]
-        Q = (data.square() + t.square()).sqrt()  # [B]
+        data = (1 - t) * self.sigma_data  # [B]
+        square = data * data + t * t  # [B], Q²
+        c_in = reciprocal(sqrt(square))  # [B]
         if self.sigma_min == 0.0:
-            return 1 / Q, (t - self.sigma_data * data) / Q.square(), -self.sigma_data / Q
-        above = t - self.sigma_min * (1 - t)  # [B]
-        c_z = (above.square() / t - self.sigma_data * data) / (above.square() + data.square())  # [B]
-        return 1 / Q, c_z, -self.sigma_data * above / (t * Q)
+            return c_in, (t - self.sigma_data * data) * reciprocal(square), -self.sigma_data * c_in
+        above, per_t = t - (1 - t) * self.sigma_min, reciprocal(t)  # [B] each
+        c_z = (above * above * per_t - self.sigma_data * data) * reciprocal(above * above + data * data)  # [B]
+        return c_in, c_z, -self.sigma_data * (above * per_t * c_in)
 
 
 @register("forms", "trigflow")
@@ -146,11 +152,12 @@ class TrigFlow(Form):
     times: Literal["t", "log_sigma", "angle", "cosine"] = "angle"
     one_time: bool = True
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """EDM's with the sign of F turned."""
-        data = self.sigma_data * (1 - t)  # [B]
-        Q = (data.square() + t.square()).sqrt()  # [B]
-        return 1 / Q, (t - self.sigma_data * data) / Q.square(), self.sigma_data / Q
+        data = (1 - t) * self.sigma_data  # [B]
+        square = data * data + t * t  # [B], Q²
+        c_in = reciprocal(sqrt(square))  # [B]
+        return c_in, (t - self.sigma_data * data) * reciprocal(square), self.sigma_data * c_in
 
 
 @register("forms", "imm")
@@ -167,12 +174,13 @@ class ScaledVelocity(Form):
     kind: Literal["euler_fm", "simple_edm"] = "euler_fm"
     time_scale: float = 1000.0
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """1/(σ_d·N), 0, σ_d."""
-        N = ((1 - t).square() + t.square()).sqrt()  # [B]
+        square = (1 - t) * (1 - t) + t * t  # [B], N²
+        per_N = reciprocal(sqrt(square))  # [B]
         if self.kind == "euler_fm":
-            return 1 / (self.sigma_data * N), torch.zeros_like(t), self.sigma_data * torch.ones_like(t)
-        return 1 / (self.sigma_data * N), (2 * t - 1) / N.square(), self.sigma_data / N
+            return per_N * (1 / self.sigma_data), 0.0, self.sigma_data
+        return per_N * (1 / self.sigma_data), (2 * t - 1) * reciprocal(square), self.sigma_data * per_N
 
 
 @register("forms", "shortcut")
@@ -183,47 +191,32 @@ class Shortcut(Form):
     The network is given k in the place of r, and τ in that of t.
     """
 
-    def coefficients(self, t: Tensor) -> Coefficients:
+    def coefficients(self, t: TensorOrDual) -> Coefficients:
         """1, 0, −1."""
-        return torch.ones_like(t), torch.zeros_like(t), -torch.ones_like(t)
+        return 1.0, 0.0, -1.0
 
-    def told(self, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def told(self, r: TensorOrDual, t: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         """k and τ."""
-        return -torch.log2(t - r), 1 - t
+        return log(t - r) * (-1 / math.log(2)), 1 - t
 
 
 class Wrapped:
-    """u(z, r, t, y, …) of a network in a form; looks like the network to what asks for its attributes."""
+    """u(z, r, t, y, …) of a network in a form."""
 
     def __init__(self, form: Form, net: Callable[..., Any]) -> None:
         self.form, self.module = form, net
+        self.num_classes = num_classes_of(net)  # None: it names none
         self.__dual_aware__ = is_dual_aware(net)
 
     def __call__(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, **conditions: Any) -> Any:
         """The average velocity, (B, …), or all outputs of the network as velocities."""
-        coefficients = _of_times(lambda r, t: self.form.coefficients(t), r, t)  # [B] each
-        r_, t_ = _of_times(self.form.told, r, t)  # [B] each
-        c_in, c_z, c_out = (_column(c, z) for c in coefficients)  # [B, 1, …] each
+        c_in, c_z, c_out = (_column(c, z) for c in self.form.coefficients(t))  # [B, 1, …] each
+        r_, t_ = self.form.told(r, t)  # [B] each
         out = self.module(z * c_in, r_, t_, y, **conditions)
         return map_output(lambda F: F if F is None else z * c_z + F * c_out, out)
 
 
-def _column(a: TensorOrDual, like: TensorOrDual) -> TensorOrDual:
+def _column(a: TensorOrDual | float, like: TensorOrDual) -> Any:
+    """(B,) numbers to be multiplied with images."""
     p = primal_of(like)
-    return linear_map(lambda a: column(a.to(p.dtype), p), a)
-
-
-def _of_times(fn: Callable[[Tensor, Tensor], tuple[Tensor, ...]], r: TensorOrDual, t: TensorOrDual) -> tuple[Any, ...]:
-    """Several functions of the times (B,), with their derivatives where a time is a Dual."""
-    out = fn(primal_of(r), primal_of(t))
-    rows = tangent_rows(r, t)
-    if rows is None:
-        return out
-    with torch.no_grad():
-        primals = (primal_of(r)[:rows], primal_of(t)[:rows])  # [rows] each
-        tangents = tuple(
-            torch.zeros_like(p) if dot is None else dot
-            for p, dot in zip(primals, (padded_tangent(r, rows), padded_tangent(t, rows)), strict=True)
-        )
-        dots: Any = torch.func.jvp(fn, primals, tangents)[1]
-    return tuple(Dual(p, dot) for p, dot in zip(out, dots, strict=True))
+    return a if isinstance(a, float) else linear_map(lambda a: column(a.to(p.dtype), p), a)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -44,12 +44,11 @@ class PixelMeanFlow(ImprovedMeanFlow):
     t_min: float = option(0.05, low=0.0, high=1.0, above=True)
     noise_scale: float = option(1.0, low=0.0, above=True)
 
-    @property
-    def form(self) -> Form:
-        """Of the same least time."""
-        return DataPrediction(t_min=self.t_min)
+    form: Form = field(init=False)
+    path: LinearPath = field(init=False)  # type: ignore[misc]
 
-    @property
-    def path(self) -> LinearPath:  # type: ignore[override]
-        """Of the same least time."""
-        return ClippedPath(t_min=self.t_min, noise_scale=self.noise_scale)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # both divide by the same least time
+        object.__setattr__(self, "form", DataPrediction(t_min=self.t_min))
+        object.__setattr__(self, "path", ClippedPath(t_min=self.t_min, noise_scale=self.noise_scale))

@@ -68,7 +68,7 @@ class InForm(nn.Module):
         self.form, self.net = form, net
 
     def forward(self, z_in, r, t, y):
-        z = z_in / self.form.coefficients(t)[0].view(-1, 1, 1, 1)
+        z = z_in / torch.as_tensor(self.form.coefficients(t)[0]).view(-1, 1, 1, 1)
         return self.form.output_of(self.net(z, r, t, y), z, t)
 
 
