@@ -424,6 +424,14 @@ def ctm(file: File) -> Quantities:
 METHODS = {f.__name__: f for f in (shortcut, ect, ct, scm, rcm, alphaflow, dmf, tvm, imm, ctm)}
 
 
+def error_of(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖/‖theirs‖; without the division where theirs is zero; infinite where the shapes differ."""
+    ours, theirs = ours.detach().double(), theirs.double()
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float((ours - theirs).norm() / (theirs.norm() if theirs.any() else 1.0))
+
+
 def check(path: Path) -> bool:
     """Print the errors of a file's quantities; whether all are within the bound."""
     method = path.stem.rpartition("_")[0]
@@ -433,16 +441,15 @@ def check(path: Path) -> bool:
     file, fine = File(path), True
     print(path)
     for name, ours in METHODS[method](file):
-        theirs = file[name].double()
-        ours = ours.detach().double()
-        error = float((ours - theirs).norm() / (theirs.norm() if theirs.any() else 1.0))
-        within = ours.shape == theirs.shape and error <= BOUND  # NaN is not
+        error = error_of(ours, file[name])
+        within = error <= BOUND  # NaN is not
         fine &= within
-        print(f"  {name:32} {error:9.1e}{'' if within else '  ABOVE ' + str(BOUND)}")
+        print(f"  {name:32} {error:9.1e}{'' if within else f'  ABOVE {BOUND}'}")
     return fine
 
 
 def main(arguments: Sequence[str]) -> int:
+    """The exit code for these files."""
     if not arguments:
         print(__doc__, file=sys.stderr)
         return 1
