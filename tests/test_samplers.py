@@ -190,7 +190,11 @@ def test_where_the_noises_come_from(draw):
     assert not torch.equal(first, other)
     for given, error, match in (
         ({"noises": [noise]}, ValueError, "noises: expected 2, one between two steps, got 1"),
-        ({"noises": [noise, noise[:1]]}, ValueError, r"noises\[1\]: expected the shape of noise, \(3, 2\), got \(1, 2\)"),
+        (
+            {"noises": [noise, noise[:1]]},
+            ValueError,
+            r"noises\[1\]: expected the shape of noise, \(3, 2\), got \(1, 2\)",
+        ),
         ({"noises": [noise, None]}, TypeError, r"noises\[1\]: expected a tensor, got NoneType"),
         ({"noises": [noise, noise], "generator": seeded()}, ValueError, "generator, noises: expected one of them"),
     ):
@@ -223,8 +227,14 @@ def test_bad_arguments():
         (lambda: sample(net, noise, y, guidance_interval=(0.0, float("nan"))), "guidance_interval: expected a finite"),
         (lambda: sample_gamma(net, noise, y, gamma=1.5), r"gamma: expected a number in \[0, 1\], got 1.5"),
         (lambda: sample_gamma(net, noise, y, rule="no"), "rule: expected 'noise_level', 'time' or 'dmf', got 'no'"),
-        (lambda: sample_sde(net, noise, y, diffusion="no"), "diffusion: expected a function or one of t, sin2, constant"),
-        (lambda: sample_sde(net, noise, y, diffusion=lambda t: -1.0), "diffusion: expected numbers >= 0, got -1.0 at t"),
+        (
+            lambda: sample_sde(net, noise, y, diffusion="no"),
+            "diffusion: expected a function or one of t, sin2, constant",
+        ),
+        (
+            lambda: sample_sde(net, noise, y, diffusion=lambda t: -1.0),
+            "diffusion: expected numbers >= 0, got -1.0 at t",
+        ),
         (lambda: sample_sde(net, noise, y, diffusion_scale=-1.0), "diffusion_scale: expected a number >= 0, got -1.0"),
         (lambda: sample_consistency(net, noise, y, sigma_min=-1.0), "sigma_min: expected a number >= 0, got -1.0"),
         (lambda: sample_consistency(net, noise, y, sigma_min=2.0), "sigma_min: expected at most 1, the noise level of"),
