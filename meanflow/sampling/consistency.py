@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..options import option
 from ..registry import register
 from .renoise import Noises, renoise
-from .sampler import GuidableSteps, Interval, Start, Velocity, check_inputs, started
+from .sampler import MOST, GuidableSteps, Interval, Start, Velocity, check_inputs, started
 from .schedules import schedule_of
 
 
@@ -105,7 +105,7 @@ class ConsistencySteps(GuidableSteps):
         clip: cut every clean image to [-1, 1]
     """
 
-    steps: int = option(2, low=1)
+    steps: int = option(2, low=1, high=MOST)
     sigma_min: float = option(0.0, low=0.0)
     clip: bool = False
 

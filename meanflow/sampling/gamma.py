@@ -15,7 +15,7 @@ from mfkernels.checks import check_number
 from ..options import option
 from ..registry import register
 from .renoise import Noises, renoise
-from .sampler import GuidableSteps, Interval, Start, Velocity, check_inputs, started
+from .sampler import MOST, GuidableSteps, Interval, Start, Velocity, check_inputs, started
 from .schedules import schedule_of
 
 Rule = Literal["noise_level", "time", "dmf"]
@@ -106,7 +106,7 @@ class GammaSteps(GuidableSteps):
         rule: how. noise_level: as CTM; time: as CTM, the share counted in t; dmf: as the program of Decoupled MeanFlow
     """
 
-    steps: int = option(2, low=1)
+    steps: int = option(2, low=1, high=MOST)
     gamma: float = option(0.5, low=0.0, high=1.0)
     rule: Rule = "noise_level"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..options import option
 from ..registry import register
-from .sampler import GuidableSteps, Interval, Start, Velocity, check_inputs, started
+from .sampler import MOST, GuidableSteps, Interval, Start, Velocity, check_inputs, started
 from .schedules import schedule_of
 
 
@@ -67,7 +67,7 @@ class OdeSteps(GuidableSteps):
         method: the ODE solver: euler has one network evaluation a step, heun two
     """
 
-    steps: int = option(50, low=1)
+    steps: int = option(50, low=1, high=MOST)
     method: Literal["heun", "euler"] = "heun"
 
     def draw(

@@ -19,6 +19,7 @@ from .schedules import karras_times, schedule_of, uniform_times
 
 Start = Literal["unit", "scaled", "sphere"]
 Interval = tuple[float, float]
+MOST = 2**20  # steps: their times are a list
 
 
 class Sampling(Protocol):
@@ -120,7 +121,7 @@ class Steps(Options):
 
     sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = None
 
-    steps: int = option(1, low=1)
+    steps: int = option(1, low=1, high=MOST)
     _: KW_ONLY
     schedule: Literal["uniform", "karras"] = "uniform"
     t_start: float = option(1.0, low=0.0, high=1.0, above=True)

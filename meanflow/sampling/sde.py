@@ -16,7 +16,7 @@ from mfkernels.checks import check_number
 from ..options import option
 from ..registry import register
 from .renoise import Noises
-from .sampler import GuidableSteps, Interval, Start, Velocity, check_inputs, started
+from .sampler import MOST, GuidableSteps, Interval, Start, Velocity, check_inputs, started
 from .schedules import schedule_of
 
 Diffusion = Literal["t", "sin2", "constant"]
@@ -44,7 +44,7 @@ def sample_sde(
     noises: Sequence[Tensor] | None = None,
     **conditions: Any,
 ) -> Tensor:
-    """Euler–Maruyama steps of dz = v dt − ½w·score dt + √w dW̄ from t = 1 to 0 (SiT, arXiv 2401.08740, eqs. 5 and 9).
+    """Euler–Maruyama steps of dz = v dt − ½w·score dt + √w dW̄ from t = 1 to 0 (SiT, arXiv 2401.08740, section 2).
 
     v = u(z, t, t), and score = −(z + (1 − t)·v)/t, as E[e|z] = z + (1 − t)·v. Every w(t) >= 0 has the marginals of the
     flow, w = 0 is the flow itself. The last step is deterministic, z − h·v: to t = 0 that is E[x|z]. (SiT's program
@@ -99,7 +99,7 @@ class SdeSteps(GuidableSteps):
         diffusion_scale: factor of it; 0 is the ode sampler with method euler
     """
 
-    steps: int = option(250, low=1)
+    steps: int = option(250, low=1, high=MOST)
     diffusion: Diffusion = "t"
     diffusion_scale: float = option(1.0, low=0.0)
 
