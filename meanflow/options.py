@@ -60,6 +60,7 @@ def choice(
     name: Callable[[Any], str] | None = None,
     methods: Sequence[str] = (),
     kept: Sequence[str] = (),
+    flat: str | None = None,
 ) -> Any:
     """A field that holds a component of a kind of the registry, chosen by its name.
 
@@ -69,16 +70,16 @@ def choice(
         name: the name of a component, where they are not what the registry says.
         methods: what a component has to have.
         kept: fields that keep their values where another component is chosen, if it has them.
+        flat: flat name of the choice, without the prefix of the group that it is in, where it is not the field's.
     """
-    find = partial(_component, kind, methods) if find is None else find
+    find = partial(component_of, kind, methods) if find is None else find
     name = (lambda component: registry.name_of(kind, type(component))) if name is None else name
-    return dataclasses.field(
-        default_factory=default, metadata={"kind": kind, "prefix": prefix, "find": find, "name": name, "kept": kept}
-    )
+    metadata = {"kind": kind, "prefix": prefix, "find": find, "name": name, "kept": kept, "flat": flat}
+    return dataclasses.field(default_factory=default, metadata=metadata)
 
 
-def _component(kind: str, methods: Sequence[str], name: str) -> type[Any]:
-    """The class of that name.
+def component_of(kind: str, methods: Sequence[str], name: str) -> type[Any]:
+    """The class of a component of the registry that is chosen by its name.
 
     Raises:
         UsageError: there is none, or it is no frozen dataclass with these methods.
@@ -154,6 +155,11 @@ def is_group(field: Field[Any]) -> bool:
     return "prefix" in field.metadata
 
 
+def _flat_name(field: Field[Any], prefix: str) -> str:
+    """That of an option, or of a choice."""
+    return prefix + (field.metadata.get("flat") or field.name)
+
+
 def words_of(field: Field[Any]) -> str:
     """The type of a field as it is written."""
     return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
@@ -181,7 +187,7 @@ def options_of(cls: type[Any], base: Any = None, prefix: str = "") -> Iterator[O
         kind = field.metadata.get("kind")
         text = texts.get(field.name, "")
         if kind:
-            yield Option(name, str, field.metadata["name"](value), text, "str", choice=kind)
+            yield Option(_flat_name(field, prefix), str, field.metadata["name"](value), text, "str", choice=kind)
         if is_group(field):
             yield from options_of(type(value), value, prefix + field.metadata["prefix"])
         elif field.init:
@@ -194,7 +200,7 @@ def finders_of(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, Callable
     for field in dataclasses.fields(cls):
         inner = prefix + field.metadata.get("prefix", "")
         if "kind" in field.metadata:
-            yield prefix + field.name, field.metadata["find"], inner
+            yield _flat_name(field, prefix), field.metadata["find"], inner
         if is_group(field):
             yield from finders_of(type(default_of(field)), inner)
 
@@ -205,7 +211,7 @@ def choices_of(cls: type[Any], prefix: str = "") -> Iterator[tuple[str, str, str
         inner = prefix + field.metadata.get("prefix", "")
         if "kind" in field.metadata:
             for word, component in registry.available(field.metadata["kind"], field.metadata["find"]):
-                yield prefix + field.name, word, inner, component
+                yield _flat_name(field, prefix), word, inner, component
                 yield from choices_of(component, inner)
         elif is_group(field):
             yield from choices_of(type(default_of(field)), inner)
@@ -249,15 +255,18 @@ def flattened(cls: type[Any], tree: Mapping[str, Any], prefix: str = "", within:
         field = fields.get(key)
         if field is None and within:
             raise UsageError(f"expected one of {', '.join(fields)}, got {shown(key)}", field=within)
-        if not isinstance(value, Mapping) or field is None or not is_group(field):
+        if field is None:
             _put(values, prefix + key, value)
+            continue
+        if not isinstance(value, Mapping) or not is_group(field):
+            _put(values, _flat_name(field, prefix), value)
             continue
         inner, rest = type(default_of(field)), dict(value)
         if "kind" in field.metadata and "name" in rest:
             word = rest.pop("name")
             if not isinstance(word, str):
-                raise UsageError(f"expected a name, got {shown(word)}", field=prefix + key)
-            _put(values, prefix + key, word)
+                raise UsageError(f"expected a name, got {shown(word)}", field=_flat_name(field, prefix))
+            _put(values, _flat_name(field, prefix), word)
             inner = field.metadata["find"](word)
         for name, one in flattened(inner, rest, prefix + field.metadata["prefix"], key).items():
             _put(values, name, one)
@@ -292,7 +301,7 @@ def build(
     arguments: dict[str, Any] = {}
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        name = prefix + field.name
+        name = _flat_name(field, prefix)
         usual = default_of(field) if default is None else getattr(default, field.name)
         before = usual if base is None else getattr(base, field.name)
         given = values.get(name)
@@ -363,6 +372,9 @@ def _typed(value: Any, kind: Any) -> Any:
         word = "no" if value is False else value
         if word in choices:
             return word
+    elif origin is tuple and choices[1:] == (Ellipsis,):
+        if isinstance(value, list | tuple):
+            return tuple(_typed(item, choices[0]) for item in value)
     elif origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(choices):
             return tuple(_typed(item, one) for item, one in zip(value, choices, strict=True))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
@@ -12,13 +13,13 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from ..errors import UsageError
-from ..options import Option, help_of, options_of
+from ..options import Option, component_of, help_of, options_of
 from ..processes import is_first
-from ..registry import available, find
+from ..registry import available, find, is_code, name_of, names
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluator
-    from ..objectives import Objective
+    from ..training.network import LoadedNetwork
 
 # PyTorch takes two seconds, which a command's help has no use for: what needs it is imported where it is used.
 
@@ -29,6 +30,14 @@ Device = Literal["auto", "cpu", "cuda"]
 
 def parse(cls: type[Any], args: Sequence[str], *, prog: str) -> Any:
     return tyro.cli(cls, args=list(args), prog=f"meanflow {prog}")
+
+
+def flags_of(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags by their names, with the words that follow them, before the parser has checked them."""
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    for flag, word in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if flag.startswith("--"):
+            yield flag.removeprefix("--").replace("-", "_"), word
 
 
 def say(text: str) -> None:
@@ -67,42 +76,74 @@ def given_flags(options: Iterable[Option]) -> Any:
 # --------------------------------------------------------------------------------------------- options of the sampling
 
 
-def sampling_options() -> dict[str, list[tuple[str, Option]]]:
-    """The sampling's options of every objective, by name: the objectives that have one, and what it is there."""
+def sampling_options(named: str | None = None) -> dict[str, list[tuple[str, Option]]]:
+    """The options of every sampler, by name: the samplers that have one, and what it is there.
+
+    Args:
+        named: a further sampler, "package.module:Name".
+    """
+    samplers = dict(available("samplers", lambda word: component_of("samplers", (), word)))
+    for _, (word, cls) in available("objectives", _sampler_of):
+        samplers.setdefault(word, cls)
+    if named is not None and is_code(named):
+        samplers.setdefault(named, component_of("samplers", ("draw",), named))
     found: dict[str, list[tuple[str, Option]]] = {}
-    for name, objective in available("objectives", lambda name: find("objectives", name)()):
-        for option in options_of(type(objective.sampling)):
-            found.setdefault(option.name, []).append((name, option))
+    for word, cls in samplers.items():
+        for option in options_of(cls):
+            found.setdefault(option.name, []).append((word, option))
     return found
 
 
-def with_sampling(cls: type[Any]) -> type[Any]:
-    """A command's options and, as `sampling`, those of every objective's sampling that were given."""
+def _sampler_of(objective: str) -> tuple[str, type[Any]]:
+    """The sampler that an objective has by default, and its name."""
+    cls = type(find("objectives", objective)().sampling)
+    return name_of("samplers", cls), cls
+
+
+def with_sampling(cls: type[Any], args: Sequence[str]) -> type[Any]:
+    """A command's options and, as `sampling`, the name of a sampler and those of its options that were given."""
+    named = next((word for flag, word in flags_of(args) if flag == "sampler"), None)
     kinds: dict[str, Any] = {}
-    for name, several in sampling_options().items():
+    for name, several in sampling_options(named).items():
         kind = several[0][1].kind
-        help = "; ".join(f"{of}: {option.help} (default: {option.default})" for of, option in several)
+        help = _help_of(several)
         kinds[name] = Annotated[kind, tyro.conf.arg(help=help, help_behavior_hint="")]
+    words = ", ".join(names("samplers"))
+    help = f"how images are drawn: {words} (default: the run's own; another one starts from its own defaults)"
+    kinds = {"sampler": Annotated[str, tyro.conf.arg(help=help, help_behavior_hint="")], **kinds}
     flags: Any = TypedDict("sampling", kinds, total=False)  # type: ignore[misc]
     return command(cls, ("sampling", WITHOUT_PREFIX[flags]))
 
 
-def check_sampling(given: Mapping[str, Any], objective: Objective, source: Path) -> dict[str, Any]:
+def _help_of(several: Sequence[tuple[str, Option]]) -> str:
+    """The help of an option of several samplers; what they have in common is said once."""
+    default = {word: "none" if option.default == () else f"{option.default}" for word, option in several}
+    texts: dict[str, list[str]] = {}
+    for word, option in several:
+        texts.setdefault(f"{option.help} (default: {default[word]})", []).append(word)
+    if len(texts) == 1 and len(several) > 1:
+        return next(iter(texts))
+    return "; ".join(f"{', '.join(words)}: {text}" for text, words in texts.items())
+
+
+def check_sampling(given: Mapping[str, Any], loaded: LoadedNetwork) -> dict[str, Any]:
     """What was asked for of a network's sampling.
 
     Raises:
-        UsageError: its objective has no such option.
+        UsageError: its sampler has no such option, or a value is out of its range.
     """
-    own: Any = objective.sampling
-    known = [field.name for field in dataclasses.fields(own)]
+    sampler: Any = loaded.sampling(**({"sampler": given["sampler"]} if "sampler" in given else {}))
+    known = [field.name for field in dataclasses.fields(sampler)]
     for name in given:
-        if name not in known:
+        if name != "sampler" and name not in known:
             others = " or ".join(other for other, _ in sampling_options()[name])
+            of = "" if "sampler" in given else f", the sampler of {loaded.source},"
             raise UsageError(
-                f"expected only with a network trained with --objective {others}; {source} is of another objective and "
-                f"takes {', '.join(known)}",
+                f"expected only with --sampler {others}; {name_of('samplers', type(sampler))}{of} takes "
+                f"{', '.join(known)}",
                 field=name,
             )
+    loaded.sampling(**given)
     return dict(given)
 
 

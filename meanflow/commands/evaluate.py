@@ -53,7 +53,7 @@ class Evaluate:
 
 def evaluate(args: Sequence[str]) -> int:
     """Class accuracy and Frechet distance of a run"""
-    options = parse(with_sampling(Evaluate), args, prog="evaluate")
+    options = parse(with_sampling(Evaluate, args), args, prog="evaluate")
     check_at_least(2, options, "samples")
     check_backend()
     folder = RunFolder(source_of(options.run))
@@ -61,7 +61,7 @@ def evaluate(args: Sequence[str]) -> int:
         raise UsageError(f"expected a run folder such as runs/digits, got {folder.path}", field="run")
     device = device_of(options.device)
     loaded = load_network(folder.path, options.weights, device, trust_code=options.trust_code)
-    sampling = check_sampling(options.sampling, loaded.objective, loaded.source)
+    sampling = check_sampling(options.sampling, loaded)
     standard = loaded.sampling(**sampling) == loaded.objective.sampling
     config, _ = read_config(folder.config, options.trust_code)
     evaluator = config.run.evaluator

@@ -57,14 +57,13 @@ class Sample:
 
 def sample(args: Sequence[str]) -> int:
     """Draw images from a trained network"""
-    options = parse(with_sampling(Sample), args, prog="sample")
+    options = parse(with_sampling(Sample, args), args, prog="sample")
     check_at_least(1, options, "count")
     check_out(options.out)
     check_backend()
     device = device_of(options.device)
     loaded = load_network(source_of(options.run), options.weights, device, trust_code=options.trust_code)
-    sampling = check_sampling(options.sampling, loaded.objective, loaded.source)
-    loaded.sampling(**sampling)  # raises where a value is out of its range
+    sampling = check_sampling(options.sampling, loaded)
     labels = labels_of(options.labels, loaded.class_names)
     channels = loaded.image_shape[0]
     if options.out.suffix != ".npy" and channels not in (1, 3):

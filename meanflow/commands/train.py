@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..recipes import recipe, variant
 from ..registry import is_code, names
 from ..training.folder import RunFolder
 from ..training.run import run_training
-from .common import WITHOUT_PREFIX, Flag, command, given_flags, parse, say, say_report
+from .common import WITHOUT_PREFIX, Flag, command, flags_of, given_flags, parse, say, say_report
 
 _NO_VALUE = ("", "--resume", "--overwrite", "--trust-code", "--trust_code")  # what may stand before a recipe's name
 
@@ -66,7 +65,7 @@ class Start:
 
 def train(args: Sequence[str]) -> int:
     """Train a network"""
-    flags = dict(_words(args))
+    flags = dict(flags_of(args))
     trust: Trust = bool({"--trust-code", "--trust_code"} & set(args)) or {a for a in flags.values() if is_code(a)}
     file = read_values(Path(flags["config"]), trust) if "config" in flags else {}
     preset = file.pop(PRESET, None)
@@ -137,14 +136,6 @@ def _saved_run(word: str | None, given: dict[str, Any], trust: Any, *, overwrite
 # ---------------------------------------------------------------------------------------------------------- the parser
 
 
-def _words(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Flags by their names, with the words that follow them, before the parser has checked them."""
-    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    for flag, word in itertools.zip_longest(words, words[1:], fillvalue=""):
-        if flag.startswith("--"):
-            yield flag.removeprefix("--").replace("-", "_"), word
-
-
 def _given(named: Mapping[str, Any]) -> Any:
     """`Start` with the flags of every component that there is, and of those that are named as code."""
     flags = given_flags([*_every_option(), *_options_of_code(named)])
@@ -180,6 +171,8 @@ def _shown(config: Config) -> Any:
             kind: Any = option.flag or option.kind
             value = value is not False if option.flag is bool else value
             text = option.help or option.name.replace("_", " ")
+            if option.choice is not None and option.name not in GROUPS:
+                text += f": {', '.join(names(option.choice))}"
             options.append((option.name, Annotated[kind, tyro.conf.arg(help=text)], dataclasses.field(default=value)))
         for short, several in TOGETHER.items():
             if set(several) <= _names_of(config, group):

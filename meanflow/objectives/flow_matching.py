@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import OdeSteps
+from ..sampling import OdeSteps, Sampling
 from .objective import Networks, Objective, Terms, check_time_sampler
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -40,7 +40,7 @@ class FlowMatching(Objective):
     norm_p: float = option(0.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="time_")
-    sampling: OdeSteps = group(OdeSteps, prefix="sample_")
+    sampling: Sampling = choice("samplers", OdeSteps, prefix="sample_", methods=("draw",), flat="sampler")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..checks import check_finite, check_velocity
 from ..errors import NetworkError
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import GuidedSteps
+from ..sampling import GuidedSteps, Sampling
 from .objective import Networks, Objective, ObjectiveOutput, Terms, check_time_sampler
 from .rows import Rows, forget_autocast
 from .time_samplers import LogitNormal, TimeSampler
@@ -81,7 +81,7 @@ class ImprovedMeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: GuidedSteps = group(GuidedSteps, prefix="sample_")
+    sampling: Sampling = choice("samplers", GuidedSteps, prefix="sample_", methods=("draw",), flat="sampler")
 
     def __post_init__(self) -> None:
         super().__post_init__()

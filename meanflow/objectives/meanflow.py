@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checks import check_velocity
 from ..errors import UsageError
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling
 from .objective import Networks, Objective, Terms, check_time_sampler
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -53,7 +53,7 @@ class MeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = choice("samplers", FewSteps, prefix="sample_", methods=("draw",), flat="sampler")
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance_interval, Iterable):

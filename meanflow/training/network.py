@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ..files import parse_json, reason, shown
 from ..models import config_of, create_model
 from ..objectives import Objective
 from ..registry import is_code
-from ..sampling import Sampling
+from ..sampling import Sampling, chosen
 from .checkpoint import (
     check_weights,
     cure_for_damage,
@@ -67,27 +66,23 @@ class LoadedNetwork:
             return tuple(self.codec.decode(torch.empty(1, *self.latent_shape)).shape[1:])  # type: ignore[return-value]
 
     def sampling(self, **options: Any) -> Sampling:
-        """How images are drawn, with other values for some of its options.
+        """How images are drawn, with other values for some of its options: `sampler`, the name of another, and its own.
 
         Raises:
-            UsageError: there is no such option, or a value is out of its range.
+            UsageError: there is no such sampler or option, or a value is out of its range.
         """
-        own: Any = self.objective.sampling
-        known = [field.name for field in dataclasses.fields(own)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise UsageError(f"expected {', '.join(known)}, got {unknown[0]}", field="sampling")
-        sampling: Sampling = dataclasses.replace(own, **options)
+        sampling: Sampling = chosen(self.objective.sampling, **options)
         return sampling
 
     @torch.no_grad()
     def generate(self, labels: Tensor, *, seed: int = 0, device: torch.device | str = "cpu", **options: Any) -> Tensor:
-        """Images of the given labels; the noise depends on `seed` alone, not on the device.
+        """Images of the given labels; all that is random depends on `seed` alone, not on the device.
 
         Args:
             labels: (n,) integer labels.
             device: where the network is.
-            options: of the objective's sampling, such as steps=, where they are others than its own.
+            options: of the objective's sampling, such as steps=, where they are others than its own; sampler= names
+                another one, which starts from its own defaults.
 
         Returns:
             (n, C, H, W) float32 on the CPU, not cut to [-1, 1].
@@ -95,12 +90,14 @@ class LoadedNetwork:
         Raises:
             UsageError: the backend that was asked for cannot serve the network.
         """
-        noise = torch.randn(len(labels), *self.latent_shape, generator=generator_for(seed, Stream.SAMPLES))
-        sampling = self.sampling(**options)
+        generator = generator_for(seed, Stream.SAMPLES)
+        noise = torch.randn(len(labels), *self.latent_shape, generator=generator)
+        sampling, net = self.sampling(**options), self.objective.sampled(self.net)
         images = []
         for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
             try:
-                x = self.codec.decode(sampling.draw(self.net, z.to(device), y.to(device)))  # [CHUNK, C, H, W]
+                drawn = sampling.draw(net, z.to(device), y.to(device), generator=generator)  # [CHUNK, C, H, W]
+                x = self.codec.decode(drawn)  # [CHUNK, C, H, W]
             except NotImplementedError as error:
                 raise UsageError(f"this network cannot be served: {error}", field="backend") from error
             images.append(x.float().cpu())
