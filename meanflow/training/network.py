@@ -96,11 +96,11 @@ class LoadedNetwork:
             UsageError: the backend that was asked for cannot serve the network.
         """
         noise = torch.randn(len(labels), *self.latent_shape, generator=generator_for(seed, Stream.SAMPLES))
-        sampling = self.sampling(**options)
+        sampling, net = self.sampling(**options), self.objective.sampled(self.net)
         images = []
         for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
             try:
-                x = self.codec.decode(sampling.draw(self.net, z.to(device), y.to(device)))  # [CHUNK, C, H, W]
+                x = self.codec.decode(sampling.draw(net, z.to(device), y.to(device)))  # [CHUNK, C, H, W]
             except NotImplementedError as error:
                 raise UsageError(f"this network cannot be served: {error}", field="backend") from error
             images.append(x.float().cpu())
