@@ -25,6 +25,7 @@ from .dit import (
 )
 from .factory import config_of, create_model
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
+from .tarflow import TarFlow, patchify, unpatchify
 
 __all__ = [
     "Affine",
@@ -51,7 +52,10 @@ __all__ = [
     "IMFDiT_L_2",
     "IMFDiT_M_2",
     "IMFDiT_XL_2",
+    "TarFlow",
     "config_of",
     "create_model",
     "gaussian_average_velocity",
+    "patchify",
+    "unpatchify",
 ]

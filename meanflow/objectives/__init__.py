@@ -4,6 +4,7 @@ from .draws import Draws
 from .flow_matching import FlowMatching
 from .forms import EDM, AverageVelocity, DataPrediction, Form, ScaledVelocity, Shortcut, TrigFlow
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
+from .likelihood import LikelihoodOutput, NoisyFlow, TarFlowLikelihood, TarFlowSampler, density, score
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
 from .path import Angle, Clock, Cosine, LinearPath, NoiseLevel
@@ -23,6 +24,7 @@ __all__ = [
     "Form",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowOutput",
+    "LikelihoodOutput",
     "LinearPath",
     "LogitNormal",
     "Loss",
@@ -30,14 +32,19 @@ __all__ = [
     "Net",
     "Networks",
     "NoiseLevel",
+    "NoisyFlow",
     "Objective",
     "ObjectiveOutput",
     "Rows",
     "ScaledVelocity",
     "Shortcut",
+    "TarFlowLikelihood",
+    "TarFlowSampler",
     "Terms",
     "TimeSampler",
     "TrigFlow",
     "Uniform",
     "adaptive_error",
+    "density",
+    "score",
 ]
