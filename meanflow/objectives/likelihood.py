@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_floating, check_label_range, check_labels, check_velocity
 from ..errors import NetworkError
-from ..models.tarflow import Guided
 from ..options import Options, group, option
 from ..registry import register
 from .draws import Draws
@@ -96,7 +95,7 @@ class TarFlowSampler(Options):
 
     guidance_scale: float = option(1.0, low=0.0)
     annealed: bool = True
-    guide: Guided = "ab"
+    guide: Literal["ab", "a", "b"] = "ab"
     attention_temperature: float = option(1.0, low=0.0, above=True)
     denoise: bool = True
 
