@@ -77,6 +77,60 @@ def _from_flax(flat: Mapping[str, Any], model: str) -> dict[str, Tensor]:
     return state
 
 
+_TARFLOW_NAMES = (
+    (r"^(blocks\.\d+\.)attn_blocks\.(\d+)\.", r"\1layers.\2."),
+    (r"\.attention\.norm\.", ".norm1."),
+    (r"\.attention\.(qkv|proj)\.", r".attn.\1."),
+    (r"\.mlp\.norm\.", ".norm2."),
+    (r"\.mlp\.main\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.main\.2\.", ".mlp.fc2."),
+)
+_TARFLOW_LEAVES = re.compile(
+    r"blocks\.\d+\.(pos_embed|class_embed|(proj_in|proj_out|layers\.\d+\.(norm1|norm2|attn\.(qkv|proj)|mlp\.fc[12]))"
+    r"\.(weight|bias))"
+)
+
+
+def tarflow_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The TarFlow authors' PyTorch weights as a state dict of `TarFlow`.
+
+    Args:
+        state: names to tensors or arrays, such as "blocks.0.attn_blocks.1.attention.qkv.weight" (out, in); wrappers'
+            prefixes as in `load_dit`. "var" (N, C·p·p) is the prior's variance, which `TarFlow(nvp=False)` holds as its
+            logarithm; the prior of a network with nvp has none, and its ones are left out.
+
+    Returns:
+        State dict in the dtypes of `state`.
+
+    Raises:
+        ValueError: a name or shape is not of a TarFlow, or a variance is not positive; the message says which.
+    """
+    ours: dict[str, Tensor] = {}
+    for theirs, value in unwrapped(state).items():
+        a = torch.as_tensor(value).detach()
+        name = plain_name(theirs)
+        for pattern, replacement in _TARFLOW_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name == "var":
+            if a.ndim != 2 or not bool((a > 0).all()):
+                raise ValueError(f"var: expected positive variances of shape (N, C·p·p), got shape {tuple(a.shape)}")
+            ours["log_var"] = a.log()  # [N, C·p·p]
+        elif not _TARFLOW_LEAVES.fullmatch(name):
+            raise ValueError(f"{theirs}: not a weight of a TarFlow")
+        elif name.endswith("class_embed"):
+            if a.ndim != 3 or a.shape[1] != 1:
+                raise ValueError(f"{theirs}: expected shape (K, 1, D), got {tuple(a.shape)}")
+            ours[name] = a[:, 0]  # [K, D]
+        else:
+            ours[name] = a
+    if "blocks.0.proj_out.weight" not in ours:
+        raise ValueError("state: expected blocks.0.proj_out.weight among the names of a TarFlow")
+    scaled = ours["blocks.0.proj_out.weight"].shape[0] == 2 * ours["blocks.0.proj_in.weight"].shape[1]
+    if scaled:
+        ours.pop("log_var", None)
+    return ours
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What `load_dit` did: loaded, missing (of the model, kept as they were), left over (of the file), wrong_shape."""

@@ -26,6 +26,7 @@ from .dit import (
 from .dmf_dit import DMFDiT
 from .factory import config_of, create_model
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
+from .tarflow import TarFlow, patchify, unpatchify
 
 __all__ = [
     "Affine",
@@ -53,7 +54,10 @@ __all__ = [
     "IMFDiT_L_2",
     "IMFDiT_M_2",
     "IMFDiT_XL_2",
+    "TarFlow",
     "config_of",
     "create_model",
     "gaussian_average_velocity",
+    "patchify",
+    "unpatchify",
 ]

@@ -19,6 +19,7 @@ from .flow_matching import FlowMatching
 from .forms import EDM, AverageVelocity, DataPrediction, Form, ScaledVelocity, Shortcut, TrigFlow
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
 from .inductive_moment_matching import InductiveMomentMatching
+from .likelihood import LikelihoodOutput, NoisyFlow, TarFlowLikelihood, TarFlowSampler, density, score
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
 from .path import Angle, Clock, Cosine, Linear, LinearPath, NoiseLevel
@@ -58,6 +59,7 @@ __all__ = [
     "InductiveMomentMatching",
     "LagrangianDistillation",
     "LagrangianSelfDistillation",
+    "LikelihoodOutput",
     "Linear",
     "LinearPath",
     "LogVariance",
@@ -67,6 +69,7 @@ __all__ = [
     "Net",
     "Networks",
     "NoiseLevel",
+    "NoisyFlow",
     "Objective",
     "ObjectiveOutput",
     "PixelMeanFlow",
@@ -78,10 +81,14 @@ __all__ = [
     "Shortcut",
     "ShortcutModel",
     "SplitMeanFlow",
+    "TarFlowLikelihood",
+    "TarFlowSampler",
     "TerminalVelocityMatching",
     "Terms",
     "TimeSampler",
     "TrigFlow",
     "Uniform",
     "adaptive_error",
+    "density",
+    "score",
 ]
