@@ -181,13 +181,14 @@ class Trainer:
             before = state["model"].get("config", {}).get(name, here)
             if before != here:
                 raise UsageError(f"data: {path} was trained with {name} {before}, and {self.data.name} has {here}")
-        for part, what, of in (
-            ("learned", "learned parameters", "module for them"),
-            ("target", "averaged copy of the network for targets", "use of one"),
+        for part, what, needed in (
+            ("learned", "learned parameters", "has a module for them"),
+            ("target", "averaged copy of the network for targets", "needs one"),
         ):
-            if bool(getattr(saved, part)) != bool(getattr(held, part)):
-                has, needs = ("no ", "") if getattr(held, part) else ("", "no ")
-                raise UsageError(f"{path} has {has}{what}, and this objective has {needs}{of}", field="objective")
+            if getattr(held, part) and not getattr(saved, part):
+                raise UsageError(f"{path} has no {what}, and this objective {needed}", field="objective")
+            if getattr(saved, part) and not getattr(held, part):
+                raise UsageError(f"{path} has {what}, for which this objective has no use", field="objective")
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments

@@ -53,7 +53,7 @@ def networks_beside(
         loaded = _teacher(config, data, TEACHERS[role], trust_code)
         if config.run.precision == "bf16-weights":
             in_bfloat16(loaded.net)
-        _fix(loaded.net, config, accelerator)
+        fixed(loaded.net, config, accelerator)
         teachers[role] = loaded.objective.sampled(loaded.net)
     return Networks(ema=target, learned=learned, **teachers)
 
@@ -67,7 +67,7 @@ def _target(config: Config, data: ImageData, model: nn.Module, accelerator: Acce
         )
     target = config.network(data)
     target.load_state_dict(model.state_dict())
-    _fix(target, config, accelerator)
+    fixed(target, config, accelerator)
     return target
 
 
@@ -94,7 +94,7 @@ def _teacher(config: Config, data: ImageData, field: str, trust_code: Trust) -> 
     return loaded
 
 
-def _fix(net: nn.Module, config: Config, accelerator: Accelerator) -> None:
+def fixed(net: nn.Module, config: Config, accelerator: Accelerator) -> None:
     """Make a network one that is evaluated only, in place."""
     net.requires_grad_(False).eval()
     blocks, count = len(transformer_blocks(net)), config.run.checkpoint_blocks
