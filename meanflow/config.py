@@ -81,6 +81,8 @@ class Run(Options):
         precision: auto: bf16 on a GPU that has it, else no. no: float32. tf32: its products on tensor cores. bf16,
             fp16: autocast. bf16-weights: weights and optimiser too
         init: safetensors file of weights to start from (see meanflow convert); None: random
+        teacher, weak_teacher: pretrained networks that some objectives learn from: a run, a checkpoint or a weight
+            file; of a run the averages of its newest checkpoint
         name: the run folder is runs/NAME under the working directory
         seed: of weights, data order and every draw
         log_every: steps between lines of log.jsonl
@@ -101,6 +103,8 @@ class Run(Options):
     cuda_graphs: Literal["auto"] | bool = option("auto", flag=bool)
     precision: Literal["auto", "no", "tf32", "bf16", "bf16-weights", "fp16"] = "auto"
     init: str | None = None
+    teacher: str | None = None
+    weak_teacher: str | None = None
     name: str = "default"
     seed: int = option(0, low=0)
     log_every: int = option(20, low=1)

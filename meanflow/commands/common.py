@@ -159,11 +159,9 @@ def check_at_least(least: int, options: Any, *fields: str) -> None:
 
 def source_of(text: str) -> Path:
     """A run folder, checkpoint or file at that path, or else the run of that name under runs/."""
-    from ..config import RUNS
+    from ..training import network
 
-    path = Path(text)
-    there = path.is_file() or (path / "checkpoints").is_dir() or (path / "state.json").is_file()
-    return RUNS / text if not there and (RUNS / text).is_dir() else path
+    return network.source_of(text)
 
 
 def device_of(name: str) -> str:

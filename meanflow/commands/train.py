@@ -94,7 +94,7 @@ def train(args: Sequence[str]) -> int:
         parse(_shown(config), ["--help"], prog="train")
     folder = RunFolder.named(config.run.name)
     check_code(words_in(config.to_dict()), asked.config or folder.config, trust)
-    result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite)
+    result = run_training(config, preset=preset, resume=asked.resume, overwrite=asked.overwrite, trust_code=trust)
     if result.signal is not None:
         say(
             f"Stopped by {signal.Signals(result.signal).name} after step {result.step} of {config.optim.steps}; "

@@ -4,7 +4,8 @@
                               ema.safetensors         averaged weights, float32
                               optimizer.safetensors   AdamW's moments, one tensor per parameter and moment
                               learned.safetensors     parameters of the objective, if it has any
-                              shards/                 under FSDP2, instead of the last two: all of these tensors,
+                              target.safetensors      averaged copy of the network that makes targets, if there is one
+                              shards/                 under FSDP2, instead of the last three: all of these tensors,
                                                       written by torch.distributed.checkpoint, each process's shards in
                                                       a file of its own
                               state.json              step, model, timing, checksums of the others; written last
@@ -43,7 +44,8 @@ from .state import check_files, checksum, has_file, load_state, save_state
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
 T = TypeVar("T")
-_PARTS = ("model", "ema", "optimizer", "learned")  # of a checkpoint
+_PARTS = ("model", "ema", "optimizer", "learned", "target")  # of a checkpoint
+_OF_OBJECTIVE = ("learned", "target")  # those that some objectives have
 _WHOLE = ("model", "ema")  # those that are written as whole tensors in any case, so that a network can be loaded
 _NETWORK, _LEARNED = "net.", "learned."  # where parameters are in a `TrainingLoss`
 
@@ -57,6 +59,7 @@ class Checkpoint:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    target: Mapping[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -227,8 +230,7 @@ def _written(path: Path, state: Mapping[str, Any]) -> list[str]:
     """The parts of a checkpoint that are files of their own."""
     if shards.folder_of(path) is not None:
         return list(_WHOLE)
-    learned = has_file(path, state, "learned.safetensors")
-    return [part for part in _PARTS if part != "learned" or learned]
+    return [part for part in _PARTS if part not in _OF_OBJECTIVE or has_file(path, state, f"{part}.safetensors")]
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:

@@ -99,17 +99,23 @@ class CudaGraph:
 class StepGraph:
     """`step` as a CUDA graph. The first calls run it as it is, the next one records it, and all from then on replay it.
 
+    Where the phase of the draws changes, it begins anew: other formulas run other kernels.
+
     Args:
         step: (x, y, draws) -> a tensor. It reads nothing on the host and draws nothing but from PyTorch's default
             generator, which may be seeded before a call. What else it changes or reads stays in the same memory.
     """
 
     def __init__(self, step: Step) -> None:
-        self.step, self.calls = step, 0
-        self.graph = CudaGraph()
+        self.step = step
+        self.phase: str | None = None
+
+    def _begin(self, phase: str) -> None:
+        self.phase, self.calls = phase, 0
         self.inputs: dict[str, Tensor] = {}
         self.rows = 0
         self.result = torch.empty(0)
+        self.graph = CudaGraph()  # in the place of the one before, whose memory is free from here on
 
     def __call__(self, x: Tensor, y: Tensor, draws: Draws) -> Tensor:
         """What `step` returns, in memory of its own.
@@ -118,6 +124,8 @@ class StepGraph:
             ValueError: an argument has not the shape, dtype or device that was recorded.
             UsageError: the step cannot be recorded.
         """
+        if draws.phase != self.phase:
+            self._begin(draws.phase)
         self.calls += 1
         if self.calls <= WARM_UP:
             return self.graph.warm_up(lambda: self.step(x, y, draws))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +16,12 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from ..checks import check_backend
-from ..config import Config
+from ..config import Config, Trust
 from ..data import ImageData, StepOrder, Stream, generator_for, micro_batches
 from ..data.order import mix, shard
 from ..errors import NetworkError, TrainingError, UsageError
 from ..models import config_of
-from ..objectives import Draws, Networks
+from ..objectives import Draws
 from .checkpoint import (
     Checkpoint,
     check_tensors,
@@ -36,11 +36,12 @@ from .checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from .ema import EMA
+from .ema import EMA, TargetEMA
 from .folder import RunFolder
 from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
-from .parallel import checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
+from .networks import networks_beside
+from .parallel import check_parts, checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
 from .schedule import learning_rate
 from .signals import StopSignals
 from .state import check_scaler, load_state
@@ -78,9 +79,10 @@ class Trainer:
         folder: the run folder; nothing is written before `run`.
         accelerator: from `make_accelerator`.
         on_samples: called with (net, step), in the main process, when a sample grid is due; `net` holds the averages.
+        trust_code: code that the files of a teacher may name, see `load_network`.
 
     Raises:
-        UsageError: the configuration does not fit the data or the machine.
+        UsageError: the configuration does not fit the data or the machine, or a teacher the data.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Trainer:
         folder: RunFolder,
         accelerator: Accelerator,
         on_samples: Callable[[nn.Module, int], None] | None = None,
+        trust_code: Trust = False,
     ) -> None:
         self.auto_precision = config.run.precision == "auto"
         self.config = config = settled(config, accelerator.device)
@@ -104,9 +107,10 @@ class Trainer:
         if config.run.precision == "bf16-weights":
             in_bfloat16(self.model)
         checkpoint_blocks(self.model, config.run.checkpoint_blocks)
-        self._check_parts()
-        self.learned = self.objective.learned_module()
-        self.loss_of = training_loss(self.model, self.objective, config, accelerator, self.learned)
+        check_parts(config, accelerator.num_processes)
+        self.nets = networks_beside(config, data, self.model, accelerator, trust_code)
+        self.learned, self.target = self.nets.learned, cast("nn.Module | None", self.nets.ema)
+        self.loss_of = training_loss(self.model, self.objective, config, accelerator, self.nets)
         self.parameters = [p for p in self.loss_of.parameters() if p.requires_grad]
         self.recorded = is_recorded(config, accelerator)
         self.update: Step = self._update  # or a recording of it, within `run`
@@ -123,37 +127,25 @@ class Trainer:
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.optim.ema_decay, recordable=recordable)
+        self.averages = [self.ema]
+        if self.target is not None:
+            self.averages.append(TargetEMA(self.target, self.objective.target_decay, recordable=recordable))
         self._check_backends()
         self.order = StepOrder(len(data.train), config.optim.batch_size, config.run.seed)
         self.step = 0
         self.seconds = 0.0
 
-    def _check_parts(self) -> None:
-        parts = self.config.optim.accumulate * self.accelerator.num_processes
-        ratio = self.objective.ratio
-        rows = round(self.config.optim.batch_size * ratio)
-        if ratio > 0.0 and rows == 0:
-            raise UsageError(
-                f"ratio, batch_size: a share of {ratio:g} of {self.config.optim.batch_size} samples is none; expected "
-                "one with r != t at least, or ratio 0"
-            )
-        if rows % parts != 0:
-            raise UsageError(
-                f"ratio, batch_size: {rows} of the batch's {self.config.optim.batch_size} samples have r != t; "
-                f"expected a multiple of {parts} ({self.accelerator.num_processes} processes × accumulate = "
-                f"{self.config.optim.accumulate}), so that each part has as many"
-            )
-
     def _check_backends(self) -> None:
-        """Run four samples through the loss and its gradient, so that a backend that cannot serve an op raises now."""
+        """Run some samples through the loss and its gradient, so that a backend that cannot serve an op raises now."""
         check_backend()
         device = self.accelerator.device
-        x = torch.zeros(4, *self.shape, device=device)  # [4, C, H, W]
-        y = torch.zeros(4, dtype=torch.long, device=device)
+        n = math.lcm(4, self.objective.group)
+        x = torch.zeros(n, *self.shape, device=device)  # [n, C, H, W]
+        y = torch.zeros(n, dtype=torch.long, device=device)
         try:
             self.objective.check_network(self.model)
             draws = self.objective.draw(x.shape, generator=torch.Generator(device), device=device)
-            loss = self.objective.loss(self.model, x, y, draws, Networks(learned=self.learned)).loss
+            loss = self.objective.loss(self.model, x, y, draws, self.nets).loss
             if is_sharded(self.config, self.accelerator):
                 loss.backward()
                 self.optimizer.zero_grad()
@@ -189,11 +181,14 @@ class Trainer:
             before = state["model"].get("config", {}).get(name, here)
             if before != here:
                 raise UsageError(f"data: {path} was trained with {name} {before}, and {self.data.name} has {here}")
-        if bool(saved.learned) != bool(held.learned):
-            has, needs = ("no ", "") if held.learned else ("", "no ")
-            raise UsageError(
-                f"{path} has {has}learned parameters, and this objective has {needs}module for them", field="objective"
-            )
+        for part, what, needed in (
+            ("learned", "learned parameters", "has a module for them"),
+            ("target", "averaged copy of the network for targets", "needs one"),
+        ):
+            if getattr(held, part) and not getattr(saved, part):
+                raise UsageError(f"{path} has no {what}, and this objective {needed}", field="objective")
+            if getattr(saved, part) and not getattr(held, part):
+                raise UsageError(f"{path} has {what}, for which this objective has no use", field="objective")
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
@@ -205,6 +200,8 @@ class Trainer:
         self.ema.load(saved.ema)
         if self.learned is not None:
             load_weights(self.learned, saved.learned, path / "learned.safetensors")
+        if self.target is not None:
+            load_weights(self.target, saved.target, path / "target.safetensors")
         load_optimizer_tensors(self.loss_of, self.optimizer.optimizer, saved.optimizer)
         if self.accelerator.scaler is not None and state.get("scaler"):
             check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
@@ -220,8 +217,13 @@ class Trainer:
         """
         saved = self._held(seconds)
         averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
-        learned = {} if self.learned is None else {f"learned {n}": p for n, p in self.learned.named_parameters()}
-        bad = not_finite({**dict(self.model.named_parameters()), **averages, **learned, **saved.optimizer})
+        others = {
+            f"{word} {name}": p
+            for word, module in (("learned", self.learned), ("target", self.target))
+            if module is not None
+            for name, p in module.named_parameters()
+        }
+        bad = not_finite({**dict(self.model.named_parameters()), **averages, **others, **saved.optimizer})
         if bad:  # a step whose loss and gradient were finite can still lead there
             raise self._stopped(f"{bad[0]} is not finite after step {self.step}")
         if saved.sharded or self.accelerator.is_main_process:
@@ -253,6 +255,7 @@ class Trainer:
             ema=self._averaged_state(),
             optimizer=optimizer_tensors(self.loss_of, self.optimizer.optimizer),
             learned={} if self.learned is None else self.learned.state_dict(),
+            target={} if self.target is None else self.target.state_dict(),
             state=state,
         )
 
@@ -404,7 +407,8 @@ class Trainer:
         rate = learning_rate(self.step, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.lr is None else self.lr.fill_(rate)
-        self.ema.set_step(self.step)
+        for average in self.averages:
+            average.set_step(self.step)
         flips = self.order.flips(self.step) if config.data.flip else None
         figures = torch.zeros(2 + len(self.objective.metrics), device=accelerator.device)
         draws = self._draws()
@@ -444,7 +448,8 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             if accelerator.sync_gradients:
-                self.ema.take(self.model)
+                for average in self.averages:
+                    average.take(self.model)
         return torch.stack([*(mean / self.config.optim.accumulate for mean in means), norm])
 
     def _draws(self) -> Draws:

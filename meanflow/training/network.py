@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import Codec, Pixels
-from ..config import Trust, check_code, words_in
+from ..config import RUNS, Trust, check_code, words_in
 from ..data import Stream, generator_for
 from ..errors import UsageError
 from ..files import parse_json, reason, shown
@@ -214,6 +214,13 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
         before = model["config"].get(name, value)
         if before != value:
             raise UsageError(f"{path} holds another model's weights: expected {before}, got {value}", field=name)
+
+
+def source_of(text: str) -> Path:
+    """A run folder, checkpoint or file at that path, or else the run of that name under runs/."""
+    path = Path(text)
+    there = path.is_file() or (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+    return RUNS / text if not there and (RUNS / text).is_dir() else path
 
 
 def find_checkpoint(source: Path) -> Path:

@@ -20,6 +20,7 @@ from ..objectives import Draws, Loss, Networks, Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -30,15 +31,17 @@ BLOCKS = "blocks are what its ModuleLists hold, or Sequentials of one class"
 class TrainingLoss(nn.Module):
     """The objective of a network as one module: what DDP wraps, and what the compiler takes whole.
 
-    learned: the objective's own module, see `Objective.learned_module`.
+    Its parameters and its state are the network's and those of `nets.learned`. The other networks of `nets`, whose
+    parameters are fixed in a step, are no submodules of it, so that nothing exchanges or steps them.
     """
 
-    def __init__(self, net: nn.Module, objective: Objective, learned: nn.Module | None = None) -> None:
+    def __init__(self, net: nn.Module, objective: Objective, nets: Networks) -> None:
         super().__init__()
-        self.net, self.objective, self.learned = net, objective, learned
+        self.net, self.objective, self.learned = net, objective, nets.learned
+        self.nets = nets  # a tuple, in which nn.Module looks for no submodules
 
     def forward(self, x: Tensor, y: Tensor, draws: Draws) -> Loss:
-        return self.objective.loss(self.net, x, y, draws, Networks(learned=self.learned))
+        return self.objective.loss(self.net, x, y, draws, self.nets)
 
 
 class ShardedLoss(TrainingLoss):
@@ -63,6 +66,30 @@ def settled(config: Config, device: torch.device) -> Config:
         return config
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return dataclasses.replace(config, run=dataclasses.replace(config.run, precision="bf16" if bf16 else "no"))
+
+
+def check_parts(config: Config, processes: int) -> None:
+    """Raise unless the batch can be cut into equal parts for the processes and what each of them accumulates."""
+    batch, accumulate, objective = config.optim.batch_size, config.optim.accumulate, config.objective
+    parts = accumulate * processes
+    of = f"({processes} processes × accumulate = {accumulate})"
+    rows = round(batch * objective.ratio)
+    if objective.ratio > 0.0 and rows == 0:
+        raise UsageError(
+            f"ratio, batch_size: a share of {objective.ratio:g} of {batch} samples is none; expected one with r != t "
+            "at least, or ratio 0"
+        )
+    if rows % parts != 0:
+        raise UsageError(
+            f"ratio, batch_size: {rows} of the batch's {batch} samples have r != t; expected a multiple of {parts} "
+            f"{of}, so that each part has as many"
+        )
+    if batch % (parts * objective.group) != 0:
+        raise UsageError(
+            f"expected a multiple of {parts * objective.group}, {objective.group} samples that belong together in each "
+            f"of {parts} parts {of}, got {batch}",
+            field="batch_size",
+        )
 
 
 def is_sharded(config: Config, accelerator: Accelerator) -> bool:
@@ -116,57 +143,97 @@ def training_loss(
     objective: Objective,
     config: Config,
     accelerator: Accelerator,
-    learned: nn.Module | None = None,
+    nets: Networks | None = None,
 ) -> nn.Module:
     """(x, y, draws) -> Loss over all processes, `model` on its device and in the run's precision.
 
-    `learned` is the objective's own module, which stays in float32.
+    `nets` are the networks beside it. `nets.learned` is put on the device and stays in float32; the others are there
+    already, see `place_network`.
 
-    DDP wraps the whole objective, so that it exchanges gradients once a step whatever the objective evaluates. FSDP2
-    gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway, they are
-    rounded before they travel, and gradients are summed in float32. What is outside of the blocks travels in float32.
+    DDP wraps the whole objective, so that it exchanges gradients once a step whatever the objective evaluates.
 
     `compile` makes one graph of the whole objective; under FSDP2, whose gathering is no part of a graph, one of each
     block.
     """
-    sharded = is_sharded(config, accelerator)
-    # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the shards to the device itself
-    accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
-    if learned is not None and not sharded:
-        learned.to(accelerator.device)
-    if sharded:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    nets = Networks() if nets is None else nets
+    place_network(model, config, accelerator)
+    if is_sharded(config, accelerator):
+        from torch.distributed.fsdp import fully_shard
 
-        for name, parameter in (*model.named_parameters(), *([] if learned is None else learned.named_parameters())):
-            if parameter.ndim == 0:
-                raise UsageError(
-                    f"strategy: fsdp cuts parameters along their first dimension, and {name} is a single number; make "
-                    "it of shape (1,)"
-                )
-        blocks = transformer_blocks(model)
-        if config.run.compile and not blocks:
-            raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {BLOCKS}")
-        for block in blocks:
-            if config.run.compile:
-                compile_forward(block, config.run)
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        half = AUTOCAST.get(config.run.precision)
-        wide = None if config.run.precision in ("no", "tf32") else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=wide, cast_forward_inputs=False)
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False))
-        if learned is not None:
-            fully_shard(learned, mesh=mesh)
-        return ShardedLoss(model, objective, learned)
-    loss = TrainingLoss(model, objective, learned)
+        if nets.learned is not None:
+            _check_cut(nets.learned)
+            fully_shard(nets.learned, mesh=_mesh(accelerator))
+        return ShardedLoss(model, objective, nets)
+    if nets.learned is not None:
+        nets.learned.to(accelerator.device)
+    loss = TrainingLoss(model, objective, nets)
     if config.run.compile:
         compile_forward(loss, config.run)
     if accelerator.num_processes == 1:
         return loss
     device = accelerator.device
     return DistributedDataParallel(loss, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def place_network(model: nn.Module, config: Config, accelerator: Accelerator) -> None:
+    """Put a network on the run's device and in its precision, in place; under FSDP2 each process keeps its shard.
+
+    FSDP2 gathers each block as it is needed: where autocast rounds a block's weights for its matrix products anyway,
+    they are rounded before they travel, and gradients are summed in float32. What is outside of the blocks travels in
+    float32.
+    """
+    sharded = is_sharded(config, accelerator)
+    # evaluation_mode: autocast inside, no wrapper. FSDP2 moves the shards to the device itself
+    accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
+    if not sharded:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    _check_cut(model)
+    blocks = transformer_blocks(model)
+    if config.run.compile and not blocks:
+        raise UsageError(f"compile: under fsdp it compiles blocks, and {type(model).__name__} has none: {BLOCKS}")
+    for block in blocks:
+        if config.run.compile:
+            compile_forward(block, config.run)
+    mesh = _mesh(accelerator)
+    half = AUTOCAST.get(config.run.precision)
+    wide = None if config.run.precision in ("no", "tf32") else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=wide, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
+    if any(p.requires_grad for p in model.parameters()):
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    else:  # no backward of its own gives up what the forward gathered
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _mesh(accelerator: Accelerator) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
+def _check_cut(module: nn.Module) -> None:
+    """Raise where FSDP2 cannot shard a parameter."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise UsageError(
+                f"strategy: fsdp cuts parameters along their first dimension, and {name} is a single number; make it "
+                "of shape (1,)"
+            )
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up what FSDP2 gathered of a network; up to torch 2.7 its outermost group is kept after a forward."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def compile_forward(module: nn.Module, run: Run) -> None:

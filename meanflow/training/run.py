@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from ..config import Config, words_in
+from ..config import Config, Trust, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
 from ..files import write_text
@@ -46,7 +46,7 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
         for name, value in after.items()
         if name != "name" and name in before and value != before[name]
     }
-    for name in ("data", *config.data.located(), "codec", "objective", "init"):
+    for name in ("data", *config.data.located(), "codec", "objective", "init", "teacher", "weak_teacher"):
         if name in changes:
             now, then = changes[name]
             of_data = name == "data" or name in config.data.located()
@@ -59,7 +59,12 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def run_training(
-    config: Config, *, preset: str | None = None, resume: bool = False, overwrite: bool = False
+    config: Config,
+    *,
+    preset: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_code: Trust = False,
 ) -> TrainResult:
     """Train, and leave config.yaml, log.jsonl, loss.png, samples.png, report.json and checkpoints/ in the run folder.
 
@@ -68,6 +73,7 @@ def run_training(
         preset: what its values started from, noted in config.yaml. A resumed run keeps its own.
         resume: go on from the newest checkpoint in the run folder.
         overwrite: replace the run folder.
+        trust_code: code that the files of a teacher may name besides that of the configuration, see `load_network`.
 
     Raises:
         UsageError: something does not fit; a run folder is created or replaced only after every check has passed.
@@ -78,7 +84,7 @@ def run_training(
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         with tensor_float32(config.run.precision == "tf32"):
-            return _run_training(config, preset=preset, resume=resume, overwrite=overwrite)
+            return _run_training(config, trust_code, preset=preset, resume=resume, overwrite=overwrite)
     finally:
         torch.set_num_threads(threads)
 
@@ -104,7 +110,9 @@ def tensor_float32(allowed: bool) -> Iterator[None]:
         cudnn.allow_tf32 = convolutions
 
 
-def _run_training(config: Config, *, preset: str | None, resume: bool, overwrite: bool) -> TrainResult:
+def _run_training(
+    config: Config, trust_code: Trust, *, preset: str | None, resume: bool, overwrite: bool
+) -> TrainResult:
     started = time.perf_counter()
     folder = RunFolder.named(config.run.name)
     code = set(words_in(config.to_dict()))  # that the caller has named
@@ -115,7 +123,9 @@ def _run_training(config: Config, *, preset: str | None, resume: bool, overwrite
     try:
         with owned_by_all(folder.path, accelerator):
             checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
-            return _run_owned(config, folder, checkpoint, accelerator, started, preset=preset, overwrite=overwrite)
+            return _run_owned(
+                config, folder, checkpoint, accelerator, started, trust_code, preset=preset, overwrite=overwrite
+            )
     finally:
         _keep_process_group()
         accelerator.end_training()  # closes TensorBoard and the process group
@@ -143,6 +153,7 @@ def _run_owned(
     checkpoint: Path | None,
     accelerator: Accelerator,
     started: float,
+    trust_code: Trust,
     *,
     preset: str | None,
     overwrite: bool,
@@ -164,7 +175,7 @@ def _run_owned(
         save_samples(drawn, folder.samples, seed=config.run.seed, device=accelerator.device)
 
     fresh = config if checkpoint is None else config.replace(init=None)  # a checkpoint has all weights
-    trainer = Trainer(fresh, data, folder, accelerator, on_samples)
+    trainer = Trainer(fresh, data, folder, accelerator, on_samples, _trusted(config, trust_code))
     if checkpoint is not None:
         trainer.resume(checkpoint)
         # as if the sessions had followed without a break
@@ -189,6 +200,13 @@ def _run_owned(
                 print(data.left_out.summary(), file=sys.stderr, flush=True)
         accelerator.wait_for_everyone()
         return result
+
+
+def _trusted(config: Config, trust_code: Trust) -> Trust:
+    """What files may name: the code that the configuration names, and what is trusted besides."""
+    if isinstance(trust_code, bool):
+        return trust_code or set(words_in(config.to_dict()))
+    return {*words_in(config.to_dict()), *([trust_code] if isinstance(trust_code, str) else trust_code)}
 
 
 def _begin(

@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import target_objectives
 import torch
 from accelerate.state import AcceleratorState
 from recorded import NotRecordable, Recordable, Recording
@@ -80,7 +81,7 @@ def figures(name):
 
 def saved(name):
     newest = list_checkpoints(Path("runs") / name / "checkpoints")[-1]
-    files = {file: load_file(newest / f"{file}.safetensors") for file in ("model", "ema", "optimizer")}
+    files = {path.stem: load_file(path) for path in newest.glob("*.safetensors")}
     return {(file, key): value for file, tensors in files.items() for key, value in tensors.items()}
 
 
@@ -123,6 +124,45 @@ def test_a_recorded_run_in_half_precision_is_an_eager_one_bit_for_bit(recordings
     trained("eager", cuda_graphs=False, precision=precision, **values)
     trained("recorded", precision=precision, **values)
     assert figures("recorded") == figures("eager")
+    check_same_weights("recorded", "eager")
+
+
+def of(objective, **values):
+    """A run with an averaged copy of the network, see target_objectives.py."""
+    return {"objective": f"target_objectives:{objective}", "ratio": 0.5, **values}
+
+
+@pytest.mark.parametrize("objective", ["Averaged", "Through"])
+def test_a_recorded_run_averages_its_target_with_the_decay_of_each_step(recordings, monkeypatch, objective):
+    for cls in (target_objectives.Averaged, target_objectives.Through):
+        monkeypatch.setattr(cls, "target_decay", lambda self, step: 1.0 - 0.5**step)
+    trained("eager", cuda_graphs=False, **of(objective))
+    assert not recordings
+    trained("recorded", **of(objective))
+    assert [graph.replays for graph in recordings] == [8 - WARM_UP]
+    assert figures("recorded") == figures("eager")
+    check_same_weights("recorded", "eager")
+    assert any(key[0] == "target" for key in saved("recorded"))
+
+
+def test_an_update_with_a_target_reads_nothing_on_the_host(recordings):
+    trainer, given = stepped(of("Through"))
+    with Recordable():
+        trainer._update(*given)
+
+
+def test_another_phase_is_recorded_anew(recordings):
+    trained("eager", cuda_graphs=False, steps=12, **of("Phased", change=6))
+    trained("recorded", steps=12, **of("Phased", change=6))
+    assert [graph.replays for graph in recordings] == [6 - WARM_UP, 6 - WARM_UP]
+    assert figures("recorded") == figures("eager")
+    check_same_weights("recorded", "eager")
+
+
+def test_a_phase_that_ends_while_it_warms_up_is_never_recorded(recordings):
+    trained("eager", cuda_graphs=False, **of("Phased", change=2))
+    trained("recorded", **of("Phased", change=2))
+    assert [graph.replays for graph in recordings] == [0, 6 - WARM_UP]
     check_same_weights("recorded", "eager")
 
 
