@@ -27,7 +27,7 @@ _HOMES = {
     "models": "meanflow.models",
     "objectives": "meanflow.objectives",
     "recipes": "meanflow.recipes",
-    "samplers": "meanflow.sampling",
+    "samplers": "meanflow.objectives",
     "time_samplers": "meanflow.objectives",
 }
 _OPTIONS = {"data": "data", "recipes": "preset"}  # that name components, where it is not the singular of the kind

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from meanflow.convert import tarflow_state_dict
+from meanflow.models import TarFlow, patchify, unpatchify
 from meanflow.objectives import (
     EDM,
     AlphaFlow,
@@ -37,10 +39,12 @@ from meanflow.objectives import (
     ScaledVelocity,
     Shortcut,
     ShortcutModel,
+    TarFlowLikelihood,
     TerminalVelocityMatching,
     TrigFlow,
 )
 from meanflow.objectives.rules import flow_map
+from meanflow.sampling import karras_times, sample, sample_consistency, sample_gamma, uniform_times
 
 BOUND = 1e-9
 PATH, LEVELS = LinearPath(), NoiseLevel()
@@ -107,10 +111,28 @@ class File:
         names = [name for name in self.arrays if name.startswith(f"sample_{prefix}")]
         return [name for name in names if not any(mark in name for mark in belongs)]
 
+    def of(self, name: str, what: str, otherwise: Any = None) -> Any:
+        """A setting of one sample."""
+        return self.setting.get(f"{name}_{what}", otherwise)
+
     def noises(self, name: str) -> list[Tensor]:
         """The noises of a sample, in their order."""
         found = [other for other in self.arrays if other.startswith(f"{name}_noise_")]
         return [self[other] for other in sorted(found, key=lambda other: int(other.rpartition("_")[2]))]
+
+
+def drawn(file: File, prefix: str, draw: Callable[..., Tensor], **options: Any) -> Quantities:
+    """The samples whose name begins so: draw(noise, y, name=, noises=) with their own noise."""
+    for name in file.samples(prefix):
+        first = next(f"{name}_{word}" for word in ("latents", "noise", "noise_0") if f"{name}_{word}" in file)
+        y = file[f"{name}_labels"] if f"{name}_labels" in file else file["labels"][: len(file[name])]
+        fresh = [noise for i, noise in enumerate(file.noises(name)) if i or first != f"{name}_noise_0"]
+        yield name, draw(file[first], y, name=name, noises=fresh, **options)
+
+
+def levels_as_times(levels: Any) -> list[float]:
+    """Noise levels as times of the linear path."""
+    return LEVELS.to_linear(torch.as_tensor(levels, dtype=torch.float64)).tolist()
 
 
 def gradients(
@@ -132,7 +154,7 @@ def shortcut(file: File) -> Quantities:
         timesteps=s["denoise_timesteps"],
         guidance=guidance,
         target_ema=0.999 if s["bootstrap_ema"] else 0.0,
-        form=Shortcut(),
+        form=Shortcut(timesteps=s["denoise_timesteps"]),
     )
     net, ema = (Tiny(file, part, lambda r, t: [t, r]) for part in ("param", "ema"))
 
@@ -158,6 +180,12 @@ def shortcut(file: File) -> Quantities:
     yield "loss", out.loss
     yield from gradients(net, out.loss)
 
+    def draw(noise: Tensor, y: Tensor, name: str, noises: Any) -> Tensor:
+        steps = int(name.removesuffix("_cfg").rpartition("_")[2])
+        return objective.sample(ema, noise, y, steps=steps, guidance_scale=file.of(name, "scale", 1.0))
+
+    yield from drawn(file, "", draw)
+
 
 def ect(file: File) -> Quantities:
     s = file.setting
@@ -168,6 +196,7 @@ def ect(file: File) -> Quantities:
         huber=s["c"],
         time_sampler=LogitNormal(s["P_mean"], s["P_std"]),
         form=EDM(sigma_data=s["sigma_data"]),
+        eval_sigma_min=s["sigma_min"],
     )
     net = Tiny(file, "param", one_time)
     t = objective.time_sampler.of(file["normal_t"])
@@ -183,6 +212,12 @@ def ect(file: File) -> Quantities:
     yield from {"D_t": out.others["f"], "target": out.others["f_tgt"]}.items()
     yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
     yield from gradients(net, out.loss)
+
+    def draw(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        times = [*levels_as_times(file[f"{name}_times"]), 0.0]
+        return sample_consistency(objective.sampled(net), noise, y, times=times, start="scaled", noises=noises)
+
+    yield from drawn(file, "", draw)
 
 
 def ct(file: File) -> Quantities:
@@ -215,6 +250,17 @@ def ct(file: File) -> Quantities:
     steps = [int(k) for k in file["schedule_step"]]
     yield "schedule_scales", torch.tensor([objective.scales(k) for k in steps])
     yield "schedule_ema", torch.tensor([objective.target_decay(k) for k in steps], dtype=torch.float64)
+
+    def draw(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        indices, scales = torch.zeros(1), 2
+        if f"{name}_ts" in file:
+            # at the last of them, the least level, no noise is put back
+            indices, scales = file[f"{name}_ts"][:-1].double(), int(file[f"{name}_steps"])
+        times = [*levels_as_times(objective.levels(indices.double(), scales)), 0.0]
+        options: Any = {"sigma_min": s["sigma_min"], "clip": True, "noises": noises[: len(indices) - 1]}
+        return sample_consistency(objective.sampled(net), noise, y, times=times, start="scaled", **options)
+
+    yield from drawn(file, "", draw)
 
 
 def trigonometric(file: File, out: Any, clock: Angle, form: TrigFlow, names: dict[str, str], t: Tensor) -> Quantities:
@@ -280,6 +326,13 @@ def rcm(file: File) -> Quantities:
     yield "loss", len(t) * out.loss  # the authors' is a sum
     yield from gradients(net, out.loss, by=len(t))
 
+    def draw(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        first = objective.clock.of_linear(torch.tensor(levels_as_times([s["sigma_max"]]), dtype=torch.float64))
+        times = [*objective.clock.to_linear(torch.cat([first, file[f"{name}_mid"]])).tolist(), 0.0]
+        return sample_consistency(objective.sampled(net), noise, y, times=times, start="sphere", noises=noises)
+
+    yield from drawn(file, "", draw)
+
 
 def alphaflow(file: File) -> Quantities:
     s = file.setting
@@ -334,7 +387,7 @@ def dmf(file: File) -> Quantities:
         if released:
             yield "released_loss", out.loss
             yield from gradients(net, out.loss, learned, prefix="released_grad")
-            return
+            break
         others = out.others
         yield from {"u": out.u, "u_tgt": others["u_tgt"], "v_g_mf": out.v}.items()
         yield from {"v_fm": others["v_fm"], "v_g_fm": others["v_g_fm"]}.items()
@@ -342,6 +395,22 @@ def dmf(file: File) -> Quantities:
         yield from ((f"loss_{half}", others[f"loss_{half}"]) for half in ("fm", "mf"))
         yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
         yield from gradients(net, out.loss, learned)
+
+    def euler(noise: Tensor, y: Tensor, name: str, noises: Any) -> Tensor:
+        steps = int(name.removesuffix("_cfg").rpartition("_")[2])
+        scale, high = file.of(name, "cfg_scale", 1.0), file.of(name, "g_max", 1.0)
+        return sample(net, noise, y, steps=steps, guidance_scale=scale, guidance_interval=(0.0, high))
+
+    def restart(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        return sample_consistency(net, noise, y, steps=len(noises) + 1, noises=noises)
+
+    def gamma(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        # 0.9 in golden/README.md, which the file does not hold
+        return sample_gamma(net, noise, y, steps=len(noises) + 1, gamma=0.9, rule="dmf", noises=noises)
+
+    yield from drawn(file, "euler", euler)
+    yield from drawn(file, "restart", restart)
+    yield from drawn(file, "ctm", gamma)
 
 
 def tvm(file: File) -> Quantities:
@@ -366,6 +435,13 @@ def tvm(file: File) -> Quantities:
     yield from {"loss_terminal": others["terminal"], "loss_fm": others["instantaneous"]}.items()
     yield from {"loss_per_row": out.per_sample, "loss": out.loss}.items()
     yield from gradients(net, out.loss)
+    scale = s["sample_cfg_scale"]
+    guided = objective.sampled_at(net, scale)
+
+    def draw(noise: Tensor, y: Tensor, name: str, noises: Any) -> Tensor:
+        return sample(guided, noise, y, steps=int(name.rpartition("_")[2]))
+
+    yield from drawn(file, "", draw)
 
 
 def imm(file: File) -> Quantities:
@@ -386,6 +462,23 @@ def imm(file: File) -> Quantities:
     yield "x_t", clock.state(z, t)
     yield "f_st", clock.state(flow_map(u, z, least, time, y), end)
     yield "ddim", clock.state(PATH.between(x, z, time, least), end)
+
+    def draw(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        steps = int(next(word for word in name.split("_") if word.isdecimal()))
+        first, last = clock.to_linear(torch.tensor([s["T"], s["eps"]], dtype=torch.float64)).tolist()
+        times = karras_times(steps, first, last)
+        if name.endswith("uniform"):
+            even = torch.tensor(uniform_times(steps, s["T"], s["eps"]), dtype=torch.float64)
+            times = clock.to_linear(even).tolist()
+        start = clock.point(noise, torch.full((len(noise),), s["T"], dtype=torch.float64))
+        scale = file.of(name, "scale", 1.0)
+        if "restart" in name:
+            fresh = [s["sigma_data"] * noise for noise in noises]  # the noise of this path
+            return sample_consistency(u, start, y, times=times, noises=fresh, guidance_scale=scale)
+        return sample(u, start, y, times=times, guidance_scale=scale)
+
+    yield from drawn(file, "pushforward", draw)
+    yield from drawn(file, "restart", draw)
 
 
 def ctm(file: File) -> Quantities:
@@ -420,8 +513,75 @@ def ctm(file: File) -> Quantities:
     yield from {"consistency_per_row": others["consistency"], "dsm_per_row": others["dsm"], "loss": out.loss}.items()
     yield from gradients(net, out.loss)
 
+    def draw(noise: Tensor, y: Tensor, name: str, noises: list[Tensor]) -> Tensor:
+        times, least = levels_as_times(file[f"{name}_times"]), torch.full((len(noise),), s["sigma_min"]).double()
+        if "gamma" not in name:
+            z = sample(objective.sampled(net), noise, y, times=times, start="scaled")
+        else:
+            options: Any = {"gamma": s["gamma"], "noises": noises}
+            z = sample_gamma(objective.sampled(net), noise, y, times=times, start="scaled", **options)
+        return LEVELS.state(z, least)
 
-METHODS = {f.__name__: f for f in (shortcut, ect, ct, scm, rcm, alphaflow, dmf, tvm, imm, ctm)}
+    yield from drawn(file, "exact", draw)
+    yield from drawn(file, "gamma", draw)
+
+
+def tarflow(file: File) -> Quantities:
+    s = file.setting
+    classes = s["num_classes"]
+    net = TarFlow(
+        input_size=s["img_size"],
+        patch_size=s["patch_size"],
+        in_channels=s["in_channels"],
+        hidden_size=s["channels"],
+        depth=s["num_blocks"],
+        layers_per_block=s["layers_per_block"],
+        head_dim=s["head_dim"],
+        mlp_ratio=s["expansion"],
+        num_classes=max(classes, 1),
+        nvp=bool(s["nvp"]),
+        class_conditional=classes > 0,
+    ).double()
+    net.load_state_dict(tarflow_state_dict(file.weights("param")), strict=False)  # without the prior's variance: 1
+    x = file["x"]
+    labels = file["labels"] if "labels" in file else torch.full((len(x),), -1)
+    draws: Any = {"x": x, "noise": torch.zeros_like(x), "y": labels.clamp_min(0), "drop": labels < 0}
+    out = TarFlowLikelihood(noise_std=0.0).loss_at(net, **draws)  # x has its noise already
+    yield from {"z": patchify(out.z, s["patch_size"]), "logdets": out.log_det, "loss": out.loss}.items()
+    out.loss.backward()
+    own = dict(net.named_parameters())
+    for name, theirs in tarflow_state_dict(file.weights("grad")).items():
+        file.arrays[f"grad/{name}"] = theirs.numpy()  # under our names
+        yield f"grad/{name}", own[name].grad
+    with torch.no_grad():
+        h, y = patchify(x, s["patch_size"]), labels.where(labels >= 0, net.num_classes)
+        for i, block in enumerate(net.blocks):
+            h, _ = block(h, y)
+            yield f"out_{i}", h
+    if "var" in file:
+        net.load_state_dict(tarflow_state_dict({**file.weights("param"), "var": file["var"]}))
+    objective = TarFlowLikelihood(noise_std=s["noise_std"])
+    z = unpatchify(file["sample_z"], s["patch_size"], s["img_size"])
+    y = file["sample_labels"] if "sample_labels" in file else torch.full((len(z),), -1)
+    y = y.where(y >= 0, net.num_classes)
+    for name in ("sample", "sample_cfg", "sample_annealed"):
+        if name in file:
+            options: Any = {
+                "guidance_scale": 1 + file.of(name, "guidance", 0.0),
+                "annealed": bool(file.of(name, "annealed_guidance", False)),
+                "attention_temperature": file.of(name, "attn_temp", 1.0),
+                "guide": file.of(name, "guide_what", "ab"),
+            }
+            yield name, objective.sample(net, z, y, denoise=False, **options)
+    if "sample_denoised" in file:
+        yield "sample_denoised", objective.sample(net, z, y, guidance_scale=1.0)
+    if "var_updated" in file:
+        with torch.no_grad():
+            net.update_prior(net(x, *torch.zeros(2, len(x)), labels.where(labels >= 0, net.num_classes))[0])
+        yield "var_updated", net.log_var.exp()
+
+
+METHODS = {f.__name__: f for f in (shortcut, ect, ct, scm, rcm, alphaflow, dmf, tvm, imm, ctm, tarflow)}
 
 
 def error_of(ours: Tensor, theirs: Tensor) -> float:

@@ -309,7 +309,7 @@ def test_digits_with_improved_meanflow_at_any_guidance_scale(capsys):
     folder = Path("runs/digits-imf")
     report = json.loads((folder / "report.json").read_text())
     assert report["objective"] == "imf"
-    assert report["sampler"] == "MeanFlow, 1 network evaluation, omega 2 on [0, 1]"
+    assert report["sampler"] == "flow map, 1 network evaluation, omega 2 on [0, 1]"
     assert [row["omega"] for row in report["guidance"]] == [1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]
     assert picture(folder / "samples.png") == ((2 + 10 * 42, 2 + 7 * 42), "L")  # omega down the side
 

@@ -14,7 +14,8 @@ FILES = sorted(path for path in (Path(__file__).parent / "golden").glob("*.npz")
 def test_values(path):
     file = golden_family.File(path)
     for name, ours in golden_family.METHODS[path.stem.rpartition("_")[0]](file):
-        assert golden_family.error_of(ours, file[name]) <= 1.2e-13, name  # measured 5.3e-14 at most
+        # measured 5.3e-14 at most; 2.9e-10 where the authors add noise times the root of a rounding error
+        assert golden_family.error_of(ours, file[name]) <= (6e-10 if name.startswith("sample_") else 1.2e-13), name
 
 
 def test_eleven_methods():

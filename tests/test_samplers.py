@@ -322,11 +322,11 @@ def test_another_sampler_starts_from_its_own_defaults():
 
 
 def test_what_a_report_says_of_a_sampler():
-    assert str(FewSteps()) == "MeanFlow, 1 network evaluation"
+    assert str(FewSteps()) == "flow map, 1 network evaluation"
     assert str(OdeSteps()) == "Heun's method, 50 steps, 100 network evaluations"
-    assert str(GuidedSteps()) == "MeanFlow, 1 network evaluation, omega 2 on [0, 1]"
+    assert str(GuidedSteps()) == "flow map, 1 network evaluation, omega 2 on [0, 1]"
     assert str(FewSteps(2, schedule="karras", t_start=0.9, start="scaled", guidance_scale=2.0, guidance_t_max=0.5)) == (
-        "MeanFlow, 2 network evaluations of the karras schedule from 0.9, scaled start, guidance scale 2 on [0, 0.5]"
+        "flow map, 2 network evaluations of the karras schedule from 0.9, scaled start, guidance scale 2 on [0, 0.5]"
     )
     for name, cls in available("samplers"):
         assert "network evaluation" in str(cls()), name

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -48,7 +48,7 @@ class AlignYourFlow(Objective):
     norm: Literal["sum", "mean"] = "sum"
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-0.8, 1.0), prefix="time_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .rows import Rows
 from .rules import Pair, composition, total_derivative
@@ -57,7 +57,7 @@ class AlphaFlow(Objective):
     alpha_gamma: float = option(25.0, low=0.0, above=True)
     alpha_clamp: float = option(0.005, low=0.0, high=0.5)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
-from .pairs import cumulative_normal, doubling_scales, growing_scales, karras_levels
+from .pairs import SIGMA_MAX, cumulative_normal, doubling_scales, growing_scales, karras_levels
 from .path import NoiseLevel
 from .rows import Rows
 from .rules import Pair, composition
@@ -26,6 +27,7 @@ from .velocities import heun_step
 from .weights import pseudo_huber, squared_norm
 
 LEVELS = NoiseLevel()
+SAMPLER = partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled", sigma_min=0.002, clip=True)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Consistency(Objective):
     total_steps: int = option(800_000, low=1)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     form: Form = choice("forms", lambda: EDM(sigma_min=0.002, time_scale=250.0), prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(
+        partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled", sigma_min=0.002, clip=True)
+    )
 
     def scales(self, step: int) -> int:
         """N(k), the number of levels in the grid at a step."""

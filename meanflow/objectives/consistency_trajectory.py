@@ -7,19 +7,20 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .draws import Draws
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
-from .pairs import karras_levels
+from .pairs import SIGMA_MAX, karras_levels
 from .path import NoiseLevel
 from .rows import Rows, forget_autocast
 from .velocities import heun_step
@@ -66,7 +67,7 @@ class ConsistencyTrajectory(Objective):
     target_ema: float = option(0.999, low=0.0, high=1.0, below=True)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     form: Form = choice("forms", lambda: EDM(time_scale=250.0, one_time=False), prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(partial(FewSteps, t_start=SIGMA_MAX, start="scaled"))
 
     @property
     def teachers(self) -> tuple[str, ...]:

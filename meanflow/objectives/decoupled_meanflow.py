@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .rows import Rows
 from .rules import total_derivative
@@ -50,7 +50,7 @@ class DecoupledMeanFlow(Objective):
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.4, 1.0), prefix="time_")
     r_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.2, 1.0), prefix="r_")
     fm_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="fm_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     def learned_module(self) -> nn.Module:
         """λ(t, r)."""

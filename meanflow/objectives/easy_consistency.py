@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .consistency_training import LEVELS, consistency_terms
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
-from .rows import Rows
+from .pairs import SIGMA_MAX
+from .rows import Net, Rows
 from .rules import composition
 from .time_samplers import LogitNormal, TimeSampler
 from .weights import pseudo_huber
@@ -33,6 +36,7 @@ class EasyConsistency(Objective):
         gap_slope: b, of the gap
         stage_steps: steps of a stage
         huber: c of the pseudo-Huber distance; 0 is the norm
+        eval_sigma_min: noise level at which images are drawn as they are, while training has 0; in the form "edm"
         label_dropout: share of samples trained without their label, in [0, 1]
         time_sampler: how t is drawn; a log-normal σ is a logit-normal t
         form: what the network returns
@@ -47,10 +51,17 @@ class EasyConsistency(Objective):
     gap_slope: float = option(1.0, low=0.0)
     stage_steps: int = option(25_000, low=1)
     huber: float = option(0.0, low=0.0)
+    eval_sigma_min: float = option(0.003, low=0.0)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.1, 2.0), prefix="time_")
     form: Form = choice("forms", EDM, prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled"))
+
+    def sampled(self, net: Net) -> Net:
+        """In a form that is the identity at `eval_sigma_min`."""
+        if not isinstance(self.form, EDM):
+            return super().sampled(net)
+        return dataclasses.replace(self.form, sigma_min=self.eval_sigma_min).wrap(net)
 
     def partner(self, t: Tensor, stage: int) -> Tensor:
         """s of times t in a stage (counted from 0), (B,)."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .rows import Net, Rows
 from .rules import Pair, composition, terminal_velocity, total_derivative
@@ -42,7 +42,7 @@ class FlowMapMatching(Objective, ABC):
     ratio: float = option(0.25, low=0.0, high=1.0)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", Uniform, prefix="time_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     def learned_module(self) -> nn.Module:
         """λ(t, r)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_velocity
 from ..options import choice, option
 from ..registry import register
-from ..sampling import OdeSteps, Sampling
+from ..sampling import OdeSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms, check_time_sampler
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -40,7 +40,7 @@ class FlowMatching(Objective):
     norm_p: float = option(0.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="time_")
-    sampling: Sampling = choice("samplers", OdeSteps, prefix="sample_", methods=("draw",), flat="sampler")
+    sampling: Sampling = sampler_option(OdeSteps)
 
     def __post_init__(self) -> None:
         super().__post_init__()

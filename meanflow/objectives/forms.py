@@ -189,7 +189,12 @@ class Shortcut(Form):
     """Networks of Shortcut models (arXiv 2410.12557): s(z, τ, k) = −u with τ = 1 − t and steps of 2^−k = t − r.
 
     The network is given k in the place of r, and τ in that of t.
+
+    Args:
+        timesteps: one over the smallest step, which is taken for none
     """
+
+    timesteps: int = option(128, low=2)
 
     def coefficients(self, t: TensorOrDual) -> Coefficients:
         """1, 0, −1."""
@@ -197,7 +202,7 @@ class Shortcut(Form):
 
     def told(self, r: TensorOrDual, t: TensorOrDual) -> tuple[TensorOrDual, TensorOrDual]:
         """k and τ."""
-        return log(t - r) * (-1 / math.log(2)), 1 - t
+        return log(clamp(t - r, 1 / self.timesteps, 1.0)) * (-1 / math.log(2)), 1 - t
 
 
 class Wrapped:

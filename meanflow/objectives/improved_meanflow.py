@@ -19,7 +19,7 @@ from ..checks import check_finite, check_velocity
 from ..errors import NetworkError
 from ..options import choice, option
 from ..registry import register
-from ..sampling import GuidedSteps, Sampling
+from ..sampling import GuidedSteps, Sampling, sampler_option
 from .objective import Networks, Objective, ObjectiveOutput, Terms, check_time_sampler
 from .rows import Rows, forget_autocast
 from .time_samplers import LogitNormal, TimeSampler
@@ -81,7 +81,7 @@ class ImprovedMeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: Sampling = choice("samplers", GuidedSteps, prefix="sample_", methods=("draw",), flat="sampler")
+    sampling: Sampling = sampler_option(GuidedSteps)
 
     def __post_init__(self) -> None:
         super().__post_init__()

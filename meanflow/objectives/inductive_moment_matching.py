@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .forms import Form, ScaledVelocity
 from .objective import Networks, Objective, Terms
 from .path import NoiseLevel
@@ -54,7 +55,7 @@ class InductiveMomentMatching(Objective):
     level_max: float = option(160.0, low=0.0, above=True)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     form: Form = choice("forms", ScaledVelocity, prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(partial(FewSteps, t_start=0.994))
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

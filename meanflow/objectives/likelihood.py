@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..checks import check_floating, check_label_range, check_labels, check_velocity
 from ..errors import NetworkError
-from ..options import Options, group, option
+from ..options import Options, option
 from ..registry import register
+from ..sampling import Sampling, sampler_option
 from .draws import Draws
 from .objective import Networks, Objective, Terms
 from .rows import Net, Rows
@@ -79,6 +80,7 @@ class NoisyFlow:
         return n if isinstance(n, int) else None
 
 
+@register("samplers", "tarflow")
 @dataclass(frozen=True)
 class TarFlowSampler(Options):
     """The inverse of a flow, patch by patch, and one step of denoising (arXiv 2412.06329, §3.3 and §3.4).
@@ -182,7 +184,7 @@ class TarFlowLikelihood(Objective):
 
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     noise_std: float = option(0.05, low=0.0)
-    sampling: TarFlowSampler = group(TarFlowSampler, prefix="sample_")
+    sampling: Sampling = sampler_option(TarFlowSampler)
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"

@@ -14,7 +14,7 @@ from ..checks import check_velocity
 from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps, Sampling
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms, check_time_sampler
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -53,7 +53,7 @@ class MeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: Sampling = choice("samplers", FewSteps, prefix="sample_", methods=("draw",), flat="sampler")
+    sampling: Sampling = sampler_option(FewSteps)
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance_interval, Iterable):

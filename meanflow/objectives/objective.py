@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..checks import check_finite, check_floating, check_label_range, check_labels, check_takes, no_label_of
 from ..options import Options
-from ..sampling import Sampling
+from ..sampling import Sampling, chosen
 from .draws import Draws, choose_moved
 from .forms import AverageVelocity, Form
 from .path import LinearPath
@@ -329,11 +328,12 @@ class Objective(Options, ABC):
     def sample(self, net: Net, noise: Tensor, y: Tensor, **options: Any) -> Tensor:
         """Images of labels y (B,) from noise (B, C, H, W): as `sampling` says, with other values for its options.
 
+        `sampler=` is the name of another sampler, which starts from its own defaults.
+
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        sampling: Any = self.sampling
-        return dataclasses.replace(sampling, **options).draw(self.sampled(net), noise, y)
+        return chosen(self.sampling, **options).draw(self.sampled(net), noise, y)
 
     def sampled(self, net: Net) -> Net:
         """u(z, r, t, y), from which images are drawn, of a network that this objective trains."""

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+# the time of the noise level 80, at which consistency models start
+SIGMA_MAX = 80 / 81
+
 
 def karras_levels(p: Tensor, *, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """Noise levels σ at shares p in [0, 1] of the way from sigma_max to sigma_min, which is even in σ^(1/rho).

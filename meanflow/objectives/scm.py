@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_velocity
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .forms import AverageVelocity, Form, TrigFlow
 from .objective import Networks, Objective, Terms
+from .pairs import SIGMA_MAX
 from .path import Angle
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
@@ -57,7 +59,7 @@ class ContinuousConsistency(Objective, ABC):
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.0, 1.4), prefix="time_")
     form: Form = choice("forms", TrigFlow, prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="sphere"))
 
     @property
     def clock(self) -> Angle:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .draws import Draws
 from .forms import AverageVelocity, Form
 from .objective import Networks, Objective, Terms
@@ -55,7 +55,7 @@ class ShortcutModel(Objective):
     noise_floor: float = option(1e-5, low=0.0, high=1.0)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     form: Form = choice("forms", AverageVelocity, prefix="form_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     def __post_init__(self) -> None:
         super().__post_init__()

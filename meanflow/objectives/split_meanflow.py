@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..options import choice, group, option
+from ..options import choice, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .rows import Rows
 from .rules import composition
@@ -39,7 +39,7 @@ class SplitMeanFlow(Objective):
     guidance: float = 1.0
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     @property
     def teachers(self) -> tuple[str, ...]:

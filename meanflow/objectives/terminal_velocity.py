@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_velocity
 from ..options import group, option
 from ..registry import register
-from ..sampling import FewSteps
+from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
 from .pairs import cumulative_normal
 from .rows import Net, Rows
@@ -55,7 +55,7 @@ class TerminalVelocityMatching(Objective):
     gap_std: float = option(1.0, low=0.0, above=True)
     r_sampler: LogitNormal = group(LogitNormal, prefix="r_")
     label_dropout: float = option(0.1, low=0.0, high=1.0)
-    sampling: FewSteps = group(FewSteps, prefix="sample_")
+    sampling: Sampling = sampler_option(FewSteps)
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -116,6 +116,19 @@ class TerminalVelocityMatching(Objective):
         more = {"terminal": terminal, "instantaneous": instantaneous, "u_tgt": pair.u_tgt, "dX_dr": pair.u}
         more |= {"X": b.z - b.gap * F[:B].detach(), "v_q": F[B:], "v_g": v_g}
         return Terms(terminal + instantaneous, metrics, F[:B], du_dr, b.v, more)
+
+    def sampled(self, net: Net) -> Net:
+        """F of `omega`, the least guidance scale that is trained."""
+        return self.sampled_at(net, self.omega)
+
+    def sampled_at(self, net: Net, omega: float) -> Net:
+        """F of a guidance scale, from which images are drawn."""
+
+        def velocity(z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            u = check_velocity("u", net(z, r, t, y, **self._told(torch.full_like(t, 1 / omega))), z)
+            return omega * u if self.scaled else u
+
+        return velocity
 
     @torch.no_grad()
     def _guided(self, b: Rows, factor: Tensor, end: Net) -> Tensor:

@@ -5,7 +5,7 @@ from .gamma import GammaSteps, sample_gamma
 from .jumps import FewSteps, GuidedSteps, sample
 from .ode import OdeSteps, sample_ode
 from .renoise import renoise
-from .sampler import GuidableSteps, Sampling, Steps, chosen
+from .sampler import GuidableSteps, Sampling, Steps, chosen, sampler_option
 from .schedules import karras_times, uniform_times
 from .sde import SdeSteps, sample_sde
 
@@ -27,5 +27,6 @@ __all__ = [
     "sample_gamma",
     "sample_ode",
     "sample_sde",
+    "sampler_option",
     "uniform_times",
 ]

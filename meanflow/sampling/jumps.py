@@ -76,7 +76,7 @@ class FewSteps(GuidableSteps):
         return sample(net, noise, y, **self.arguments())
 
     def __str__(self) -> str:
-        return f"MeanFlow, {self.words()}{self.guidance_words()}"
+        return f"flow map, {self.words()}{self.guidance_words()}"
 
 
 @register("samplers", "guided")
@@ -120,4 +120,4 @@ class GuidedSteps(Steps):
 
     def __str__(self) -> str:
         gamma = f", gamma {self.gamma:g} by {self.rule}" if self.gamma else ""
-        return f"MeanFlow, {self.words()}{gamma}, omega {self.omega:g} on [{self.t_min:g}, {self.t_max:g}]"
+        return f"flow map, {self.words()}{gamma}, omega {self.omega:g} on [{self.t_min:g}, {self.t_max:g}]"

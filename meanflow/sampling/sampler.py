@@ -14,7 +14,7 @@ from mfkernels.checks import check_number
 
 from ..checks import check_floating, check_label_range, check_labels, check_velocity, no_label_of
 from ..errors import UsageError
-from ..options import Options, build, component_of, option
+from ..options import Options, build, choice, component_of, option
 from .schedules import karras_times, schedule_of, uniform_times
 
 Start = Literal["unit", "scaled", "sphere"]
@@ -196,6 +196,11 @@ class GuidableSteps(Steps):
         low, high = self.guidance_t_min, self.guidance_t_max
         inside = "" if (low, high) == (0.0, 1.0) else f" on [{low:g}, {high:g}]"
         return f", guidance scale {self.guidance_scale:g}{inside}"
+
+
+def sampler_option(default: Callable[[], Sampling]) -> Any:
+    """A field that holds a sampler, chosen by `--sampler`, for an objective."""
+    return choice("samplers", default, prefix="sample_", methods=("draw",), flat="sampler")
 
 
 def chosen(own: Any, sampler: str | None = None, **options: Any) -> Any:

@@ -139,7 +139,7 @@ class Trainer:
         """Run some samples through the loss and its gradient, so that a backend that cannot serve an op raises now."""
         check_backend()
         device = self.accelerator.device
-        n = math.lcm(4, self.objective.group)
+        n = math.lcm(4, self.objective.group_size)
         x = torch.zeros(n, *self.shape, device=device)  # [n, C, H, W]
         y = torch.zeros(n, dtype=torch.long, device=device)
         try:

@@ -84,10 +84,10 @@ def check_parts(config: Config, processes: int) -> None:
             f"ratio, batch_size: {rows} of the batch's {batch} samples have r != t; expected a multiple of {parts} "
             f"{of}, so that each part has as many"
         )
-    if batch % (parts * objective.group) != 0:
+    if batch % (parts * objective.group_size) != 0:
         raise UsageError(
-            f"expected a multiple of {parts * objective.group}, {objective.group} samples that belong together in each "
-            f"of {parts} parts {of}, got {batch}",
+            f"expected a multiple of {parts * objective.group_size}, {objective.group_size} samples belonging together "
+            f"in each of {parts} parts {of}, got {batch}",
             field="batch_size",
         )
 

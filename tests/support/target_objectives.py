@@ -102,7 +102,7 @@ class Grouped(_OfOne):
     """Four samples make one loss: each is compared with the mean of its group."""
 
     @property
-    def group(self) -> int:
+    def group_size(self) -> int:
         return 4
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
