@@ -156,9 +156,9 @@ def test_a_resumed_run_has_the_copy_that_it_had(monkeypatch, name, accumulate):
 def test_the_copy_is_the_same_however_a_step_is_made(name, values):
     run_training(of(name, name="plain"))
     run_training(of(name, name="other", **values))
-    assert losses("other") == pytest.approx(losses("plain"), rel=1e-5)
+    assert losses("other") == pytest.approx(losses("plain"), rel=2e-7)  # measured 8.7e-8
     one, other = load_checkpoint(newest("plain")).target, load_checkpoint(newest("other")).target
-    assert all(relative_error(other[key], one[key]) <= 1e-4 for key in one)
+    assert all(relative_error(other[key], one[key]) <= 2e-4 for key in one)  # measured 9.4e-5
 
 
 def test_decay_zero_is_a_copy_and_decay_one_the_first_weights():
@@ -220,7 +220,7 @@ def test_under_autocast_the_averages_stay_in_float32(any_precision, name):
     AcceleratorState._reset_state(True)
     run_training(of(name, name="wide"))
     assert losses("tiny") != losses("wide")
-    assert losses("tiny") == pytest.approx(losses("wide"), rel=1e-2)
+    assert losses("tiny") == pytest.approx(losses("wide"), rel=4e-4)  # measured 2.1e-4
 
 
 def test_bfloat16_averages_are_refused():
@@ -449,7 +449,7 @@ def test_teachers_in_half_precision(teachers, any_precision):
     run_training(of("Taught", name="wide", **TAUGHT), trust_code=TRUST)
     assert losses("bf16") != losses("wide")
     for precision in ("bf16", "bf16-weights"):
-        assert losses(precision) == pytest.approx(losses("wide"), rel=2e-2)
+        assert losses(precision) == pytest.approx(losses("wide"), rel=4e-3)  # measured 1.8e-3
 
 
 # ----------------------------------------------------------------------------------------------------------- groups
