@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_floating, check_label_range, check_labels, check_velocity
+from ..checks import check_floating, check_label_range, check_labels, check_velocity, num_classes_of
 from ..errors import NetworkError
 from ..options import Options, option
 from ..registry import register
@@ -76,8 +76,7 @@ class NoisyFlow:
     @property
     def num_classes(self) -> int | None:
         """Of the network; None: it names none."""
-        n = getattr(self.net, "num_classes", None)
-        return n if isinstance(n, int) else None
+        return num_classes_of(self.net)
 
 
 @register("samplers", "tarflow")

@@ -24,7 +24,7 @@ def digits_tarflow() -> Config:
         sample_annealed=False,
         steps=1200,
         batch_size=64,
-        lr=2e-3,
+        lr=4e-3,
         warmup_steps=50,
         ema_decay=0.99,
     )
