@@ -1,9 +1,13 @@
 """What holds for every objective of the family, with any network."""
 
+import re
+from pathlib import Path
+
 import family
 import pytest
 import torch
 
+from meanflow import registry
 from meanflow.objectives import FlowMatching, Networks
 
 NAMES = family.NAMES
@@ -181,3 +185,14 @@ def along_a_direction(name, objective, net, nets):
             for p, d in zip(parameters, direction, strict=True):
                 p.sub_(sign * h * d)
     return slope, (losses[0] - losses[1]) / (2 * h)
+
+
+def test_the_page_of_methods_has_them_all_and_its_code_runs():
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(registry.names("objectives"))
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["images"].shape == (4, 1, 8, 8)
+    assert names["loss"].isfinite()
