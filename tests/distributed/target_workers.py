@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from minimum import COMPILES, SHARDS
 from processes import run_cases
-from target_objectives import OBJECTIVES
+from target_objectives import METHODS, OBJECTIVES
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
@@ -53,7 +53,7 @@ def batch(name, step, dtype):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(B, 2, 4, 4, generator=generator).to(dtype)  # [B, C, H, W]
     y = torch.randint(3, (B,), generator=generator)  # [B]
-    return x, y, OBJECTIVES[name].draw(x.shape, step=step, generator=generator, dtype=dtype, spread=True)
+    return x, y, (OBJECTIVES | METHODS)[name].draw(x.shape, step=step, generator=generator, dtype=dtype, spread=True)
 
 
 def optimizer_of(net):
@@ -67,7 +67,7 @@ def wrapped(nets):
 
 def reference(name, dtype):
     """One process's losses, gradients of the last step, weights and averages; the averages by their formula."""
-    net, nets, objective = network(dtype=dtype), beside(name, dtype), OBJECTIVES[name]
+    net, nets, objective = network(dtype=dtype), beside(name, dtype), (OBJECTIVES | METHODS)[name]
     optimizer, losses = optimizer_of(net), []
     for other in nets.values():
         other.requires_grad_(False)
@@ -103,7 +103,7 @@ def stepped(name, rank, world, *, strategy, precision="no", compiled=False, chec
     )
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    objective, net, nets = OBJECTIVES[name], network(dtype=dtype), beside(name, dtype)
+    objective, net, nets = (OBJECTIVES | METHODS)[name], network(dtype=dtype), beside(name, dtype)
     before = {role: {key: value.clone() for key, value in other.state_dict().items()} for role, other in nets.items()}
     checkpoint_blocks(net, config.run.checkpoint_blocks)
     torch.compiler.reset()
@@ -174,7 +174,7 @@ def cases(world):
         f"{name}: {form}": partial(case, name)
         for form, case in forms.items()
         if SHARDS or "fsdp" not in form
-        for name in OBJECTIVES
+        for name in (OBJECTIVES | METHODS if form in ("ddp", "fsdp") else OBJECTIVES)
     }
 
 

@@ -11,7 +11,7 @@ import yaml
 from minimum import needs_compile, needs_sharding
 from processes import assert_nothing_said, what_processes_say
 from safetensors.torch import load_file
-from target_objectives import NAME
+from target_objectives import METHODS, NAME
 from tiny_runs import TINY
 
 from meanflow.training import list_checkpoints, load_checkpoint, run_training
@@ -32,6 +32,12 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("form", [pytest.param(f, marks=needs_sharding) if "fsdp" in f else f for f in FORMS])
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_gradients_weights_and_averages_are_the_single_processs(told, name, form):
+    assert_nothing_said(told, f"{name}: {form}")
+
+
+@pytest.mark.parametrize("form", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_an_averaged_copy(told, name, form):
     assert_nothing_said(told, f"{name}: {form}")
 
 

@@ -9,7 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from meanflow.objectives import LogitNormal, Networks, Objective, Rows, Terms, TimeSampler
+from meanflow.objectives import (
+    ConsistencyTraining,
+    ConsistencyTrajectory,
+    LogitNormal,
+    Networks,
+    Objective,
+    Rows,
+    ShortcutModel,
+    TerminalVelocityMatching,
+    Terms,
+    TimeSampler,
+)
 from meanflow.objectives.forms import EDM, Form
 from meanflow.options import choice, group, option
 from meanflow.sampling import FewSteps
@@ -110,4 +121,11 @@ class Grouped(_OfOne):
 
 
 OBJECTIVES: dict[str, Any] = {"averaged": Averaged(), "through": Through(), "taught": Taught()}
+# of the family, those with an averaged copy
+METHODS: dict[str, Any] = {
+    "ct": ConsistencyTraining(total_steps=4, end_scales=12),
+    "ctm": ConsistencyTrajectory(self_learned=True, scales=6, target_ema=0.5),
+    "shortcut": ShortcutModel(ratio=0.5, timesteps=8, target_ema=0.5),
+    "tvm": TerminalVelocityMatching(target_ema=0.5),
+}
 NAME = "target_objectives:"  # of this module, before a class's
