@@ -200,9 +200,10 @@ def ect(file: File) -> Quantities:
     )
     net = Tiny(file, "param", one_time)
     t = objective.time_sampler.of(file["normal_t"])
-    partner = objective.partner(t, s["stage"])
+    pairs = objective.partner(t, s["stage"])
+    partner = pairs["s"]
     x, noise = file["x"], file["noise"]
-    draws = {"x": x, "noise": noise, "t": t, "r": torch.zeros_like(t), "s": partner}
+    draws = {"x": x, "noise": noise, "t": t, "r": torch.zeros_like(t), **pairs}
     out = objective.loss_at(net, y=file["labels"], **draws)
     for name, time in (("t", t), ("r", partner)):
         level = LEVELS.of_linear(time)

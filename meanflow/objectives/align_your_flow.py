@@ -40,6 +40,7 @@ class AlignYourFlow(Objective):
 
     ratio = 1.0
     conditions = ("warm_up",)
+    instantaneous = False
 
     autoguidance: float = 1.0
     warm_up_steps: int = option(10_000, low=0)
@@ -71,10 +72,10 @@ class AlignYourFlow(Objective):
             weak = guided(nets.weak, b.z, b.t, b.t, b.y, scale=1.0)  # [B, …]
             a = self.autoguidance * a + (1 - self.autoguidance) * weak
         a = a.to(b.v.dtype)
-        u, du_dt = b.with_derivative(a)  # [B, …] each
+        u, du_dt = b.with_derivative(a)  # [B, …], [moved, …]
         u = check_velocity("u", u, b.z)
         with torch.no_grad():
-            g = u - a + b.column(b.conditions["warm_up"]) * b.gap * du_dt  # [B, …]
+            g = u - a + b.column(b.conditions["warm_up"]) * b.gap * b.padded(du_dt)  # [B, …]
             u_tgt = u - normalised(g, self.normalisation, self.norm)  # [B, …]
         error = squared_norm(u - u_tgt)  # [B]
         return Terms(error, {"squared_error": squared_norm(g)}, u, du_dt, a, {"u_tgt": u_tgt})

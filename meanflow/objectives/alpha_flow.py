@@ -13,11 +13,11 @@ from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms
+from .objective import Networks, Objective, Terms, check_mix
 from .rows import Rows
 from .rules import Pair, composition, total_derivative
 from .time_samplers import LogitNormal, TimeSampler
-from .velocities import guided_velocity, with_own
+from .velocities import guided_velocity, mixed, with_own
 from .weights import mean_square, power, squared_norm
 
 
@@ -61,6 +61,7 @@ class AlphaFlow(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_mix(self)
         if self.alpha_end <= self.alpha_start:
             expected = f"expected more than alpha_start = {self.alpha_start}"
             raise UsageError(f"{expected}, got {self.alpha_end}", field="alpha_end")
@@ -70,7 +71,7 @@ class AlphaFlow(Objective):
         if not self.alpha_start <= step <= self.alpha_end:
             return 1.0 if step < self.alpha_start else 0.0
         way = (step - self.alpha_start) / (self.alpha_end - self.alpha_start)
-        alpha = 1.0 - 1.0 / (1.0 + math.exp(-self.alpha_gamma * (way - 0.5)))
+        alpha = 0.5 * (1.0 - math.tanh(self.alpha_gamma / 2 * (way - 0.5)))
         return 0.0 if alpha < self.alpha_clamp else 1.0 if alpha > 1.0 - self.alpha_clamp else alpha
 
     def draw_conditions(
@@ -94,10 +95,9 @@ class AlphaFlow(Objective):
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """β·q/(q + norm_eps), β = α where the target is composed."""
-        null = 1.0 - self.omega - self.kappa
         v_g, w_label = b.v, b.v.new_zeros(())
         if self.omega != 1.0 or self.kappa != 0.0:
-            v_g, w_label = guided_velocity(b, self._inside(b.t), data=self.omega, label=self.kappa, null=null)
+            v_g, w_label = guided_velocity(b, self._inside(b.t), **mixed(self.omega, self.kappa))
         beta = torch.ones_like(b.t)  # [B]
         if b.phase == "derived":
             pair = total_derivative(b, v_g)
@@ -106,7 +106,8 @@ class AlphaFlow(Objective):
             pair = composition(b, v_g, s, second=b.net)
             target = torch.cat([pair.u_tgt[:n].clamp(-self.clip, self.clip), pair.u_tgt[n:]])  # [B, …]
             pair = Pair(pair.u, target)
-            beta = torch.cat([((b.t - s) / (b.t - b.r))[:n], beta[n:]])  # [B], α
+            share = torch.where(b.t > b.r, (b.t - s) / (b.t - b.r), beta)  # [B], α
+            beta = torch.cat([share[:n], beta[n:]])  # [B]
         u_tgt = with_own(b, pair.u_tgt, w_label, pair.u) if self.kappa != 0 else pair.u_tgt
         q = mean_square(pair.u - u_tgt)  # [B]
         per_sample = beta.to(q.dtype) * power(q, p=1.0, c=self.norm_eps)  # [B]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
@@ -27,6 +28,7 @@ from .velocities import heun_step
 from .weights import pseudo_huber, squared_norm
 
 LEVELS = NoiseLevel()
+LEAST_GAP = 1e-9  # of two noise levels, by which one divides
 SAMPLER = partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled", sigma_min=0.002, clip=True)
 
 
@@ -57,9 +59,24 @@ class Consistency(Objective):
     total_steps: int = option(800_000, low=1)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     form: Form = choice("forms", lambda: EDM(sigma_min=0.002, time_scale=250.0), prefix="form_")
-    sampling: Sampling = sampler_option(
-        partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled", sigma_min=0.002, clip=True)
-    )
+    sampling: Sampling = sampler_option(SAMPLER)
+
+    instantaneous = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min >= self.sigma_max:
+            raise UsageError(
+                f"expected less than sigma_max = {self.sigma_max}, got {self.sigma_min}", field="sigma_min"
+            )
+        if self.start_scales > self.end_scales:
+            raise UsageError(
+                f"expected at most end_scales = {self.end_scales}, got {self.start_scales}", field="start_scales"
+            )
+        if isinstance(self.form, EDM) and self.form.sigma_min not in (0.0, self.sigma_min):
+            raise UsageError(
+                f"expected 0 or sigma_min = {self.sigma_min}, got {self.form.sigma_min}", field="form_sigma_min"
+            )
 
     def scales(self, step: int) -> int:
         """N(k), the number of levels in the grid at a step."""
@@ -114,7 +131,7 @@ class ConsistencyTraining(Consistency):
         weight: λ: 1, σ^−2 + σ_d^−2, or σ^−2 + 1
     """
 
-    start_ema: float = option(0.9, low=0.0, high=1.0, below=True)
+    start_ema: float = option(0.9, low=0.0, high=1.0, above=True, below=True)
     distance: Literal["l2", "l1"] = "l2"
     weight: Literal["uniform", "karras", "snr+1"] = "uniform"
 
@@ -156,7 +173,15 @@ class ConsistencyDistillation(ConsistencyTraining):
 
     start_scales: int = option(39, low=2)
     end_scales: int = option(39, low=2)
-    start_ema: float = option(0.95, low=0.0, high=1.0, below=True)
+    start_ema: float = option(0.95, low=0.0, high=1.0, above=True, below=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_scales != self.end_scales:
+            raise UsageError(
+                f"expected end_scales = {self.end_scales}: the grid stays; got {self.start_scales}",
+                field="start_scales",
+            )
 
     def scales(self, step: int) -> int:
         """The same at every step."""
@@ -171,7 +196,8 @@ class ConsistencyDistillation(ConsistencyTraining):
         """(z_t − z_s)/(t − s) of the Heun step."""
         assert nets.frozen is not None
         s = b.conditions["s"]  # [B]
-        return (b.z - heun_step(nets.frozen, b.z, b.y, b.t, s)) / b.column(b.t - s)  # [B, …]
+        gap = torch.where(b.t > s, b.t - s, torch.ones_like(s))  # [B]
+        return (b.z - heun_step(nets.frozen, b.z, b.y, b.t, s)) / b.column(gap)  # [B, …]
 
 
 @register("objectives", "ict")
@@ -209,7 +235,7 @@ class ImprovedConsistencyTraining(Consistency):
         s = b.conditions["s"]  # [B]
         pair = composition(b, b.v, s, second=b.net)
         jump = b.column(b.t) * (pair.u - pair.u_tgt)  # [B, …]
-        gap = LEVELS.of_linear(b.t) - LEVELS.of_linear(s)  # [B]
+        gap = (LEVELS.of_linear(b.t) - LEVELS.of_linear(s)).clamp_min(LEAST_GAP)  # [B]
         per_sample = pseudo_huber(jump, self.huber * jump[0].numel() ** 0.5) / gap.to(jump.dtype)  # [B]
         return consistency_terms(b, pair, per_sample)
 

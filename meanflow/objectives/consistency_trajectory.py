@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_velocity
+from ..checks import check_velocity, num_classes_of
+from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
@@ -22,7 +21,7 @@ from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
 from .pairs import SIGMA_MAX, karras_levels
 from .path import NoiseLevel
-from .rows import Rows, forget_autocast
+from .rows import Net, Rows, forget_autocast
 from .velocities import heun_step
 from .weights import mean_square, squared_norm
 
@@ -68,6 +67,13 @@ class ConsistencyTrajectory(Objective):
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     form: Form = choice("forms", lambda: EDM(time_scale=250.0, one_time=False), prefix="form_")
     sampling: Sampling = sampler_option(partial(FewSteps, t_start=SIGMA_MAX, start="scaled"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min >= self.sigma_max:
+            raise UsageError(
+                f"expected less than sigma_max = {self.sigma_max}, got {self.sigma_min}", field="sigma_min"
+            )
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -118,32 +124,23 @@ class ConsistencyTrajectory(Objective):
         return {"dsm_noise": torch.randn(noise.shape, generator=generator, device=noise.device, dtype=noise.dtype)}
 
     def draw(self, shape: Sequence[int], **options: Any) -> Draws:
-        """As `Objective.draw`: t and r of the grid, and s a number of grid steps below t that is the same for all.
-
-        That number, which is the phase, is read on the host.
-        """
+        """As `Objective.draw`: t and r of the grid, and s a number of grid steps below t that is the same for all."""
         draws = super().draw(shape, **options)
-        most = min(self.heun_steps, self.scales - 1)
-        share = float(draws.conditions["s"][0])
-        steps = math.ceil((math.sqrt(1 + 4 * share * most * (most + 1)) - 1) / 2)  # weights 1, 2, …, most
-        steps = min(max(steps, 1), most)
+        share, most = draws.conditions["s"][:1].double(), self._most  # [1]
+        steps = (((1 + 4 * share * most * (most + 1)).sqrt() - 1) / 2).ceil().clamp(1, most)  # weights 1, 2, …, most
         i = (draws.t * (self.scales - steps)).floor()  # [B]
         j = i + steps + (draws.r * (self.scales - steps - i)).floor()  # [B]
-        t, s, r = (LEVELS.to_linear(self.levels(index.double())).float() for index in (i, i + steps, j))  # [B] each
-        return dataclasses.replace(draws, t=t, r=r, conditions={**draws.conditions, "s": s}, phase=str(steps))
+        t, s, r = (LEVELS.to_linear(self.levels(index)).float() for index in (i, i + steps, j))  # [B] each
+        return dataclasses.replace(draws, t=t, r=r, conditions={**draws.conditions, "s": s})
 
-    def phase_at(self, t: Tensor, r: Tensor, conditions: Mapping[str, Tensor], step: int | None = None) -> str:
-        """The number of grid steps from t to s.
+    @property
+    def _most(self) -> int:
+        """The largest number of grid steps from t to s."""
+        return min(self.heun_steps, self.scales - 1)
 
-        Raises:
-            ValueError: it is not the same in every row.
-        """
-        if step is not None:
-            return ""
-        steps = self.index_of(conditions["s"]) - self.index_of(t)  # [B]
-        if not bool((steps == steps[0]).all()) or int(steps[0]) < 1:
-            raise ValueError(f"s: expected times of the grid, as many levels below t in each row, got {steps.tolist()}")
-        return str(int(steps[0]))
+    def sampled(self, net: Net) -> Net:
+        """u that is asked for no time below sigma_min, which is the data's."""
+        return Floored(super().sampled(net), self.sigma_min / (1 + self.sigma_min))
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """Consistency and denoising, both predictions in one pass."""
@@ -177,10 +174,20 @@ class ConsistencyTrajectory(Objective):
             assert nets.ema is not None
             return b.z - b.column(b.t - s) * check_velocity("u", nets.ema(b.z, s, b.t, b.y), b.z)
         assert nets.frozen is not None
-        first, z = self.index_of(b.t), b.z  # [B], [B, …]
-        times = [
-            LEVELS.to_linear(self.levels((first + i).to(torch.float64))).to(b.t.dtype) for i in range(int(b.phase) + 1)
-        ]  # [B] each
-        for now, after in itertools.pairwise(times):
-            z = heun_step(nets.frozen, z, b.y, now, after)
+        first, last, z = self.index_of(b.t), self.index_of(s), b.z  # [B] each, [B, …]
+        for i in range(self._most):  # after s is reached, steps of no length
+            now, after = (self.levels(torch.minimum(first + j, last).double()) for j in (i, i + 1))  # [B] each
+            z = heun_step(nets.frozen, z, b.y, *(LEVELS.to_linear(level).to(b.t.dtype) for level in (now, after)))
         return z
+
+
+class Floored:
+    """u(z, max(r, least), max(t, least), y) of a network u."""
+
+    def __init__(self, net: Net, least: float) -> None:
+        self.module, self.least = net, least
+        self.num_classes = num_classes_of(net)  # None: it names none
+
+    def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Any:
+        """(B, …)."""
+        return self.module(z, r.clamp_min(self.least), t.clamp_min(self.least), y)

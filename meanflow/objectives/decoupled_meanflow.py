@@ -14,11 +14,11 @@ from ..checks import check_velocity
 from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms
+from .objective import Networks, Objective, Terms, check_mix
 from .rows import Rows
 from .rules import total_derivative
 from .time_samplers import LogitNormal, TimeSampler
-from .velocities import guided_velocity
+from .velocities import guided_velocity, with_own
 from .weights import LogVariance, mean_square, squared_norm
 
 
@@ -33,7 +33,8 @@ class DecoupledMeanFlow(Objective):
         omega: guidance in the target; 0 is none
         guidance_interval: closed interval of times at which the target is guided
         label_dropout: share of samples trained without their label, in [0, 1]
-        released: weigh every error with every sample's λ, as the authors' released program does
+        released: weigh every error with every sample's λ, as the authors' released program does; then a batch that is
+            cut into parts gives other losses
         time_sampler: how t of the MeanFlow half is drawn
         r_sampler: how r is drawn; the larger of both is t
         fm_sampler: how the time of the flow-matching half is drawn
@@ -51,6 +52,10 @@ class DecoupledMeanFlow(Objective):
     r_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.2, 1.0), prefix="r_")
     fm_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="fm_")
     sampling: Sampling = sampler_option(FewSteps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mix(self)
 
     def learned_module(self) -> nn.Module:
         """λ(t, r)."""
@@ -88,8 +93,8 @@ class DecoupledMeanFlow(Objective):
         pair = total_derivative(both, v_g)
         u, u_tgt = check_velocity("u", pair.u, both.z), pair.u_tgt  # [2·B, …]
         if self.omega != 0.0:
-            v_g = torch.cat([v_g[:B], (v_g + w_label * u.detach())[B:]])
-            u_tgt = torch.cat([u_tgt[:B], v_g[B:].to(u_tgt.dtype)])
+            v_g = with_own(both, v_g, w_label, u)
+            u_tgt = with_own(both, u_tgt, w_label, u)
         q, λ = mean_square(u - u_tgt), nets.learned(both.t, both.r)  # [2·B] each
         mf, fm = (self._weighted(*pair) for pair in zip(q.chunk(2), λ.chunk(2), strict=True))  # [B] each
         metrics = {"squared_error": squared_norm((u.detach() - u_tgt)[:B])}

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..options import choice, option
 from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
-from .consistency_training import LEVELS, consistency_terms
+from .consistency_training import LEAST_GAP, LEVELS, consistency_terms
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
 from .pairs import SIGMA_MAX
@@ -44,7 +44,8 @@ class EasyConsistency(Objective):
     """
 
     ratio = 1.0
-    conditions = ("s",)
+    conditions = ("s", "gap")
+    instantaneous = False
 
     stage_factor: float = option(2.0, low=1.0, above=True)
     gap_scale: float = option(8.0, low=0.0)
@@ -63,13 +64,15 @@ class EasyConsistency(Objective):
             return super().sampled(net)
         return dataclasses.replace(self.form, sigma_min=self.eval_sigma_min).wrap(net)
 
-    def partner(self, t: Tensor, stage: int) -> Tensor:
-        """s of times t in a stage (counted from 0), (B,)."""
+    def partner(self, t: Tensor, stage: int) -> dict[str, Tensor]:
+        """s of times t in a stage (counted from 0), and σ_t − σ_s, (B,) each: late in the training, times of single
+        precision are too coarse for the difference."""
         sigma = LEVELS.of_linear(t)  # [B]
-        share = 1 - (1 + self.gap_scale * torch.sigmoid(-self.gap_slope * sigma)) / self.stage_factor ** (
-            stage + 1
-        )  # [B]
-        return LEVELS.to_linear(sigma * share.clamp_min(0.0))
+        # a negative power: of large stages 0 instead of an overflow
+        share = (1 + self.gap_scale * torch.sigmoid(-self.gap_slope * sigma)) * self.stage_factor ** -(stage + 1)  # [B]
+        share = share.clamp_max(1.0)
+        s = torch.minimum(LEVELS.to_linear(sigma * (1 - share)), t)  # [B]
+        return {"s": s, "gap": (sigma * share).clamp_min(LEAST_GAP)}
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -81,13 +84,12 @@ class EasyConsistency(Objective):
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """s, of the stage that the step is in."""
-        return {"s": self.partner(t, step // self.stage_steps)}
+        """s and the gap of the stage that the step is in."""
+        return self.partner(t, step // self.stage_steps)
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """(√(‖f − f⁻‖² + c²) − c)/(σ_t − σ_s)."""
         s = b.conditions["s"]  # [B]
         pair = composition(b, b.v, s, second=b.net)
         jump = b.column(b.t) * (pair.u - pair.u_tgt)  # [B, …]
-        gap = LEVELS.of_linear(b.t) - LEVELS.of_linear(s)  # [B]
-        return consistency_terms(b, pair, pseudo_huber(jump, self.huber) / gap.to(jump.dtype))
+        return consistency_terms(b, pair, pseudo_huber(jump, self.huber) / b.conditions["gap"].to(jump.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class FlowMapMatching(Objective, ABC):
         sampling: how images are drawn
     """
 
+    everywhere: ClassVar[bool] = False  # whether the rule needs a teacher's velocity, as the diagonal does
+
     ratio: float = option(0.25, low=0.0, high=1.0)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", Uniform, prefix="time_")
@@ -51,8 +53,12 @@ class FlowMapMatching(Objective, ABC):
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """e^(−λ)·‖u − u_tgt‖²/D + λ."""
         assert nets.learned is not None
-        a = b.v if nets.frozen is None else guided(nets.frozen, b.z, b.t, b.t, b.y, scale=1.0).to(b.v.dtype)
-        pair = self.pair(b, a, nets.frozen)
+        teacher = nets.frozen if self.teachers else None
+        a, first = b.v, 0 if self.everywhere else b.moved  # of the rows that need it
+        if teacher is not None:
+            v = guided(teacher, b.z[first:], b.t[first:], b.t[first:], b.y[first:], scale=1.0)  # [B − first, …]
+            a = torch.cat([a[:first], v.to(a.dtype)])  # [B, …]
+        pair = self.pair(b, a, teacher)
         λ = nets.learned(b.t, b.r)  # [B]
         away = pair.u - pair.u_tgt  # [B, …]
         metrics = {"squared_error": squared_norm(away.detach())}
@@ -98,6 +104,8 @@ class EulerianSelfDistillation(FlowMapMatching):
 
     The authors train through ∂u/∂t; here the whole derivative is off the tape. Unstable on images, they say.
     """
+
+    everywhere = True
 
     def pair(self, b: Rows, a: Tensor, teacher: Net | None) -> Pair:
         """The total derivative."""

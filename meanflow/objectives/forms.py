@@ -134,6 +134,7 @@ class EDM(Form):
         c_in = reciprocal(sqrt(square))  # [B]
         if self.sigma_min == 0.0:
             return c_in, (t - self.sigma_data * data) * reciprocal(square), -self.sigma_data * c_in
+        t = clamp(t, self.sigma_min / (1 + self.sigma_min), 1.0)  # below, 1/t would be infinite at 0
         above, per_t = t - (1 - t) * self.sigma_min, reciprocal(t)  # [B] each
         c_z = (above * above * per_t - self.sigma_data * data) * reciprocal(above * above + data * data)  # [B]
         return c_in, c_z, -self.sigma_data * (above * per_t * c_in)

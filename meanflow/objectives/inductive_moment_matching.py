@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ LEVELS = NoiseLevel()
 class InductiveMomentMatching(Objective):
     """w·MMD² of X_{t→r}(z_t) and X⁻_{s→r}(z_s), with the same data and noise, over groups of samples that share times.
 
-    w = sigmoid(b + 2·logit t)·(1 − t)^(a − 1)/(t·((1 − t)² + t²)), the kernel exp(−‖·‖/((t − r)·σ_d·D)).
+    w = sigmoid(b + 2·logit t)·(1 − t)^(a − 1)/(t·((1 − t)² + t²)), the kernel exp(−‖·‖/((t − r)·|c_out|·D)), c_out
+    of the form.
     As in the paper, the samples of a group share their times, not their labels.
 
     Args:
@@ -56,6 +58,13 @@ class InductiveMomentMatching(Objective):
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     form: Form = choice("forms", ScaledVelocity, prefix="form_")
     sampling: Sampling = sampler_option(partial(FewSteps, t_start=0.994))
+
+    instantaneous = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_min >= self.t_max:
+            raise UsageError(f"expected less than t_max = {self.t_max}, got {self.t_min}", field="t_min")
 
     def draw_times(
         self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
@@ -89,7 +98,8 @@ class InductiveMomentMatching(Objective):
             near = b.at(s, b.r)
             other = near.z - near.gap * near.predict()  # [B, …], X⁻_{s→r}(z_s)
             forget_autocast(b.z.device)
-        scale = 1 / ((b.t - b.r) * self.form.sigma_data)  # [B]
+        c_out: Any = self.form.coefficients(b.t)[2]
+        scale = 1 / ((b.t - b.r) * abs(c_out))  # [B]
         distance = moment_matching(y, other, group=self.group_size, scale=scale)  # [B]
         metrics = {"squared_error": squared_norm(y.detach() - other)}
         return Terms(self.weight(b.t).to(y.dtype) * distance, metrics, u, None, b.v, {"y": y, "y_tgt": other})

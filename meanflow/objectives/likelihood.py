@@ -93,6 +93,7 @@ class TarFlowSampler(Options):
     """
 
     sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = None
+    outputs: ClassVar[tuple[str, ...]] = ("z", "log_det")
 
     guidance_scale: float = option(1.0, low=0.0)
     annealed: bool = True

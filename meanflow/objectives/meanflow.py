@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms, check_time_sampler
+from .objective import Networks, Objective, Terms, check_mix, check_time_sampler
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
-from .velocities import guided_velocity, with_own
+from .velocities import guided_velocity, mixed, with_own
 from .weights import adaptive_error
 
 
@@ -60,13 +59,7 @@ class MeanFlow(Objective):
             raise TypeError(f"guidance_interval: expected a pair (low, high), got {self.guidance_interval!r}")
         super().__post_init__()
         check_time_sampler(self.time_sampler)
-        interval = tuple(self.guidance_interval)
-        if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
-            raise UsageError(f"expected 0 <= low <= high <= 1, got {self.guidance_interval}", field="guidance_interval")
-        if self.kappa >= 1.0 and self.omega != 0.0:
-            raise UsageError(
-                f"expected less than 1 (the effective scale is omega/(1 − kappa)), got {self.kappa}", field="kappa"
-            )
+        check_mix(self)
 
     @property
     def guided(self) -> bool:
@@ -92,5 +85,4 @@ class MeanFlow(Objective):
         low, high = self.guidance_interval
         inside = (b.t >= low) & (b.t <= high)  # [B]
         active = inside if b.drop is None else inside & ~b.drop  # [B]
-        null = 0.0 if self.omega + self.kappa == 1.0 else 1.0 - self.omega - self.kappa
-        return guided_velocity(b, active, data=self.omega, label=self.kappa, null=null)
+        return guided_velocity(b, active, **mixed(self.omega, self.kappa))

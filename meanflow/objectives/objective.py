@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_finite, check_floating, check_label_range, check_labels, check_takes, no_label_of
+from ..errors import UsageError
 from ..options import Options
 from ..sampling import Sampling, chosen
 from .draws import Draws, choose_moved
@@ -74,7 +75,7 @@ class ObjectiveOutput:
     per_sample: (B,) weighted loss of each sample, detached.
     squared_error: (B,) ‖u − u_tgt‖² of each sample before weighting, detached.
     u: (B, C, H, W) the network's prediction, detached.
-    du_dt: (B, C, H, W) its total derivative, zero where r = t, detached.
+    du_dt: (B, C, H, W) its total derivative, zero where r = t, detached; of terminal velocities ∂u/∂r.
     v: (B, C, H, W) the guided velocity that it is trained towards.
     t, r: (B,) the times.
     others: further results by name, such as "u_tgt" (B, C, H, W), detached.
@@ -104,6 +105,7 @@ class Objective(Options, ABC):
         conditions: names of the further draws that `draw_conditions` makes.
         keywords: what the network is called with besides z, r, t and y.
         teachers: which pretrained networks it needs, of "frozen" and "weak".
+        instantaneous: whether u(z, t, t) of a trained network is the velocity, so that it can teach others.
         group_size: consecutive samples that belong together: no cut of a batch may part them.
         path: between data and noise.
         form: what the network returns.
@@ -113,6 +115,7 @@ class Objective(Options, ABC):
     outputs: ClassVar[tuple[str, ...]] = ("u",)
     metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
     conditions: ClassVar[tuple[str, ...]] = ()
+    instantaneous: ClassVar[bool] = True
     path: ClassVar[LinearPath] = LinearPath()
     Output: ClassVar[type[Any]] = ObjectiveOutput
 
@@ -140,6 +143,10 @@ class Objective(Options, ABC):
         teachers = ()
         form = AverageVelocity()
         group_size = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampler(self, self.sampling)
 
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
@@ -333,7 +340,18 @@ class Objective(Options, ABC):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        return chosen(self.sampling, **options).draw(self.sampled(net), noise, y)
+        return self.generate(net, noise, y, chosen(self.sampling, **options))
+
+    def generate(
+        self, net: Net, noise: Tensor, y: Tensor, sampling: Sampling, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Images (B, …) of labels y (B,) from standard normal noise (B, …) by a sampler.
+
+        Raises:
+            UsageError: the sampler is of other networks.
+        """
+        check_sampler(self, sampling)
+        return sampling.draw(self.sampled(net), noise, y, generator=generator)
 
     def sampled(self, net: Net) -> Net:
         """u(z, r, t, y), from which images are drawn, of a network that this objective trains."""
@@ -384,6 +402,32 @@ class Objective(Options, ABC):
             phase=draws.phase,
         )
         return self.terms(batch, nets), order
+
+
+def check_sampler(objective: Objective, sampling: Sampling) -> None:
+    """Raise a UsageError unless the networks of an objective are what a sampler calls."""
+    outputs: tuple[str, ...] | None = getattr(sampling, "outputs", None)
+    missing = [name for name in getattr(sampling, "keywords", ()) if name not in objective.keywords]
+    fits = objective.outputs[0] == "u" if outputs is None else objective.outputs == outputs
+    if not fits or missing:
+        needs = f"networks that return ({', '.join(outputs or ('u',))})" if not fits else f"networks told {missing[0]}"
+        name = type(objective).__name__
+        raise UsageError(
+            f"{type(sampling).__name__} draws from {needs}, which those of {name} are not", field="sampler"
+        )
+
+
+def check_mix(objective: Any) -> None:
+    """Raise a UsageError unless guidance_interval, omega and kappa of MeanFlow's guidance make sense."""
+    interval = tuple(objective.guidance_interval)
+    if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
+        raise UsageError(
+            f"expected 0 <= low <= high <= 1, got {objective.guidance_interval}", field="guidance_interval"
+        )
+    if getattr(objective, "kappa", 0.0) >= 1.0 and objective.omega != 0.0:
+        raise UsageError(
+            f"expected less than 1 (the effective scale is omega/(1 − kappa)), got {objective.kappa}", field="kappa"
+        )
 
 
 def check_time_sampler(sampler: Any) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..options import option
+from mfkernels.dual import map_output
+
+from ..checks import num_classes_of
+from ..options import choice, option
 from ..registry import register
+from ..sampling import Sampling
 from .forms import DataPrediction, Form
 from .improved_meanflow import ImprovedMeanFlow
 from .path import LinearPath, column
+from .rows import Net
+from .time_samplers import LogitNormal, TimeSampler
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,13 @@ class PixelMeanFlow(ImprovedMeanFlow):
     Args:
         t_min: times below it are taken for it where one divides by them
         noise_scale: standard deviation of the noise; the authors take 1, 2 or 4 for larger images
+        time_sampler: how the two times are drawn; the authors draw a tenth of them uniformly, and take mean 0 for some
+            sizes
     """
 
     t_min: float = option(0.05, low=0.0, high=1.0, above=True)
     noise_scale: float = option(1.0, low=0.0, above=True)
+    time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.8, 0.8), prefix="time_")
 
     form: Form = field(init=False)
     path: LinearPath = field(init=False)  # type: ignore[misc]
@@ -52,3 +63,27 @@ class PixelMeanFlow(ImprovedMeanFlow):
         # both divide by the same least time
         object.__setattr__(self, "form", DataPrediction(t_min=self.t_min))
         object.__setattr__(self, "path", ClippedPath(t_min=self.t_min, noise_scale=self.noise_scale))
+
+    def sampled(self, net: Net) -> Net:
+        """The flow map of images over noise_scale, with standard normal noise; `generate` scales the images back."""
+        wrapped, k = super().sampled(net), self.noise_scale
+        return wrapped if k == 1.0 else ScaledNetwork(wrapped, k)
+
+    def generate(
+        self, net: Net, noise: Tensor, y: Tensor, sampling: Sampling, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """As `Objective.generate`."""
+        return self.noise_scale * super().generate(net, noise, y, sampling, generator=generator)
+
+
+class ScaledNetwork:
+    """u(k·z, r, t, y, …)/k of a network u."""
+
+    def __init__(self, net: Net, k: float) -> None:
+        self.module, self.k = net, k
+        self.num_classes = num_classes_of(net)  # None: it names none
+
+    def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, **conditions: Any) -> Any:
+        """(B, …), or all outputs of the network."""
+        out = self.module(self.k * z, r, t, y, **conditions)
+        return map_output(lambda u: u if u is None else u / self.k, out)

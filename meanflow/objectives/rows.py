@@ -82,6 +82,11 @@ class Rows:
         drop = None if self.drop is None or others.drop is None else torch.cat([self.drop, others.drop])  # [B + B']
         return dataclasses.replace(self, **both, drop=drop, conditions={})
 
+    def padded(self, derivative: Tensor | None) -> Tensor:
+        """A derivative of the first rows, (moved, …), as one of all, (B, …): zero where no row is moved."""
+        still = self.z.new_zeros(len(self.z) - self.moved, *self.z.shape[1:])
+        return still if derivative is None else torch.cat([derivative.to(still.dtype), still])
+
     def predict(self, **conditions: Any) -> Tensor:
         """u(z, r, t, y) of every row, (B, …), on the tape."""
         return check_velocity("u", self.net(self.z, self.r, self.t, self.y, **conditions), self.z)

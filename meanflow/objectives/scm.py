@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_velocity
+from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
-from .forms import AverageVelocity, Form, TrigFlow
+from .forms import EDM, AverageVelocity, Form, TrigFlow
 from .objective import Networks, Objective, Terms
 from .pairs import SIGMA_MAX
 from .path import Angle
@@ -61,6 +62,15 @@ class ContinuousConsistency(Objective, ABC):
     form: Form = choice("forms", TrigFlow, prefix="form_")
     sampling: Sampling = sampler_option(partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="sphere"))
 
+    instantaneous = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.form, EDM | TrigFlow) and self.form.sigma_data != self.sigma_data:
+            raise UsageError(
+                f"expected sigma_data = {self.sigma_data}, got {self.form.sigma_data}", field="form_sigma_data"
+            )
+
     @property
     def clock(self) -> Angle:
         """The angles of the paper."""
@@ -86,15 +96,16 @@ class ContinuousConsistency(Objective, ABC):
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """The loss of the tangent along the data's velocity, or that of a teacher."""
         a = b.v
-        if nets.frozen is not None:
+        if self.teachers:
+            assert nets.frozen is not None
             label = b.no_label if self.guidance != 1 else -1
             a = guided(nets.frozen, b.z, b.t, b.t, b.y, scale=self.guidance, no_label=label).to(b.v.dtype)
-        u, du_dt = b.with_derivative(a)  # [B, …] each
+        u, du_dt = b.with_derivative(a)  # [B, …], [moved, …]
         u = check_velocity("u", u, b.z)
         with torch.no_grad():
             t, data = b.column(b.t), self.sigma_data * b.column(1 - b.t)  # [B, 1, …]
             Q = (data.square() + t.square()).sqrt()  # [B, 1, …]
-            g = self.tangent(b, u - a, t * du_dt, Q, b.column(b.conditions["warm_up"]))  # [B, …]
+            g = self.tangent(b, u - a, t * b.padded(du_dt), Q, b.column(b.conditions["warm_up"]))  # [B, …]
             u_tgt = u + self.sigma_data / Q * normalised(g, self.normalisation, self.norm)  # [B, …]
         error = mean_square(Q / self.sigma_data * (u - u_tgt))  # [B], of F
         per_sample = self.weighted(error, u[0].numel(), b, nets)  # [B]

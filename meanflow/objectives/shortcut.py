@@ -16,7 +16,7 @@ from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
 from .draws import Draws
-from .forms import AverageVelocity, Form
+from .forms import AverageVelocity, Form, Shortcut
 from .objective import Networks, Objective, Terms
 from .path import LinearPath
 from .rows import Rows
@@ -61,6 +61,10 @@ class ShortcutModel(Objective):
         super().__post_init__()
         if self.timesteps & (self.timesteps - 1):
             raise UsageError(f"expected a power of 2, got {self.timesteps}", field="timesteps")
+        if isinstance(self.form, Shortcut) and self.form.timesteps != self.timesteps:
+            raise UsageError(
+                f"expected timesteps = {self.timesteps}, got {self.form.timesteps}", field="form_timesteps"
+            )
 
     @property
     def path(self) -> LinearPath:  # type: ignore[override]

@@ -56,7 +56,8 @@ class SplitMeanFlow(Objective):
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """‖u − u_tgt‖²."""
         a, n = b.v, b.moved
-        if nets.frozen is not None and n < len(b.z):
+        if self.distil and n < len(b.z):
+            assert nets.frozen is not None
             label = b.no_label if self.guidance != 1 else -1
             z, t, y = b.z[n:], b.t[n:], b.y[n:]
             a = torch.cat([a[:n], guided(nets.frozen, z, t, t, y, scale=self.guidance, no_label=label).to(a.dtype)])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_velocity
+from ..checks import check_velocity, num_classes_of
+from ..errors import UsageError
 from ..options import group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
@@ -56,6 +57,18 @@ class TerminalVelocityMatching(Objective):
     r_sampler: LogitNormal = group(LogitNormal, prefix="r_")
     label_dropout: float = option(0.1, low=0.0, high=1.0)
     sampling: Sampling = sampler_option(FewSteps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.omega_max not in (0.0, self.omega):
+            if self.omega_max < self.omega:
+                raise UsageError(
+                    f"expected 0 or more than omega = {self.omega}, got {self.omega_max}", field="omega_max"
+                )
+            if not self.conditioned:
+                raise UsageError(
+                    "expected 0 without conditioned: the network would not know the scale", field="omega_max"
+                )
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -124,11 +137,7 @@ class TerminalVelocityMatching(Objective):
     def sampled_at(self, net: Net, omega: float) -> Net:
         """F of a guidance scale, from which images are drawn."""
 
-        def velocity(z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            u = check_velocity("u", net(z, r, t, y, **self._told(torch.full_like(t, 1 / omega))), z)
-            return omega * u if self.scaled else u
-
-        return velocity
+        return GuidedNetwork(self, net, omega)
 
     @torch.no_grad()
     def _guided(self, b: Rows, factor: Tensor, end: Net) -> Tensor:
@@ -140,3 +149,17 @@ class TerminalVelocityMatching(Objective):
 
     def _told(self, beta: Tensor) -> dict[str, Any]:
         return {"beta": beta} if self.conditioned else {}
+
+
+class GuidedNetwork:
+    """F(z, r, t, y) of terminal velocity matching at one guidance scale."""
+
+    def __init__(self, objective: TerminalVelocityMatching, net: Net, omega: float) -> None:
+        self.objective, self.module, self.omega = objective, net, omega
+        self.num_classes = num_classes_of(net)  # None: it names none
+
+    def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """(B, …)."""
+        told = {"beta": torch.full_like(t, 1 / self.omega)} if self.objective.conditioned else {}
+        u = check_velocity("u", self.module(z, r, t, y, **told), z)
+        return self.omega * u if self.objective.scaled else u

@@ -9,6 +9,11 @@ from ..checks import check_velocity
 from .rows import Net, Rows, forget_autocast
 
 
+def mixed(omega: float, kappa: float) -> dict[str, float]:
+    """Weights of `guided_velocity` for MeanFlow's ω and κ (arXiv 2505.13447, eq. 19)."""
+    return {"data": omega, "label": kappa, "null": 0.0 if omega + kappa == 1.0 else 1.0 - omega - kappa}
+
+
 @torch.no_grad()
 def guided_velocity(b: Rows, active: Tensor, *, data: float, label: float, null: float) -> tuple[Tensor, Tensor]:
     """data·v + label·u(z,t,t|y) + null·u(z,t,t|∅) where `active`, else v; and the weight of u(z,t,t|y) that rows lack.

@@ -93,6 +93,7 @@ class GuidedSteps(Steps):
     """
 
     sweep: ClassVar[tuple[str, tuple[float, ...]] | None] = ("omega", (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
+    keywords: ClassVar[tuple[str, ...]] = ("omega", "t_min", "t_max", "heads")
 
     omega: float = option(2.0, low=1.0)
     t_min: float = option(0.0, low=0.0, high=1.0)

@@ -26,6 +26,9 @@ class Sampling(Protocol):
     """How images are drawn, as a group of options.
 
     sweep: an option and the values of it that a report compares; None: there is none.
+
+    A sampler may also have the class attributes `outputs`, what the networks return that it draws from, if that is not
+    u, and `keywords`, what they are told besides z, r, t and y.
     """
 
     sweep: ClassVar[tuple[str, tuple[float, ...]] | None]

@@ -144,13 +144,13 @@ class Trainer:
         y = torch.zeros(n, dtype=torch.long, device=device)
         try:
             self.objective.check_network(self.model)
-            draws = self.objective.draw(x.shape, generator=torch.Generator(device), device=device)
-            loss = self.objective.loss(self.model, x, y, draws, self.nets).loss
-            if is_sharded(self.config, self.accelerator):
-                loss.backward()
-                self.optimizer.zero_grad()
-            else:
-                torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
+            for draws in self._first_draws(n):
+                loss = self.objective.loss(self.model, x, y, draws, self.nets).loss
+                if is_sharded(self.config, self.accelerator):
+                    loss.backward()
+                    self.optimizer.zero_grad()
+                else:
+                    torch.autograd.grad(loss, self.parameters, allow_unused=True)  # leaves no gradient behind
         except NetworkError as error:
             raise UsageError(f"{self.config.model.name}: {error}", field="model") from error
         except NotImplementedError as error:
@@ -163,6 +163,15 @@ class Trainer:
                 f"({error}); --precision bf16 asks nothing of a network",
                 field="precision",
             ) from error
+
+    def _first_draws(self, n: int) -> list[Draws]:
+        """Draws for n samples, one of each phase that the first and the last step are in."""
+        device = self.accelerator.device
+        found: dict[str, Draws] = {}
+        for step in (0, self.config.optim.steps - 1):
+            draws = self.objective.draw((n, *self.shape), step=step, generator=torch.Generator(device), device=device)
+            found.setdefault(draws.phase, draws)
+        return list(found.values())
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint as if the run had never stopped.

@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..files import parse_json, reason, shown
 from ..models import config_of, create_model
 from ..objectives import Objective
+from ..objectives.objective import check_sampler
 from ..registry import is_code
 from ..sampling import Sampling, chosen
 from .checkpoint import (
@@ -72,6 +73,7 @@ class LoadedNetwork:
             UsageError: there is no such sampler or option, or a value is out of its range.
         """
         sampling: Sampling = chosen(self.objective.sampling, **options)
+        check_sampler(self.objective, sampling)
         return sampling
 
     @torch.no_grad()
@@ -92,11 +94,12 @@ class LoadedNetwork:
         """
         generator = generator_for(seed, Stream.SAMPLES)
         noise = torch.randn(len(labels), *self.latent_shape, generator=generator)
-        sampling, net = self.sampling(**options), self.objective.sampled(self.net)
+        sampling = self.sampling(**options)
         images = []
         for z, y in zip(noise.split(CHUNK), labels.split(CHUNK), strict=True):
             try:
-                drawn = sampling.draw(net, z.to(device), y.to(device), generator=generator)  # [CHUNK, C, H, W]
+                z, y = z.to(device), y.to(device)
+                drawn = self.objective.generate(self.net, z, y, sampling, generator=generator)  # [CHUNK, C, H, W]
                 x = self.codec.decode(drawn)  # [CHUNK, C, H, W]
             except NotImplementedError as error:
                 raise UsageError(f"this network cannot be served: {error}", field="backend") from error

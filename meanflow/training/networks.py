@@ -81,6 +81,11 @@ def _teacher(config: Config, data: ImageData, field: str, trust_code: Trust) -> 
             raise UsageError(
                 f"{loaded.source} returns ({', '.join(loaded.objective.outputs)}); expected a network u(z, r, t, y)"
             )
+        if not loaded.objective.instantaneous:
+            raise UsageError(
+                f"{loaded.source} was trained for jumps alone; expected a network whose u(z, t, t) is a velocity, "
+                "such as one of flow_matching or meanflow"
+            )
         check_takes(loaded.net, "y")
     except (UsageError, NetworkError) as error:
         raise UsageError(str(error), field=field) from error

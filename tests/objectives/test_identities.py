@@ -120,9 +120,11 @@ def test_the_residual_is_zero_row_by_row(name):
     assert out.squared_error.max() <= 1e-28  # measured 8e-30
 
 
-@pytest.mark.parametrize("form", [AverageVelocity(), TrigFlow(0.5, times="t", one_time=False)], ids=["u", "trigflow"])
+@pytest.mark.parametrize("trigflow", [False, True])
 @pytest.mark.parametrize("kind", [ContinuousConsistencyDistillation, RegularizedConsistency])
-def test_the_tangent_of_continuous_consistency_is_zero(kind, form):
+def test_the_tangent_of_continuous_consistency_is_zero(kind, trigflow):
+    sigma_data = kind.__dataclass_fields__["sigma_data"].default
+    form = TrigFlow(sigma_data, times="t", one_time=False) if trigflow else AverageVelocity()
     objective = kind(form=form, guidance=1.0)
     net = Gaussian()
     nets = Networks(frozen=net, learned=LogVariance(1).double())
@@ -386,12 +388,19 @@ def test_pairs_of_consistency_training_are_neighbours():
 def test_the_gap_of_easy_consistency_closes():
     ect = EasyConsistency()
     t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    sigma, s = t / (1 - t), ect.partner(t, 0)
+    sigma, s = t / (1 - t), ect.partner(t, 0)["s"]
     assert torch.equal(s == 0, 8 * torch.sigmoid(-sigma) >= 1)
-    gaps = [(sigma - (a / (1 - a))) / sigma for a in (ect.partner(t, stage) for stage in (4, 5))]
+    gaps = [(sigma - (a / (1 - a))) / sigma for a in (ect.partner(t, stage)["s"] for stage in (4, 5))]
     torch.testing.assert_close(gaps[0], 2 * gaps[1])
     draws = ect.draw((16, 1), step=75_000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(draws.conditions["s"], ect.partner(draws.t, 3))
+    for name, expected in ect.partner(draws.t, 3).items():
+        torch.testing.assert_close(draws.conditions[name], expected)
+    late = ect.draw((256, 1), step=10**6, generator=torch.Generator().manual_seed(0))
+    assert (late.conditions["s"] <= late.t).all()
+    assert (late.conditions["gap"] > 0).all()
+    loss = ect.loss(Gaussian(), torch.randn(256, 1), torch.zeros(256, dtype=torch.long), late)
+    assert loss.per_sample.isfinite().all()
+    assert EasyConsistency(stage_steps=1).draw((4, 1), step=5000).conditions["gap"].isfinite().all()
 
 
 def test_alpha_falls():

@@ -456,7 +456,7 @@ def test_teachers_in_half_precision(teachers, any_precision):
 
 
 def test_a_batch_that_would_part_a_group_is_named():
-    words = r"batch_size: expected a multiple of 8, 4 samples that belong together in each of 2 parts .*, got 12"
+    words = r"batch_size: expected a multiple of 8, 4 samples belonging together in each of 2 parts .*, got 12"
     with pytest.raises(UsageError, match=words):
         run_training(of("Grouped", batch_size=12, accumulate=2))
     run_training(of("Grouped", batch_size=16, accumulate=2))
