@@ -175,8 +175,8 @@ def test_the_gradient_is_that_towards_a_fixed_target(name):
         per_sample = sum((q * (-a).exp() + 0.01).log() for q, a in terms) / 2
     expected = gradients(per_sample.mean(), parameters)
     found, expected = (torch.cat([g.flatten() for g in a]) for a in (found, expected))
-    print(name, float((found - expected).norm() / expected.norm()))
-    assert (found - expected).norm() <= 4e-7 * expected.norm()  # times are of single precision
+    # measured 1.2e-7 with alpha_flow, 3.3e-8 with others: times are of single precision
+    assert (found - expected).norm() <= 2.5e-7 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["tvm", "lmd"])
