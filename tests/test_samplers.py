@@ -65,7 +65,7 @@ TIMES = {"uniform": uniform_times(4), "uneven": [1.0, 0.9, 0.3, 0.29, 0.0]}
         (sample_consistency, {}),
         *((sample_gamma, {"gamma": gamma, "rule": rule}) for gamma in (0.3, 0.9) for rule in ("noise_level", "time")),
     ],
-    ids=str,
+    ids=lambda a: getattr(a, "__name__", str(a)),
 )
 def test_at_the_exact_flow_map_the_law_is_that_of_the_data(draw, options, times):
     assert law(draw, 3, times=times, **options) == pytest.approx((MEAN, STD), rel=1e-12)
