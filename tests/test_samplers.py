@@ -27,6 +27,12 @@ from meanflow.sampling import (
     uniform_times,
 )
 
+
+def name_of(a):
+    """An id of a test that is the same in every process."""
+    return getattr(a, "__name__", str(a))
+
+
 MEAN, STD = 0.5, 0.4
 RANDOM = [sample_consistency, sample_gamma, sample_sde]
 
@@ -65,7 +71,7 @@ TIMES = {"uniform": uniform_times(4), "uneven": [1.0, 0.9, 0.3, 0.29, 0.0]}
         (sample_consistency, {}),
         *((sample_gamma, {"gamma": gamma, "rule": rule}) for gamma in (0.3, 0.9) for rule in ("noise_level", "time")),
     ],
-    ids=lambda a: getattr(a, "__name__", str(a)),
+    ids=name_of,
 )
 def test_at_the_exact_flow_map_the_law_is_that_of_the_data(draw, options, times):
     assert law(draw, 3, times=times, **options) == pytest.approx((MEAN, STD), rel=1e-12)
@@ -133,7 +139,7 @@ def test_a_stochastic_sampler_without_diffusion_is_the_ode():
     )
 
 
-@pytest.mark.parametrize("diffusion", ["t", "sin2", "constant", lambda t: 2 * t * (1 - t)], ids=str)
+@pytest.mark.parametrize("diffusion", ["t", "sin2", "constant", lambda t: 2 * t * (1 - t)], ids=name_of)
 def test_the_sde_converges_to_the_law_of_the_data(diffusion):
     errors = []
     for steps in (100, 200):
@@ -268,7 +274,7 @@ def test_bad_arguments():
         (GammaSteps(3, gamma=0.7, rule="time"), lambda *a, **b: sample_gamma(*a, steps=3, gamma=0.7, rule="time", **b)),
         (SdeSteps(5, diffusion="sin2"), lambda *a, **b: sample_sde(*a, steps=5, diffusion="sin2", **b)),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_sampler_is_its_function(sampler, by_hand):
     noise, y = start()
