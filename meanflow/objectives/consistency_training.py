@@ -208,7 +208,7 @@ class ImprovedConsistencyTraining(Consistency):
     Args:
         sigma_mean: of ln σ, about which levels are drawn
         sigma_std: of ln σ
-        huber: c of the pseudo-Huber distance over √D, D numbers a sample
+        huber_scale: c of the pseudo-Huber distance over √D, D numbers a sample
     """
 
     start_scales: int = option(10, low=2)
@@ -216,7 +216,7 @@ class ImprovedConsistencyTraining(Consistency):
     total_steps: int = option(400_000, low=1)
     sigma_mean: float = -1.1
     sigma_std: float = option(2.0, low=0.0, above=True)
-    huber: float = option(0.00054, low=0.0)
+    huber_scale: float = option(0.00054, low=0.0)
 
     def scales(self, step: int) -> int:
         """N(k): doubled in equal parts of the training."""
@@ -236,7 +236,7 @@ class ImprovedConsistencyTraining(Consistency):
         pair = composition(b, b.v, s, second=b.net)
         jump = b.column(b.t) * (pair.u - pair.u_tgt)  # [B, …]
         gap = (LEVELS.of_linear(b.t) - LEVELS.of_linear(s)).clamp_min(LEAST_GAP)  # [B]
-        per_sample = pseudo_huber(jump, self.huber * jump[0].numel() ** 0.5) / gap.to(jump.dtype)  # [B]
+        per_sample = pseudo_huber(jump, self.huber_scale * jump[0].numel() ** 0.5) / gap.to(jump.dtype)  # [B]
         return consistency_terms(b, pair, per_sample)
 
 

@@ -40,7 +40,7 @@ from .ema import EMA, TargetEMA
 from .folder import RunFolder
 from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
-from .networks import networks_beside
+from .networks import checksums_of_teachers, networks_beside
 from .parallel import check_parts, checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
 from .schedule import learning_rate
 from .signals import StopSignals
@@ -109,6 +109,7 @@ class Trainer:
         checkpoint_blocks(self.model, config.run.checkpoint_blocks)
         check_parts(config, accelerator.num_processes)
         self.nets = networks_beside(config, data, self.model, accelerator, trust_code)
+        self.teachers = checksums_of_teachers(config)
         self.learned, self.target = self.nets.learned, cast("nn.Module | None", self.nets.ema)
         self.loss_of = training_loss(self.model, self.objective, config, accelerator, self.nets)
         self.parameters = [p for p in self.loss_of.parameters() if p.requires_grad]
@@ -186,6 +187,14 @@ class Trainer:
         except UsageError as error:
             raise UsageError(f"{error}{cure_for_damage(self.folder.checkpoints, path)}") from error
         self.data.check_classes(state["class_names"], path)
+        taught = state.get("teachers", {})
+        for field, now in self.teachers.items():
+            if isinstance(taught, dict) and taught.get(field, now) != now:
+                raise UsageError(
+                    f"{getattr(self.config.run, field)} has other weights than {path} was trained with; expected the "
+                    "same: of a run that trains on, name a checkpoint",
+                    field=field,
+                )
         for name, here in (("input_size", self.shape[1]), ("in_channels", self.shape[0])):
             before = state["model"].get("config", {}).get(name, here)
             if before != here:
@@ -257,6 +266,7 @@ class Trainer:
             "class_names": list(self.data.class_names),
             **{name: part for name, part in self.config.to_dict().items() if name in ("objective", "codec")},
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **({"teachers": self.teachers} if self.teachers else {}),
         }
         return Checkpoint(
             step=self.step,

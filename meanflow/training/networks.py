@@ -15,8 +15,9 @@ from ..data import ImageData
 from ..errors import NetworkError, UsageError
 from ..models import config_of
 from ..objectives import Networks
-from .network import LoadedNetwork, load_network, source_of
+from .network import LoadedNetwork, find_checkpoint, load_network, source_of
 from .parallel import checkpoint_blocks, in_bfloat16, place_network, transformer_blocks
+from .state import checksum
 
 TEACHERS = {"frozen": "teacher", "weak": "weak_teacher"}  # an objective's word for a teacher, and the option of a run
 
@@ -56,6 +57,16 @@ def networks_beside(
         fixed(loaded.net, config, accelerator)
         teachers[role] = loaded.objective.sampled(loaded.net)
     return Networks(ema=target, learned=learned, **teachers)
+
+
+def checksums_of_teachers(config: Config) -> dict[str, str]:
+    """Checksums of the files that the weights of a run's teachers come from, by option."""
+    found = {}
+    for field in TEACHERS.values():
+        if getattr(config.run, field) is not None:
+            source = source_of(getattr(config.run, field))
+            found[field] = checksum(source if source.is_file() else find_checkpoint(source) / "ema.safetensors")
+    return found
 
 
 def _target(config: Config, data: ImageData, model: nn.Module, accelerator: Accelerator) -> nn.Module:

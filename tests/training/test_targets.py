@@ -365,6 +365,10 @@ def test_a_resumed_run_loads_its_teachers_again_and_keeps_them(teachers, monkeyp
         with pytest.raises(UsageError, match=f"{field}: expected the resumed run's own, {TAUGHT[field]}, got {other}"):
             run_training(config.replace(name="parts", steps=7, **{field: other}), resume=True, trust_code=TRUST)
     shutil.rmtree("runs/good")
+    shutil.copytree("runs/bad", "runs/good")
+    with pytest.raises(UsageError, match="teacher: good has other weights than .*step_00000006 was trained with"):
+        run_training(config.replace(name="parts", steps=7), resume=True, trust_code=TRUST)
+    shutil.rmtree("runs/good")
     with pytest.raises(UsageError, match="teacher: good does not exist; expected a run folder"):
         run_training(config.replace(name="parts", steps=7), resume=True, trust_code=TRUST)
     loaded = load_network(Path("runs/parts"), trust_code=True)  # which needs no teacher
