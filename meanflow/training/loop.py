@@ -189,7 +189,7 @@ class Trainer:
         self.data.check_classes(state["class_names"], path)
         taught = state.get("teachers", {})
         for field, now in self.teachers.items():
-            if isinstance(taught, dict) and taught.get(field, now) != now:
+            if taught.get(field, now) != now:
                 raise UsageError(
                     f"{getattr(self.config.run, field)} has other weights than {path} was trained with; expected the "
                     "same: of a run that trains on, name a checkpoint",

@@ -148,6 +148,11 @@ def check_number(name: str, value: Any, low: float) -> None:
         raise ValueError(f"{name}: expected a finite number of at least {low:g}, got {shown(value)}")
 
 
+def _check_texts(name: str, value: Any) -> None:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError(f"{name}: expected checksums by name, got {shown(value)}")
+
+
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value < high:
         raise ValueError(f"{name}: expected an integer from {low} to {high - 1}, got {shown(value)}")
@@ -203,6 +208,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "guidance": _check_guidance,
     "codec": _check_component,
     "scaler": _check_scaler,
+    "teachers": _check_texts,
 }
 
 

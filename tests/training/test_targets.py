@@ -366,7 +366,7 @@ def test_a_resumed_run_loads_its_teachers_again_and_keeps_them(teachers, monkeyp
             run_training(config.replace(name="parts", steps=7, **{field: other}), resume=True, trust_code=TRUST)
     shutil.rmtree("runs/good")
     shutil.copytree("runs/bad", "runs/good")
-    with pytest.raises(UsageError, match="teacher: good has other weights than .*step_00000006 was trained with"):
+    with pytest.raises(UsageError, match=r"teacher: good has other weights than .*step_00000006 was trained with"):
         run_training(config.replace(name="parts", steps=7), resume=True, trust_code=TRUST)
     shutil.rmtree("runs/good")
     with pytest.raises(UsageError, match="teacher: good does not exist; expected a run folder"):
