@@ -309,7 +309,10 @@ def test_a_network_that_is_told_its_guidance():
         (lambda: FewSteps(guidance_t_min=0.9, guidance_t_max=0.1), "guidance_t_min: expected at most guidance_t_max"),
         (lambda: ConsistencySteps(sigma_min=3.0), "sigma_min: expected at most 1, the noise level"),
         (lambda: GammaSteps(gamma=2.0), r"gamma: expected a number in \[0, 1\], got 2.0"),
-        (lambda: chosen(FewSteps(), "heun"), "sampler: expected one of consistency, gamma, jumps, guided, ode, sde or"),
+        (
+            lambda: chosen(FewSteps(), "heun"),
+            "sampler: expected one of consistency, gamma, jumps, guided, ode, sde, tarflow or",
+        ),
         (lambda: chosen(FewSteps(), "meanflow.sampling:sample"), "sampler: expected a frozen dataclass with draw"),
         (lambda: chosen(FewSteps(), gamma=0.5), "sampling: expected steps, schedule, .*, got gamma"),
         (lambda: chosen(FewSteps(), schedule="cosine"), "schedule: expected Literal"),
@@ -335,4 +338,4 @@ def test_what_a_report_says_of_a_sampler():
         "flow map, 2 network evaluations of the karras schedule from 0.9, scaled start, guidance scale 2 on [0, 0.5]"
     )
     for name, cls in available("samplers"):
-        assert "network evaluation" in str(cls()), name
+        assert ("inverse flow" if name == "tarflow" else "network evaluation") in str(cls()), name

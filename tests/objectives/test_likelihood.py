@@ -271,4 +271,4 @@ def test_by_the_command_line(capsys):
     assert run("evaluate flow --guidance-scale 1 --samples 20") == 0
     capsys.readouterr()
     assert run("sample flow --steps 2 --out x.npy") == 2
-    assert "steps: expected only with a network trained with --objective" in capsys.readouterr().err
+    assert "steps: expected only with --sampler consistency or" in capsys.readouterr().err
