@@ -13,7 +13,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, TypeVar
 
 from .errors import UsageError
@@ -62,7 +63,13 @@ def is_code(name: str) -> bool:
 def names(kind: str) -> list[str]:
     """The names that there are: this package's, then those of installed packages."""
     importlib.import_module(_HOMES[kind])
-    return list(dict.fromkeys([*_known[kind], *sorted(entry_points(group=f"meanflow.{kind}").names)]))
+    return list(dict.fromkeys([*_known[kind], *sorted(_entry_points(kind, tuple(sys.path)).names)]))
+
+
+@cache
+def _entry_points(kind: str, path: tuple[str, ...]) -> EntryPoints:
+    """Those of a kind where modules are looked for on this path: to read all packages takes 20 ms."""
+    return entry_points(group=f"meanflow.{kind}")
 
 
 def field_of(kind: str) -> str:
@@ -83,7 +90,7 @@ def find(kind: str, name: str) -> Any:
         expected = ", ".join(names(kind))
         raise UsageError(f'expected one of {expected} or "package.module:Name", got {name!r}', field=field)
     if name not in _known[kind]:
-        entry, *others = entry_points(group=f"meanflow.{kind}", name=name)
+        entry, *others = _entry_points(kind, tuple(sys.path)).select(name=name)
         if others:
             several = ", ".join(f"{one.value} of {one.dist.name if one.dist else '?'}" for one in (entry, *others))
             raise UsageError(f"expected one package that has {name}, found {several}", field=field)
