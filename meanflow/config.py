@@ -295,11 +295,12 @@ def _refuse(config: Config, name: str, value: Any, *, asked: bool) -> None:
         raise UsageError(f"unknown option{f'; is it {close[0]}?' if close else ''}", field=name)
     values = config.values()
     others = [(where, word, option) for where, word, option in owners if values.get(where) != word]
-    defaults = [option.default for _, _, option in others]
+    where = others[-1][0]  # the innermost
+    near = [(word, option.default) for place, word, option in others if place == where]
+    defaults = [default for _, default in near]
     if not asked and (value is None or value in defaults or (isinstance(value, list) and tuple(value) in defaults)):
         return  # a file may be a whole configuration, which asks for what differs
-    where = others[-1][0]  # the innermost
-    words = " or ".join(dict.fromkeys(word for place, word, _ in others if place == where))
+    words = " or ".join(dict.fromkeys(word for word, _ in near))
     raise UsageError(f"expected only with {where} {words}, got {where} {values.get(where)}", field=name)
 
 

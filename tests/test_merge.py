@@ -95,9 +95,13 @@ def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
 @pytest.mark.parametrize(
     ("base", "flags", "words"),
     [
-        ("digits-imf", {"kappa": 0.5}, "kappa: expected only with objective meanflow, got objective imf"),
+        ("digits-imf", {"kappa": 0.5}, "kappa: expected only with objective alpha_flow or meanflow, got objective imf"),
         ("digits", {"omega_max": 4.0}, "omega_max: expected only with objective imf"),
-        ("digits", {"objective": "flow_matching", "ratio": 0.3}, "ratio: expected only with objective imf or meanflow"),
+        (
+            "digits",
+            {"objective": "flow_matching", "ratio": 0.3},
+            "ratio: expected only with objective alpha_flow or lsd or",
+        ),
         ("digits", {"time_sampler": "uniform", "time_std": 2.0}, "time_std: expected only with time_sampler logit"),
         ("digits", {"model": "DiT-S/8", "aux_head_depth": 2}, "aux_head_depth: expected only with model iMF-DiT"),
         ("digits", {"image_size": 16}, "image_size: expected only with data folder, got data digits"),

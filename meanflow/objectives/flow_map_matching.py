@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,18 +131,18 @@ class ProgressiveSelfDistillation(FlowMapMatching):
     """PSD (arXiv 2505.18825, eq. 17): u towards the average velocity of two steps of its own.
 
     Args:
-        split: where the first step ends: half-way (PSD-M), or uniform (PSD-U)
+        midpoint: the first step ends half-way (PSD-M); otherwise anywhere, uniformly (PSD-U)
     """
 
     conditions = ("s",)
 
-    split: Literal["midpoint", "uniform"] = "midpoint"
+    midpoint: bool = True
 
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """s between r and t."""
-        if self.split == "midpoint":
+        if self.midpoint:
             return {"s": (t + r) / 2}
         return {"s": t + torch.rand(t.shape, generator=generator, device=t.device) * (r - t)}
 
