@@ -40,7 +40,8 @@ class ConsistencyTrajectory(Objective):
     Args:
         self_learned: z_s is the averaged network's own jump, without a teacher
         sigma_min, sigma_max, rho, scales: the grid of noise levels
-        heun_steps: largest number of grid steps from t to s, drawn with weights proportional to it
+        heun_steps: largest number of grid steps from t to s, drawn with weights proportional to it; as many are
+            computed in any case, so that every training step is the same graph
         dsm_mean, dsm_std: of ln σ in half of the denoising term
         dsm_share: share of the grid, from its noisy end, in the other half
         dsm_weight: factor of the denoising term

@@ -14,7 +14,7 @@ from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .consistency_training import LEAST_GAP, LEVELS, consistency_terms
 from .forms import EDM, Form
-from .objective import Networks, Objective, Terms
+from .objective import JumpsToData, Networks, Terms
 from .pairs import SIGMA_MAX
 from .rows import Net, Rows
 from .rules import composition
@@ -24,7 +24,7 @@ from .weights import pseudo_huber
 
 @register("objectives", "ect")
 @dataclass(frozen=True)
-class EasyConsistency(Objective):
+class EasyConsistency(JumpsToData):
     """Easy consistency tuning: (√(‖f(z_t, t) − f⁻(z_s, s)‖² + c²) − c)/(σ_t − σ_s), f the denoised image.
 
     σ_s = σ_t·max(0, 1 − (1 + k·sigmoid(−b·σ_t))/q^(stage + 1)): at first mostly 0, where the target is the image
@@ -43,9 +43,7 @@ class EasyConsistency(Objective):
         sampling: how images are drawn
     """
 
-    ratio = 1.0
     conditions = ("s", "gap")
-    instantaneous = False
 
     stage_factor: float = option(2.0, low=1.0, above=True)
     gap_scale: float = option(8.0, low=0.0)
@@ -73,13 +71,6 @@ class EasyConsistency(Objective):
         share = share.clamp_max(1.0)
         s = torch.minimum(LEVELS.to_linear(sigma * (1 - share)), t)  # [B]
         return {"s": s, "gap": (sigma * share).clamp_min(LEAST_GAP)}
-
-    def draw_times(
-        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
-        """t, and r = 0."""
-        t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
-        return t, torch.zeros_like(t)
 
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None

@@ -404,6 +404,21 @@ class Objective(Options, ABC):
         return self.terms(batch, nets), order
 
 
+@dataclass(frozen=True)
+class JumpsToData(Objective, ABC):
+    """An objective of u(z, 0, t) alone: its times are t of the time sampler, and r = 0."""
+
+    ratio = 1.0
+    instantaneous = False
+
+    def draw_times(
+        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """t, and r = 0."""
+        t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
+        return t, torch.zeros_like(t)
+
+
 def check_sampler(objective: Objective, sampling: Sampling) -> None:
     """Raise a UsageError unless the networks of an objective are what a sampler calls."""
     outputs: tuple[str, ...] | None = getattr(sampling, "outputs", None)

@@ -10,7 +10,7 @@ so that the tangent g needs no more than u and its total derivative. F − F⁻ 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,7 +24,7 @@ from ..options import choice, option
 from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .forms import EDM, AverageVelocity, Form, TrigFlow
-from .objective import Networks, Objective, Terms
+from .objective import JumpsToData, Networks, Terms
 from .pairs import SIGMA_MAX
 from .path import Angle
 from .rows import Rows
@@ -34,7 +34,7 @@ from .weights import LogVariance, mean_square, normalised, squared_norm
 
 
 @dataclass(frozen=True)
-class ContinuousConsistency(Objective, ABC):
+class ContinuousConsistency(JumpsToData):
     """‖F − F⁻ − g/(‖g‖ + c)‖², g the tangent of the consistency function.
 
     Args:
@@ -49,7 +49,6 @@ class ContinuousConsistency(Objective, ABC):
         sampling: how images are drawn
     """
 
-    ratio = 1.0
     conditions = ("warm_up",)
 
     sigma_data: float = option(0.5, low=0.0, above=True)
@@ -61,8 +60,6 @@ class ContinuousConsistency(Objective, ABC):
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.0, 1.4), prefix="time_")
     form: Form = choice("forms", TrigFlow, prefix="form_")
     sampling: Sampling = sampler_option(partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="sphere"))
-
-    instantaneous = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,13 +76,6 @@ class ContinuousConsistency(Objective, ABC):
     def warm_up(self, step: int) -> float:
         """The derivative's share of the tangent at a step."""
         return 1.0 if self.warm_up_steps == 0 else min(1.0, step / self.warm_up_steps)
-
-    def draw_times(
-        self, n: int, *, step: int = 0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
-        """t, and r = 0."""
-        t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
-        return t, torch.zeros_like(t)
 
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
