@@ -180,6 +180,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[misc,valid-type]
                 if isinstance(x, Tensor):
                     base = first[memory_of(x)]
                     pointers.append((position, base, x.data_ptr() - bases[base].data_ptr()))
+                    values[position] = 0  # a plan that held its first call's tensors would keep them, and their tape
             steps.append(Step(compiled[(*made.grid(made.config), 1, 1)[:3]], values, pointers))
         views: list[int | View | None] = []
         for x in results:

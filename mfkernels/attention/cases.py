@@ -11,8 +11,9 @@ from ..check.case import NOISE, Case, Inputs, OpCases, random
 from .op import attention
 
 # NOISE over one key, where the gradients of q and k are zero in exact arithmetic. Plain PyTorch subtracts two equal
-# numbers, a fused backward two sums over the head dim, taken in different orders. Measured: 11; PyTorch's own, 8.
-NOISE_ONE_KEY = 16.0
+# numbers, a fused backward two sums over the head dim, taken in different orders. Measured on a CPU: 11; PyTorch's own,
+# 8. On an H100: 16.6, of the reference.
+NOISE_ONE_KEY = 32.0
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None = None) -> Tensor:

@@ -1,9 +1,10 @@
 """Run by test_plan.py in a process of its own: planned launches get what unplanned ones get.
 
-Its driver launches nothing. Prints how many functions, kinds of calls and launches were compared.
+Its driver launches nothing, and a plan keeps no tensor alive. Prints how many functions, kinds of calls and launches were compared.
 """
 
 import sys
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -191,6 +192,9 @@ def main():
             for _ in range(2):  # one kind of arguments: the first call makes the plan, the others follow it
                 args, options = make()
                 function(*args, **options)
+                ours = [weakref.ref(a) for a in tensors_of(args)]
+                del args
+                assert not any(a() is not None for a in ours), f"{function.__name__}: its plan keeps tensors alive"
             args, options = make()
             inputs = list(tensors_of(args))
             plain, outs, addresses = launched(function.__wrapped__, args, options)

@@ -1,14 +1,12 @@
 """Steps as replays of a CUDA graph next to ordinary ones, on a GPU. Needs neither digits nor the command line."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny_runs import IMF, TINY, stop_after
 
 from meanflow.data import ImageData, TensorImages
-from meanflow.training import Trainer, make_accelerator
+from meanflow.training import RunFolder, Trainer, make_accelerator
 from meanflow.training.log import read_log
 
 DEVICE = "cuda"
@@ -30,13 +28,13 @@ def errors(name, *, resume=False, **values):
     config = TINY.replace(name=name, steps=10, device=DEVICE, norm_p=0.0, **values)
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     data = ImageData("noise", TensorImages(images, torch.arange(64) % 10), None, tuple("abcdefghij"), 1, 8)
-    folder = Path("runs") / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder.named(name)
+    folder.path.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, data, folder, make_accelerator(config, folder))
     if resume:
-        trainer.resume(trainer.last_checkpoint())
+        trainer.resume(folder.newest())
     trainer.run()
-    return [row["squared_error"] for row in read_log(folder / "log.jsonl")]
+    return [row["squared_error"] for row in read_log(folder.log)]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
