@@ -97,7 +97,7 @@ class Way:
 
 
 sdpa = F.scaled_dot_product_attention
-# The most telling first. Where the automatic choice of backends is not taken, it is because no GPU has run them yet.
+# The most telling first. What the automatic choice of backends leaves out has not been timed yet.
 WAYS: dict[str, Way] = {
     "plain": Way("flow matching, plain DiT through SDPA", meanflow=False, attend=sdpa),
     "plain-compiled": Way(

@@ -1,6 +1,7 @@
 """Run by test_plan.py in a process of its own: planned launches get what unplanned ones get.
 
-Its driver launches nothing, and a plan keeps no tensor alive. Prints how many functions, kinds of calls and launches were compared.
+Its driver launches nothing, and a plan keeps no tensor alive. Prints how many functions, kinds of calls and launches were
+compared.
 """
 
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import torch
-from without_gpu import as_on_h100, stub_driver
+from without_gpu import as_on_h100, blocks, stub_driver
+from without_gpu import inputs as step_inputs
 
 from mfkernels import launch
 from mfkernels.ada_layer_norm import kernels as norm
@@ -125,6 +127,11 @@ CASES = [
 ]
 
 
+def gathers(p):
+    """What was noted on the node that gathers the parameter's gradient; a new one has nothing."""
+    return p.view_as(p).grad_fn.next_functions[0][0].metadata
+
+
 def tensors_of(args):
     for a in args:
         if isinstance(a, torch.Tensor):
@@ -208,6 +215,19 @@ def main():
                 if ours is not None:
                     assert (ours.shape, ours.stride(), ours.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
             launches += len(plain)
+
+        # the tape of a step ends with it: what a plan kept alive would hold the nodes that gather the gradients, whose
+        # stream is that of the first step, and no later step could be recorded on another one
+        forward, parameters = blocks("meanflow", depth=2, width=D, heads=H)
+        args = step_inputs(4, N, D)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = forward(*args[:4])
+        for p in parameters:
+            gathers(p)["of this step"] = True
+        torch.autograd.grad(y, parameters, args[4])
+        assert all(gathers(p) for p in parameters)
+        del y
+        assert not any(gathers(p) for p in parameters), "the tape of a step is kept alive"
 
         # inputs that lie otherwise in each other's memory than when the plan was made
         q, k, v = qkv().unbind(2)

@@ -11,7 +11,7 @@ from meanflow.training.log import read_log
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-# relative; the same kernels on the same numbers should give the same bits. Not measured: no GPU has run this
+# relative; the same kernels on the same numbers should give the same bits. Not measured yet
 REPLAYED = 1e-5
 
 
