@@ -1,7 +1,7 @@
 """Run by test_plan.py in a process of its own: planned launches get what unplanned ones get.
 
-Its driver launches nothing, and a plan keeps no tensor alive. Prints how many functions, kinds of calls and launches were
-compared.
+Its driver launches nothing, and a plan keeps no tensor alive. Prints how many functions, kinds of calls and launches
+were compared.
 """
 
 import sys
