@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
-# Everything a GPU has to say, in parts of less than ten minutes each: bench/gpu.sh [--rehearse] OUT [PART...]
-#   kernels   python -m mfkernels.check; the CUDA kernel's pieces one by one, then its ragged cases; the tests that use a
-#             GPU; attention and the elementwise ops next to peers and ceilings; compute-sanitizer
+# Everything a GPU has to say, in parts of a few minutes each: bench/gpu.sh [--rehearse] OUT [PART...]
+#   right     what is right, all of it at the same time, on as many cores as there are, and nothing timed: python -m
+#             mfkernels.check, the tests that use a GPU, the CUDA kernel's pieces one by one, its ragged cases,
+#             compute-sanitizer, runs of the digits in each precision; networks that `step` times are compiled
 #   step      whole steps of DiT-B/2 at batch 256 next to a plain DiT's through SDPA, eager and compiled, and the JVP peers;
 #             where the time goes; attention's launches tuned, and the step with what was found
+#   kernels   attention and the elementwise ops next to peers and ceilings
 #   sizes     the sampler; B/4, XL/2, L/2; other backwards of attention, CUDA graphs, its CUDA forward
 #   jax       the same step in JAX, whose compiler takes minutes: only where it is named
 # The most telling comes first, in the order of the parts and within each; what may hang comes last. A part ends by itself
-# after BENCH_SECONDS (540), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every
-# stage. Without a part's name, the first three run, 27 minutes at most. Nothing is installed: the package runs from here,
-# and PYTHONPATH may name a folder with what the machine lacks.
+# after BENCH_SECONDS (240), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every
+# stage. Without a part's name, the first four run. Nothing is installed: the package runs from here, PYTHONPATH may name a
+# folder with what the machine lacks, and an extension that was compiled elsewhere (setup.py) is taken as it is.
+# TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, kept from one machine to the next, spare it minutes.
 # --rehearse runs every stage on a CPU, in small, with Triton's interpreter and the emulator; its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-usage="usage: bench/gpu.sh [--rehearse] OUT [kernels] [step] [sizes] [jax]"
+usage="usage: bench/gpu.sh [--rehearse] OUT [right] [step] [kernels] [sizes] [jax]"
 rehearse=
 if [ "${1:-}" = --rehearse ]; then rehearse=1 && shift; fi
 case "${1:-}" in "" | -*) echo "$usage" >&2 && exit 2 ;; esac
 mkdir -p "$1" && out="$(cd "$1" && pwd)" || exit 2
 shift
 for part in "$@"; do
-    case "$part" in kernels | step | sizes | jax) ;; *) echo "no part $part; $usage" >&2 && exit 2 ;; esac
+    case "$part" in right | step | kernels | sizes | jax) ;; *) echo "no part $part; $usage" >&2 && exit 2 ;; esac
 done
-if [ $# = 0 ]; then set -- kernels step sizes ${rehearse:+jax}; fi
+if [ $# = 0 ]; then set -- right step kernels sizes ${rehearse:+jax}; fi
 
 python="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -43,18 +46,25 @@ pack() { (cd "$out" && tar czf .all --exclude all.tgz -- * && mv .all all.tgz); 
 stage() {
     local name="$1" limit="$2" left=$((deadline - SECONDS)) start=$SECONDS code=
     shift 2
-    echo "=== $part: $name" | tee -a "$out/$part.log"
+    echo "=== $part: $name" | tee -a "$log"
     if [ "$left" -lt 10 ]; then
         code="left out: the part's time is over"
     else
         # SIGINT: Python still ends in order. No pipe: something that cannot be ended would keep it open
-        timeout -s INT -k 10 "$((limit < left ? limit : left))" "$@" >>"$out/$part.log" 2>&1
+        timeout -s INT -k 10 "$((limit < left ? limit : left))" "$@" >>"$log" 2>&1
         code="exit code $?"
-        tail -n 80 "$out/$part.log"
+        tail -n 80 "$log"
     fi
     printf '%s\t%s\t%s\t%s s\n' "$part" "$name" "$code" "$((SECONDS - start))" | tee -a "$out/stages.tsv"
     pack
     [ "$code" = "exit code 0" ]
+}
+
+# beside NAME COMMAND...: stages at the same time as others, with a log of their own; in a rehearsal one after the other
+beside() {
+    local name="$1"
+    shift
+    if [ -n "$rehearse" ]; then "$@"; else (log="$out/$part-$name.log" && pack() { :; } && "$@") & fi
 }
 
 # bench NAME SECONDS COMMAND...: a run of pytest whose figures go to OUT/NAME.json. One process runs the rows one by one;
@@ -67,34 +77,35 @@ bench() {
 }
 whole_step=("${pytest[@]}" bench/step/test_whole_step.py::test_whole_step)
 
-build() {  # 1 or 0: with or without the watchdog; without the CUDA kernels rather than with old ones
-    if [ -n "$rehearse" ]; then return; fi
-    rm -f mfkernels/_C*.so
-    stage "build, watchdog: $1" 100 env MFKERNELS_CUDA_WATCHDOG="$1" "$python" -c "import setup; setup.build_in_place()"
-}
-
-kernels() {
-    local tests tool few=()
-    mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
-    if [ -n "$rehearse" ]; then
-        few=(--ops timestep_embedding) tests=(tests/test_timing.py)
-    fi
-    row_seconds="${BENCH_ROW_SECONDS:-60}"
-    build 1
-    stage check 100 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
-    stage bringup 75 "$python" bench/attention/bringup.py "${emulator[@]}"
-    stage ragged 45 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
-    stage tests 110 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 --timeout-method thread \
-        --continue-on-collection-errors --tb line
-    bench attention 170 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward}
-    bench ops 110 "${triton[@]}" "${pytest[@]}" bench/dit_block/test_ops.py
-    build 0
-    bench cuda 60 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_forward_by_cuda
+pieces() {
+    stage bringup 120 "$python" bench/attention/bringup.py "${emulator[@]}"
+    stage ragged 120 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
     if [ -n "$rehearse" ]; then return; fi  # the rest is `ragged` again, under a tool that only a GPU's machine has
     for tool in memcheck racecheck synccheck; do
         stage "sanitizer, $tool" 60 compute-sanitizer --tool "$tool" --kernel-name kns=ForwardKernel --error-exitcode 1 \
             "$python" bench/attention/ragged.py --only 2
     done
+}
+
+right() {
+    local tests few=()
+    mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
+    if [ -n "$rehearse" ]; then
+        few=(--ops timestep_embedding) tests=(tests/test_timing.py)
+    elif ! "$python" -c "import mfkernels._C"; then
+        stage build 100 "$python" -c "import setup; setup.build_in_place()"
+    fi
+    beside check stage check 200 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
+    beside pieces pieces
+    beside tests stage tests 200 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 \
+        --timeout-method thread --continue-on-collection-errors --tb short -rf
+    beside train stage train 200 "$python" bench/step/precisions.py --out "$out" ${rehearse:+--steps 2}
+    if [ -z "$rehearse" ]; then
+        export BENCH_ROUNDS=1 BENCH_STEPS="DiT-B/2:256:off:plain-compiled,mf-compiled"
+        beside warm bench warm 200 "${whole_step[@]}"
+    fi
+    wait
+    pack
 }
 
 step() {
@@ -103,17 +114,24 @@ step() {
         DiT-B/2:256:on:plain,mf
         DiT-B/2:128:off:plain,mf,jvp
         DiT-B/2:256:off:fm-compiled,mf-all,jvp-compiled"
-    bench step 380 "${whole_step[@]}"
-    stage profile 60 "$python" bench/step/profile_step.py --ways mf plain
+    bench step 150 "${whole_step[@]}"
+    stage profile 40 "$python" bench/step/profile_step.py --ways mf plain
     local ops=(attention_forward attention_forward_primal attention_backward_dq attention_backward_dkdv)
-    local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 80)
+    local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 40)
     if [ -n "$rehearse" ]; then
         tuned=(--dry-run --ops "${ops[1]}" --head-dims 8 --tokens 9 --total 9 --dtype float32)
     fi
     export MFKERNELS_CACHE_DIR="$out/tuned" BENCH_STEPS="DiT-B/2:256:off:fm,mf"
-    stage tune 110 "$python" -m mfkernels.tune "${tuned[@]}"
+    stage tune 70 "$python" -m mfkernels.tune "${tuned[@]}"
     bench step_tuned 60 "${whole_step[@]}"
     unset MFKERNELS_CACHE_DIR
+}
+
+kernels() {
+    row_seconds="${BENCH_ROW_SECONDS:-60}"
+    bench attention 110 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward}
+    bench ops 80 "${triton[@]}" "${pytest[@]}" bench/dit_block/test_ops.py
+    bench cuda 60 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_forward_by_cuda
 }
 
 sizes() {
@@ -126,8 +144,7 @@ sizes() {
         DiT-B/4:256:off:plain-compiled,mf-compiled
         DiT-B/2:256:off:mf-graphs
         DiT-XL/2:64:off:plain-compiled,mf-compiled"
-    bench sizes 500 "${pytest[@]}" bench/step/test_whole_step.py::test_{sampler,whole_step}
-    compgen -G 'mfkernels/_C*.so' >/dev/null || build 0
+    bench sizes 180 "${pytest[@]}" bench/step/test_whole_step.py::test_{sampler,whole_step}
     export BENCH_STEPS="DiT-B/2:256:off:mf-cuda,mf-cublaslt"
     bench sizes_cuda 60 "${whole_step[@]}"
 }
@@ -135,11 +152,12 @@ sizes() {
 jax() {
     export BENCH_STEPS="DiT-B/2:256:off:mf DiT-B/4:256:off:mf"
     row_seconds=300
-    bench jax 530 "${pytest[@]}" bench/step/test_whole_step.py::test_jax
+    bench jax 600 "${pytest[@]}" bench/step/test_whole_step.py::test_jax
 }
 
 for part in "$@"; do
-    deadline=$((SECONDS + ${BENCH_SECONDS:-540}))
+    deadline=$((SECONDS + ${BENCH_SECONDS:-240}))
+    log="$out/$part.log"
     ("$part")  # what it exports is its own
 done
 echo "done: $out/all.tgz"
