@@ -21,13 +21,12 @@ from ..sampling import ConsistencySteps, Sampling, sampler_option
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
 from .pairs import SIGMA_MAX, cumulative_normal, doubling_scales, growing_scales, karras_levels
-from .path import NoiseLevel
+from .path import LEVELS
 from .rows import Rows
 from .rules import Pair, composition
 from .velocities import heun_step
 from .weights import pseudo_huber, squared_norm
 
-LEVELS = NoiseLevel()
 LEAST_GAP = 1e-9  # of two noise levels, by which one divides
 SAMPLER = partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled", sigma_min=0.002, clip=True)
 

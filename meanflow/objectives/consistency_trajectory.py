@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_velocity, num_classes_of
+from ..checks import check_velocity
 from ..errors import UsageError
 from ..options import choice, option
 from ..registry import register
@@ -20,12 +20,10 @@ from .draws import Draws
 from .forms import EDM, Form
 from .objective import Networks, Objective, Terms
 from .pairs import SIGMA_MAX, karras_levels
-from .path import NoiseLevel
+from .path import LEVELS
 from .rows import Net, Rows, forget_autocast
 from .velocities import heun_step
 from .weights import mean_square, squared_norm
-
-LEVELS = NoiseLevel()
 
 
 @register("objectives", "ctm")
@@ -187,7 +185,6 @@ class Floored:
 
     def __init__(self, net: Net, least: float) -> None:
         self.module, self.least = net, least
-        self.num_classes = num_classes_of(net)  # None: it names none
 
     def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Any:
         """(B, …)."""

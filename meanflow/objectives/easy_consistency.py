@@ -12,10 +12,11 @@ from torch import Tensor
 from ..options import choice, option
 from ..registry import register
 from ..sampling import ConsistencySteps, Sampling, sampler_option
-from .consistency_training import LEAST_GAP, LEVELS, consistency_terms
+from .consistency_training import LEAST_GAP, consistency_terms
 from .forms import EDM, Form
 from .objective import JumpsToData, Networks, Terms
 from .pairs import SIGMA_MAX
+from .path import LEVELS
 from .rows import Net, Rows
 from .rules import composition
 from .time_samplers import LogitNormal, TimeSampler

@@ -17,7 +17,6 @@ from torch import Tensor
 from mfkernels import TensorOrDual, is_dual_aware, linear_map
 from mfkernels.dual import map_output, primal_of
 
-from ..checks import num_classes_of
 from ..options import Options, option
 from ..registry import register
 from .elementwise import arctan_ratio, clamp, log, reciprocal, sqrt
@@ -211,7 +210,6 @@ class Wrapped:
 
     def __init__(self, form: Form, net: Callable[..., Any]) -> None:
         self.form, self.module = form, net
-        self.num_classes = num_classes_of(net)  # None: it names none
         self.__dual_aware__ = is_dual_aware(net)
 
     def __call__(self, z: TensorOrDual, r: TensorOrDual, t: TensorOrDual, y: Tensor, **conditions: Any) -> Any:

@@ -15,12 +15,10 @@ from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
 from .forms import Form, ScaledVelocity
 from .objective import Networks, Objective, Terms
-from .path import NoiseLevel
+from .path import LEVELS
 from .rows import Rows, forget_autocast
 from .rules import moment_matching
 from .weights import squared_norm
-
-LEVELS = NoiseLevel()
 
 
 @register("objectives", "imm")

@@ -103,6 +103,9 @@ class NoiseLevel(Clock):
         return t / (1 - t)
 
 
+LEVELS = NoiseLevel()
+
+
 @dataclass(frozen=True)
 class Angle(Clock):
     """cos θ·x + sin θ·σ_d·e at angles θ in [0, π/2] (TrigFlow, arXiv 2410.11081).

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mfkernels.dual import map_output
 
-from ..checks import num_classes_of
 from ..options import choice, option
 from ..registry import register
 from ..sampling import Sampling
@@ -81,7 +80,6 @@ class ScaledNetwork:
 
     def __init__(self, net: Net, k: float) -> None:
         self.module, self.k = net, k
-        self.num_classes = num_classes_of(net)  # None: it names none
 
     def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, **conditions: Any) -> Any:
         """(B, …), or all outputs of the network."""

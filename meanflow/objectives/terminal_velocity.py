@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_velocity, num_classes_of
+from ..checks import check_velocity
 from ..errors import UsageError
 from ..options import group, option
 from ..registry import register
@@ -156,7 +156,6 @@ class GuidedNetwork:
 
     def __init__(self, objective: TerminalVelocityMatching, net: Net, omega: float) -> None:
         self.objective, self.module, self.omega = objective, net, omega
-        self.num_classes = num_classes_of(net)  # None: it names none
 
     def __call__(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(B, …)."""
