@@ -18,12 +18,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dmf": {"omega": 0.6, "steps": 500},
     "ect": {"stage_steps": 200, "sample_steps": 2},
     "emd": {"ratio": 0.75, "steps": 900},
+    "esd": {"ratio": 0.5},
     "imm": {},
     "lmd": {"ratio": 0.75, "steps": 900},
     "lsd": {"ratio": 0.5, "steps": 900},
     "psd": {"ratio": 0.5},
-    "scd": {"warm_up_steps": 100, "guidance": 1.5, "steps": 700},
-    "shortcut": {"ratio": 0.25, "timesteps": 8, "target_ema": 0.95, "steps": 900},
+    "scd": {"warm_up_steps": 100, "guidance": 1.5, "steps": 600},
+    "shortcut": {"ratio": 0.25, "timesteps": 8, "target_ema": 0.95, "steps": 600},
 }
 
 
