@@ -92,7 +92,7 @@ right() {
     mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
     if [ -n "$rehearse" ]; then
         few=(--ops timestep_embedding) tests=(tests/test_timing.py)
-    elif ! "$python" -c "import mfkernels._C"; then
+    elif ! "$python" -c "import mfkernels._C" 2>/dev/null; then
         stage build 100 "$python" -c "import setup; setup.build_in_place()"
     fi
     beside check stage check 200 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
