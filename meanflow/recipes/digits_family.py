@@ -19,12 +19,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ect": {"stage_steps": 200, "sample_steps": 2},
     "emd": {"ratio": 0.75, "steps": 900},
     "esd": {"ratio": 0.5},
+    "ict": {"total_steps": 1000, "start_scales": 10, "end_scales": 40},
     "imm": {},
     "lmd": {"ratio": 0.75, "steps": 900},
     "lsd": {"ratio": 0.5, "steps": 900},
+    "pfmm": {"ratio": 0.75, "steps": 900},
     "psd": {"ratio": 0.5},
+    "rcm": {"form_time_scale": 1.0, "guidance": 1.5, "warm_up_steps": 100, "steps": 600, "lr": 1e-3},
     "scd": {"warm_up_steps": 100, "guidance": 1.5, "steps": 600},
     "shortcut": {"ratio": 0.25, "timesteps": 8, "target_ema": 0.95, "steps": 600},
+    "split_meanflow": {"steps": 900},
+    "tvm": {"omega": 2.0, "target_ema": 0.9, "steps": 480},
 }
 
 
