@@ -6,6 +6,7 @@ into that memory before: the batch and everything drawn, the learning rate, the 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,8 @@ class CudaGraph:
 
     def record(self, fn: Callable[[], Tensor]) -> Tensor:
         """Record what `fn` does without running it; returns the tensor that replays will fill."""
+        # a tape that only a cycle keeps alive would hold the nodes that gather gradients, which belong to its own stream
+        gc.collect()
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # comes back to it, which a recording that fails does not
             # thread_local: the loader's thread may allocate pinned memory meanwhile

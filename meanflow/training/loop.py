@@ -114,7 +114,7 @@ class Trainer:
         self.loss_of = training_loss(self.model, self.objective, config, accelerator, self.nets)
         self.parameters = [p for p in self.loss_of.parameters() if p.requires_grad]
         self.recorded = is_recorded(config, accelerator)
-        self.update: Step = self._update  # or a recording of it, within `run`
+        self.recording: Step | None = None  # of `_update`, within `run`
         # wherever a step can be recorded, so that it is the same one with and without
         recordable = conflict(config, accelerator) is None
         self.lr = torch.tensor(config.optim.lr, device=accelerator.device) if recordable else None
@@ -316,7 +316,7 @@ class Trainer:
         )
         self.model.train()
         if self.recorded:
-            self.update = StepGraph(self._update)
+            self.recording = StepGraph(self._update)
         begun = last_log = time.perf_counter()
         pending: list[Tensor] = []  # one tensor a step: loss, metrics, gradient norm
         saved_at = first
@@ -367,7 +367,7 @@ class Trainer:
                     checkpoint()
                 raise
             finally:
-                self.update = self._update  # gives the memory of a recording back
+                self.recording = None  # gives its memory back
                 log.close()
             early = self.step < config.optim.steps
         self.seconds += elapsed
@@ -436,6 +436,7 @@ class Trainer:
             "rank": accelerator.process_index,
             "world": accelerator.num_processes,
         }
+        update = self.recording or self._update
         for micro in range(config.optim.accumulate):
             x, y = (a.to(accelerator.device, non_blocking=True) for a in next(batches))
             if flips is not None:
@@ -446,7 +447,7 @@ class Trainer:
             part = draws.part(index, where["micros"] * where["world"])
             # what a network draws itself, for dropout say: other numbers in each part, the same ones after a resume
             torch.manual_seed(mix(config.run.seed, Stream.NETWORK, self.step, index))
-            figures += self.update(x, y, part)
+            figures += update(x, y, part)
         return figures
 
     def _update(self, x: Tensor, y: Tensor, part: Draws) -> Tensor:

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None, *, run_job: RunJob = run_job, limit:
     )
     parser.add_argument("--ops", nargs="+", metavar="OP", help="these alone, for instance attention mlp")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too, as it grows")
+    parser.add_argument("--no-times", action="store_true", help="of each op: where other programs use the GPU")
     arguments = parser.parse_args(argv)
     device = this_device()
     about = environment(device)
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None, *, run_job: RunJob = run_job, limit:
     try:
         run(ordered, processes_for(device))
         passed = [row for row in rows.values() if row.checks and not row.failures and row.dtype != "float64"]
+        if arguments.no_times:
+            passed = []
         job_of = {(job.op, job.backend.name, job.dtype): job for job in jobs}
         timed = [replace(job_of[row.op, row.backend, row.dtype], part="", timed=True) for row in passed]
         # not in the interpreter, where times mean nothing

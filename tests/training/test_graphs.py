@@ -205,7 +205,7 @@ def stepped(values):
     folder = RunFolder(Path("runs/direct"))
     trainer = Trainer(config, load_digits_data(), folder, make_accelerator(config, folder))
     taken = []
-    trainer.update = lambda *given: taken.append(given) or trainer._update(*given)
+    trainer.recording = lambda *given: taken.append(given) or trainer._update(*given)
     x, y = trainer.data.train.images([*range(8)]), trainer.data.train.labels[:8]
     trainer._train_step(iter([(x, y)]))
     return trainer, taken[0]
