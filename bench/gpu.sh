@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say, in parts of a few minutes each: bench/gpu.sh [--rehearse] OUT [PART...]
-#   right     what is right, all of it at the same time, on as many cores as there are, and nothing timed: python -m
-#             mfkernels.check, the tests that use a GPU, the CUDA kernel's pieces one by one, its ragged cases,
-#             compute-sanitizer, runs of the digits in each precision; networks that `step` times are compiled
+#   right     what is right, several at a time, and nothing timed: python -m mfkernels.check, the tests that use a GPU,
+#             the CUDA kernel's pieces one by one, its ragged cases, compute-sanitizer, runs of the digits in each
+#             precision; networks that `step` times are compiled, for the compilers' caches
 #   step      whole steps of DiT-B/2 at batch 256 next to a plain DiT's through SDPA, eager and compiled, and the JVP peers;
 #             where the time goes; attention's launches tuned, and the step with what was found
 #   kernels   attention and the elementwise ops next to peers and ceilings
 #   sizes     the sampler; B/4, XL/2, L/2; other backwards of attention, CUDA graphs, its CUDA forward
 #   jax       the same step in JAX, whose compiler takes minutes: only where it is named
-# The most telling comes first, in the order of the parts and within each; what may hang comes last. A part ends by itself
-# after BENCH_SECONDS (240), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every
-# stage. Without a part's name, the first four run. Nothing is installed: the package runs from here, PYTHONPATH may name a
+# The most telling comes first, in the order of the parts and within each. A part ends by itself after BENCH_SECONDS (240;
+# jax: 600), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every stage. Without a part's name, the first four run. Nothing is installed: the package runs from here, PYTHONPATH may name a
 # folder with what the machine lacks, and an extension that was compiled elsewhere (setup.py) is taken as it is.
 # TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, kept from one machine to the next, spare it minutes.
 # --rehearse runs every stage on a CPU, in small, with Triton's interpreter and the emulator; its figures mean nothing.
@@ -32,15 +31,15 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # the plugins that are needed alone: what else a machine has takes seconds to load, and warns
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 pytest=("$python" -m pytest -p xdist -p pytest_timeout -p no:cacheprovider -W default)
-row_seconds="${BENCH_ROW_SECONDS:-180}"  # a network is compiled in one or two minutes
-workers=8       # for the tests
+row_seconds="${BENCH_ROW_SECONDS:-100}"  # a network is compiled in one or two minutes, unless the caches have it
+workers=6       # for the tests
 emulator=()     # for the CUDA kernels
 triton=()       # for what a GPU would serve by Triton anyway
 if [ -n "$rehearse" ]; then
     export BENCH_REHEARSAL=1 BENCH_ROUNDS=1 TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
     workers=1 emulator=(--emulator) triton=(env MFKERNELS_BACKEND=triton)
 fi
-pack() { (cd "$out" && tar czf .all --exclude all.tgz -- * && mv .all all.tgz); }
+pack() { (cd "$out" && flock 9 && { tar czf .all --exclude all.tgz -- * || [ $? = 1 ]; } && mv .all all.tgz) 9<"$out"; }
 
 # stage NAME SECONDS COMMAND...: ends with its part at the latest, and goes on with the next stage whatever happens
 stage() {
@@ -60,11 +59,12 @@ stage() {
     [ "$code" = "exit code 0" ]
 }
 
-# beside NAME COMMAND...: stages at the same time as others, with a log of their own; in a rehearsal one after the other
+# beside NAME COMMAND...: stages at the same time as others, with a log of their own; in a rehearsal one after the other,
+# unless BENCH_BESIDE is set
 beside() {
     local name="$1"
     shift
-    if [ -n "$rehearse" ]; then "$@"; else (log="$out/$part-$name.log" && pack() { :; } && "$@") & fi
+    if [ -n "$rehearse" ] && [ -z "${BENCH_BESIDE:-}" ]; then "$@"; else (log="$out/$part-$name.log" && "$@") & fi
 }
 
 # bench NAME SECONDS COMMAND...: a run of pytest whose figures go to OUT/NAME.json. One process runs the rows one by one;
@@ -77,6 +77,11 @@ bench() {
 }
 whole_step=("${pytest[@]}" bench/step/test_whole_step.py::test_whole_step)
 
+extension() {  # as it is, where there is one for this Python
+    if [ -n "$rehearse" ] || "$python" -c "import mfkernels._C" 2>/dev/null; then return; fi
+    stage build 100 "$python" -c "import setup; setup.build_in_place()"
+}
+
 pieces() {
     stage bringup 120 "$python" bench/attention/bringup.py "${emulator[@]}"
     stage ragged 120 "$python" bench/attention/ragged.py --json "$out/ragged.json" "${emulator[@]}" ${rehearse:+--only 2}
@@ -87,48 +92,51 @@ pieces() {
     done
 }
 
+checked() {
+    stage check 200 "$python" -m mfkernels.check --no-times --json "$out/check.json" "$@"
+    if [ -n "$rehearse" ]; then return; fi
+    export BENCH_ROUNDS=1 BENCH_STEPS="DiT-B/2:256:off:plain-compiled,mf-compiled"
+    stage warm 200 "${whole_step[@]}"
+}
+
 right() {
     local tests few=()
     mapfile -t tests < <(grep -lrw DEVICE --include 'test_*.py' tests | sort)
     if [ -n "$rehearse" ]; then
         few=(--ops timestep_embedding) tests=(tests/test_timing.py)
-    elif ! "$python" -c "import mfkernels._C" 2>/dev/null; then
-        stage build 100 "$python" -c "import setup; setup.build_in_place()"
     fi
-    beside check stage check 200 "$python" -m mfkernels.check --json "$out/check.json" "${few[@]}"
+    extension
+    beside check checked "${few[@]}"
     beside pieces pieces
     beside tests stage tests 200 "${pytest[@]}" "${tests[@]}" -n "$workers" --max-worker-restart 1000 --timeout 60 \
         --timeout-method thread --continue-on-collection-errors --tb short -rf
     beside train stage train 200 "$python" bench/step/precisions.py --out "$out" ${rehearse:+--steps 2}
-    if [ -z "$rehearse" ]; then
-        export BENCH_ROUNDS=1 BENCH_STEPS="DiT-B/2:256:off:plain-compiled,mf-compiled"
-        beside warm bench warm 200 "${whole_step[@]}"
-    fi
     wait
-    pack
 }
 
 step() {
     export BENCH_STEPS="
         DiT-B/2:256:off:plain,fm,mf,plain-compiled,mf-compiled
         DiT-B/2:256:on:plain,mf
-        DiT-B/2:128:off:plain,mf,jvp
+        DiT-B/2:128:off:plain,mf,jvp,jvp-flash
         DiT-B/2:256:off:fm-compiled,mf-all,jvp-compiled"
-    bench step 150 "${whole_step[@]}"
-    stage profile 40 "$python" bench/step/profile_step.py --ways mf plain
+    bench step 120 "${whole_step[@]}"
+    stage profile 30 "$python" bench/step/profile_step.py --ways mf plain
     local ops=(attention_forward attention_forward_primal attention_backward_dq attention_backward_dkdv)
-    local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 40)
+    local tuned=(--ops "${ops[@]}" --head-dims 64 72 --tokens 256 64 --seconds 30)
     if [ -n "$rehearse" ]; then
         tuned=(--dry-run --ops "${ops[1]}" --head-dims 8 --tokens 9 --total 9 --dtype float32)
     fi
     export MFKERNELS_CACHE_DIR="$out/tuned" BENCH_STEPS="DiT-B/2:256:off:fm,mf"
-    stage tune 70 "$python" -m mfkernels.tune "${tuned[@]}"
-    bench step_tuned 60 "${whole_step[@]}"
+    stage tune 50 "$python" -m mfkernels.tune "${tuned[@]}"
+    row_seconds="${BENCH_ROW_SECONDS:-20}"
+    bench step_tuned 40 "${whole_step[@]}"
     unset MFKERNELS_CACHE_DIR
 }
 
 kernels() {
-    row_seconds="${BENCH_ROW_SECONDS:-60}"
+    row_seconds="${BENCH_ROW_SECONDS:-40}"
+    extension
     bench attention 110 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_{forward,backward}
     bench ops 80 "${triton[@]}" "${pytest[@]}" bench/dit_block/test_ops.py
     bench cuda 60 "${triton[@]}" "${pytest[@]}" bench/attention/test_attention.py::test_forward_by_cuda
@@ -144,8 +152,10 @@ sizes() {
         DiT-B/4:256:off:plain-compiled,mf-compiled
         DiT-B/2:256:off:mf-graphs
         DiT-XL/2:64:off:plain-compiled,mf-compiled"
+    extension
     bench sizes 180 "${pytest[@]}" bench/step/test_whole_step.py::test_{sampler,whole_step}
     export BENCH_STEPS="DiT-B/2:256:off:mf-cuda,mf-cublaslt"
+    row_seconds="${BENCH_ROW_SECONDS:-30}"
     bench sizes_cuda 60 "${whole_step[@]}"
 }
 
@@ -156,7 +166,7 @@ jax() {
 }
 
 for part in "$@"; do
-    deadline=$((SECONDS + ${BENCH_SECONDS:-240}))
+    deadline=$((SECONDS + ${BENCH_SECONDS:-$([ "$part" = jax ] && echo 600 || echo 240)}))
     log="$out/$part.log"
     ("$part")  # what it exports is its own
 done

@@ -20,7 +20,7 @@ PLANTED = {
     "test_whole_step[DiT-4-not guided-mf-graphs]": ("die", "its process hung or died"),
 }
 # what a CPU cannot serve is told, too
-NOT_HERE = ("cuda", "cublaslt", "cudnn", "flash-attn", "jvp-flash-attention", "test_jax")
+NOT_HERE = ("cuda", "cublaslt", "cudnn", "flash-attn", "jvp-flash", "test_jax")
 
 
 def gpu_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -105,6 +105,20 @@ def test_what_is_spoilt_is_named_and_every_other_row_is_there(out, name, measure
     assert not_measured.keys() == expected | spoilt.keys()
     assert len(spoilt) == int(name in ("attention", "ops", "step", "sizes"))
     assert len(rows) - len(not_measured) == measured
+
+
+def test_stages_beside_each_other_have_logs_of_their_own(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text("#!/usr/bin/env bash\nsleep 1; echo did $*; case $* in *bringup*) exit 3;; esac\n")
+    python.chmod(0o755)
+    done = gpu_sh("--rehearse", str(out), "right", PYTHON=str(python), BENCH_BESIDE="1")
+    assert done.returncode == 0, done.stderr
+    stages = dict(line.split("\t")[1:3] for line in (out / "stages.tsv").read_text().splitlines())
+    assert stages == {"bringup": "exit code 3", **dict.fromkeys(("check", "ragged", "tests", "train"), "exit code 0")}
+    for name, words in (("check", "--no-times"), ("pieces", "ragged.py"), ("tests", "pytest"), ("train", "precisions")):
+        assert words in (out / f"right-{name}.log").read_text()
+    with tarfile.open(out / "all.tgz") as packed:
+        assert {"stages.tsv", "right-check.log", "right-train.log"} <= set(packed.getnames())
 
 
 def test_a_part_ends_by_its_own_deadline(tmp_path):

@@ -1,7 +1,7 @@
 """The 8×8 digits with other methods, in about three minutes of one core: `meanflow train digits --objective NAME`.
 
-Methods with a teacher want `--teacher runs/RUN`: of `meanflow train digits --objective flow_matching --name RUN`; pfmm a
-run of lmd. docs/methods.md has what they reach.
+Methods with a teacher want `--teacher runs/RUN`: of `meanflow train digits --objective flow_matching --name RUN`; pfmm
+a run of lmd. docs/methods.md has what they reach.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class CudaGraph:
 
     def record(self, fn: Callable[[], Tensor]) -> Tensor:
         """Record what `fn` does without running it; returns the tensor that replays will fill."""
-        # a tape that only a cycle keeps alive would hold the nodes that gather gradients, which belong to its own stream
+        # a tape that only a cycle keeps alive holds the nodes that gather gradients, which belong to their first stream
         gc.collect()
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # comes back to it, which a recording that fails does not

@@ -1,8 +1,8 @@
 """Which backward serves a call of attention, and those that are not our own: PyTorch's, and flash-attn's.
 
-All of them take our (q, k, v, o, lse). PyTorch's are right on an H100 (torch 2.11). THE PACKAGES HAVE NOT RUN HERE: their
-calls follow the schemas and sources of flash-attn 2.8, flash_attn_3 3.0 and flash-attn-4 4.0. On a CPU "flash" is PyTorch's CPU kernel,
-which shares with the GPU's the layout, the groups and our o and lse, and is tested.
+All of them take our (q, k, v, o, lse). PyTorch's are right on an H100 (torch 2.11). THE PACKAGES HAVE NOT RUN HERE:
+their calls follow the schemas and sources of flash-attn 2.8, flash_attn_3 3.0 and flash-attn-4 4.0. On a CPU "flash" is
+PyTorch's CPU kernel, which shares with the GPU's the layout, the groups and our o and lse, and is tested.
 """
 
 from __future__ import annotations
