@@ -48,6 +48,8 @@ VALUES = {
 @pytest.mark.parametrize("precision", ["no", "bf16", "bf16-weights"])
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
 def test_replays_learn_what_ordinary_steps_learn(values, precision):
+    if "target_ema" in values and precision == "bf16-weights":
+        pytest.skip("refused: an average in bfloat16 would lose its updates")
     eager = errors("eager", precision=precision, cuda_graphs=False, **values)
     assert len(set(eager)) == len(eager)
     recorded = errors("recorded", precision=precision, cuda_graphs=True, **values)
