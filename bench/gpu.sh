@@ -9,7 +9,8 @@
 #   sizes     the sampler; B/4, XL/2, L/2; other backwards of attention, CUDA graphs, its CUDA forward
 #   jax       the same step in JAX, whose compiler takes minutes: only where it is named
 # The most telling comes first, in the order of the parts and within each. A part ends by itself after BENCH_SECONDS (240;
-# jax: 600), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every stage. Without a part's name, the first four run. Nothing is installed: the package runs from here, PYTHONPATH may name a
+# jax: 600), whatever hangs; figures are on disk after every row, and OUT/all.tgz has all of OUT after every stage.
+# Without a part's name, the first four run. Nothing is installed: the package runs from here, PYTHONPATH may name a
 # folder with what the machine lacks, and an extension that was compiled elsewhere (setup.py) is taken as it is.
 # TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR, kept from one machine to the next, spare it minutes.
 # --rehearse runs every stage on a CPU, in small, with Triton's interpreter and the emulator; its figures mean nothing.

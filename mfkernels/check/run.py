@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, *, run_job: RunJob = run_job, limit:
     )
     parser.add_argument("--ops", nargs="+", metavar="OP", help="these alone, for instance attention mlp")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too, as it grows")
-    parser.add_argument("--no-times", action="store_true", help="of each op: where other programs use the GPU")
+    parser.add_argument("--no-times", action="store_true", help="check alone, as where other programs use the GPU")
     arguments = parser.parse_args(argv)
     device = this_device()
     about = environment(device)

@@ -40,11 +40,8 @@ COSTS = {
     "emd": ({"ratio": 0.25}, 0, 1 + DERIVATIVE / 4 + FORWARD),
     "lmd": ({"ratio": 0.25}, 0, 1 + (DERIVATIVE + FORWARD) / 4 + 3 * FORWARD / 4),  # its velocity, on the diagonal
     "pfmm": ({"ratio": 0.25}, 0, 1 + 2 * FORWARD / 4 + 3 * FORWARD / 4),
-    "ctm": (
-        {},
-        0,
-        2 + 6 * FORWARD + 2 * 16 * FORWARD,
-    ),  # jumps and averages; Heun steps of the teacher beside the first
+    # jumps and averages; Heun steps of the teacher beside the first
+    "ctm": ({}, 0, 2 + 6 * FORWARD + 2 * 16 * FORWARD),
     "cd": ({}, 0, 1 + 3 * FORWARD),  # two of the teacher
     "dmf": ({}, 0, 2 + DERIVATIVE),
     "tvm": ({}, 0, 2 + DERIVATIVE + 2 * FORWARD),
