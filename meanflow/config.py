@@ -80,9 +80,11 @@ class Run(Options):
         cuda_graphs: record the whole step as a CUDA graph; without the flag, on one GPU, where nothing prevents it
         precision: auto: bf16 on a GPU that has it, else no. no: float32. tf32: its products on tensor cores. bf16,
             fp16: autocast. bf16-weights: weights and optimiser too
-        init: safetensors file of weights to start from (see meanflow convert); None: random
-        teacher, weak_teacher: pretrained networks that some objectives learn from: a run, a checkpoint or a weight
-            file; of a run the averages of its newest checkpoint
+        init: weights to start from: a run, a checkpoint or a safetensors file (see meanflow convert), of a run the
+            averages of its newest checkpoint; None: random. Weights that were trained at r = t alone give the same
+            network at every r
+        teacher, weak_teacher: pretrained networks to learn from: a run, a checkpoint or a weight file, as init. Of an
+            objective whose targets start from a velocity, a teacher's then is that velocity
         name: the run folder is runs/NAME under the working directory
         seed: of weights, data order and every draw
         log_every: steps between lines of log.jsonl
@@ -239,7 +241,9 @@ def merged(
         file = _without_replaced(file, flags)
         given = {**file, **flags}
         used: set[str] = set()
-        config: Config = build(Config, base, given, used)
+        config: Config = build(Config, base, given, set())
+        given = {**given, **_taught(config, file, flags)}
+        config = build(Config, base, given, used)
         for name in given:
             if name not in used:
                 _refuse(config, name, given[name], asked=name in flags)
@@ -255,6 +259,16 @@ def merged(
             raise UsageError(f"{path}: {error}", field="config") from error
         raise
     return config
+
+
+def _taught(config: Config, file: Mapping[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What makes an objective learn from the teacher of a run, where nobody has said otherwise."""
+    objective, asked = config.objective, config.objective.taught
+    if config.run.teacher is None or "frozen" in objective.teachers:
+        return {}
+    usual = values_of(type(objective)())
+    said = any(name in flags or file.get(name, usual[name]) != usual[name] for name in asked)
+    return {} if said else asked
 
 
 def _is_of(field: str | None, file: Mapping[str, Any], flags: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .models.two_times import is_of_one_time, is_told_gap, silence_gap
 
 _FLAX_NAMES = (
     (r"/embedding_table/_flax_embedding/embedding$", "/embedding_table/weight"),
@@ -149,6 +152,8 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{title} ({len(names)}): {', '.join(names)}")
+        if any(name.startswith("r_embedder.") for name in self.missing):
+            lines.append("the embedding of t − r starts silent: the network is the same at every r")
         return "\n".join(lines)
 
 
@@ -169,8 +174,10 @@ def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
     Wrappers' prefixes ("module.", "_orig_mod.", "model.", "net."), the "_flax_linear" and "_flax_embedding" layers of
     the improved MeanFlow authors' PyTorch weights, and a surrounding {"ema": …} or {"model": …} are removed. Those
     weights have no v head: they fit `IMFDiT(..., v_head=False)`.
-    DiT predicts noise and SiT the velocity of a path whose time runs the other way; loaded weights are a starting point
-    for training, not a MeanFlow model. The learned-sigma half of `final_layer.linear`, if there is one, is dropped.
+    Where they have no embedding of t − r and `model` has one, that starts silent: u is the same at every r. DiT
+    predicts noise and SiT the velocity of a path whose time runs the other way (see `in_our_time`); loaded weights are
+    a starting point for training, not a MeanFlow model. The learned-sigma half of `final_layer.linear`, if there is
+    one, is dropped.
 
     Returns:
         A `LoadReport`; print it to see what is missing or left over.
@@ -191,12 +198,42 @@ def load_dit(model: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
     if not loaded:
         raise ValueError(f"state: no tensor fits the model; it has names such as {', '.join(list(theirs)[:3])}")
     model.load_state_dict({name: theirs[name] for name in loaded}, strict=False)
+    if is_of_one_time(theirs) and is_told_gap(model):
+        silence_gap(model)
     return LoadReport(
         loaded=loaded,
         missing=[name for name in ours if name not in theirs],
         left_over=[name for name in theirs if name not in ours],
         wrong_shape=wrong_shape,
     )
+
+
+def in_our_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """SiT's weights, whose time runs from noise at 0 to data at 1, as those of the same network in our time.
+
+    Ours at (z, t) is minus theirs at (z, 1 − t), exactly: cosines and sines of (1 − t)·ω are linear in those of t·ω,
+    so that the first layer of the time's embedding takes the change in; the last layer's sign is turned.
+
+    Args:
+        state: a SiT's state dict, as for `load_dit`.
+
+    Raises:
+        ValueError: it has no `t_embedder.mlp.0` of an even number of features, or no `final_layer.linear`.
+    """
+    state = {plain_name(name): value for name, value in unwrapped(state).items()}
+    first, last = "t_embedder.mlp.0.weight", "final_layer.linear"
+    missing = [name for name in (first, f"{last}.weight", f"{last}.bias") if name not in state]
+    if missing or state[first].ndim != 2 or state[first].shape[1] % 2:
+        got = missing[0] if missing else f"{first} {tuple(state[first].shape)}"
+        raise ValueError(f"state: expected {first} of shape (D, even) and {last} of a SiT, got no such {got}")
+    W = state[first].double()  # [D, F]
+    half = W.shape[1] // 2
+    ω = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)  # [F/2]
+    of_cos, of_sin = W[:, :half], W[:, half:]  # [D, F/2] each
+    turned = torch.cat([of_cos * ω.cos() + of_sin * ω.sin(), of_cos * ω.sin() - of_sin * ω.cos()], dim=1)  # [D, F]
+    changed = {first: turned.to(state[first].dtype)}
+    changed |= {name: -state[name] for name in (f"{last}.weight", f"{last}.bias")}
+    return {**state, **changed}
 
 
 def _drop_sigma(theirs: dict[str, Tensor], ours: Mapping[str, Tensor]) -> None:

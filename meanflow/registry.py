@@ -30,8 +30,10 @@ _HOMES = {
     "recipes": "meanflow.recipes",
     "samplers": "meanflow.objectives",
     "time_samplers": "meanflow.objectives",
+    "velocities": "meanflow.objectives",
 }
-_OPTIONS = {"data": "data", "recipes": "preset"}  # that name components, where it is not the singular of the kind
+# options that name components, where that is not the singular of the kind
+_OPTIONS = {"data": "data", "recipes": "preset", "velocities": "velocity"}
 _known: dict[str, dict[str, Any]] = {kind: {} for kind in _HOMES}
 _warned: set[tuple[str, str]] = set()  # kinds and names
 _log = logging.getLogger("meanflow")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .convert import dit_from_flax, imf_dit_from_flax, load_dit, plain_name, unwrapped
+from .convert import dit_from_flax, imf_dit_from_flax, in_our_time, load_dit, plain_name, unwrapped
 from .errors import UsageError
 from .files import check_regular, reason, replaced
 from .models import create_model
@@ -113,8 +113,13 @@ def _load(source: Path) -> Mapping[str, Any]:
     return state
 
 
-def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input_size: int | None = None) -> str:
+def convert_file(
+    source: Path, out: Path, *, num_heads: int | None = None, input_size: int | None = None, reversed_time: bool = False
+) -> str:
     """Read the weights in `source`, write them to `out`; returns what was done, in words.
+
+    Args:
+        reversed_time: they are a SiT's, whose time runs from noise to data; see `in_our_time`.
 
     Raises:
         UsageError: the file cannot be read, is neither a DiT's nor an iMF-DiT's, or `out` cannot be written.
@@ -130,6 +135,8 @@ def convert_file(source: Path, out: Path, *, num_heads: int | None = None, input
     state = unwrapped(state)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     try:
+        if reversed_time:
+            state = tensors = in_our_time(tensors)
         if _is_imf(tensors):
             name, config = "iMF-DiT", imf_dit_config(tensors, input_size=input_size)
         else:

@@ -34,6 +34,7 @@ def test_a_public_dit_checkpoint_loads_where_it_fits():
     assert not report.wrong_shape
     assert "missing, kept as initialised (4): r_embedder" in str(report)
     assert "left over, not used (1): projectors.0.weight" in str(report)
+    assert "the embedding of t − r starts silent" in str(report)
 
 
 def test_another_number_of_classes_is_reported():

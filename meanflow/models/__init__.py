@@ -27,6 +27,7 @@ from .dmf_dit import DMFDiT
 from .factory import config_of, create_model
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
 from .tarflow import TarFlow, patchify, unpatchify
+from .two_times import two_times
 
 __all__ = [
     "Affine",
@@ -59,5 +60,6 @@ __all__ = [
     "create_model",
     "gaussian_average_velocity",
     "patchify",
+    "two_times",
     "unpatchify",
 ]

@@ -30,6 +30,7 @@ from .shortcut import ShortcutModel
 from .split_meanflow import SplitMeanFlow
 from .terminal_velocity import TerminalVelocityMatching
 from .time_samplers import LogitNormal, TimeSampler, Uniform
+from .velocities import AveragedVelocity, DataVelocity, TargetVelocity, TeacherVelocity
 from .weights import LogVariance, adaptive_error
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "AlphaFlow",
     "Angle",
     "AverageVelocity",
+    "AveragedVelocity",
     "Clock",
     "ConsistencyDistillation",
     "ConsistencyTraining",
@@ -46,6 +48,7 @@ __all__ = [
     "ContinuousConsistencyTraining",
     "Cosine",
     "DataPrediction",
+    "DataVelocity",
     "DecoupledMeanFlow",
     "Draws",
     "EasyConsistency",
@@ -83,6 +86,8 @@ __all__ = [
     "SplitMeanFlow",
     "TarFlowLikelihood",
     "TarFlowSampler",
+    "TargetVelocity",
+    "TeacherVelocity",
     "TerminalVelocityMatching",
     "Terms",
     "TimeSampler",

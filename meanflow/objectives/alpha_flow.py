@@ -17,7 +17,7 @@ from .objective import Networks, Objective, Terms, check_mix
 from .rows import Rows
 from .rules import Pair, composition, total_derivative
 from .time_samplers import LogitNormal, TimeSampler
-from .velocities import guided_velocity, mixed, with_own
+from .velocities import TargetVelocity, guided_velocity, mixed, velocity_option, with_own
 from .weights import mean_square, power, squared_norm
 
 
@@ -40,6 +40,7 @@ class AlphaFlow(Objective):
         alpha_gamma: steepness of its fall
         alpha_clamp: below it α is 0, and above 1 minus it 1
         time_sampler: how the two times are drawn; the larger is t
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
     """
 
@@ -57,6 +58,7 @@ class AlphaFlow(Objective):
     alpha_gamma: float = option(25.0, low=0.0, above=True)
     alpha_clamp: float = option(0.005, low=0.0, high=0.5)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
+    velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(FewSteps)
 
     def __post_init__(self) -> None:

@@ -140,13 +140,13 @@ class ConsistencyTraining(Consistency):
 
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """λ·d(f, f⁻)."""
-        pair = composition(b, self.velocity(b, nets), b.conditions["s"], second=nets.ema or b.net)
+        pair = composition(b, self.step_velocity(b, nets), b.conditions["s"], second=nets.ema or b.net)
         jump = b.column(b.t) * (pair.u - pair.u_tgt)  # [B, …], f⁻ − f
         away = jump.square() if self.distance == "l2" else jump.abs()
         per_sample = self.weight_at(b.t).to(jump.dtype) * away.flatten(1).mean(dim=1)  # [B]
         return consistency_terms(b, pair, per_sample)
 
-    def velocity(self, b: Rows, nets: Networks) -> Tensor:
+    def step_velocity(self, b: Rows, nets: Networks) -> Tensor:
         """That which leads from z_t to z_s, (B, …)."""
         return b.v
 
@@ -191,7 +191,7 @@ class ConsistencyDistillation(ConsistencyTraining):
         return self.start_ema
 
     @torch.no_grad()
-    def velocity(self, b: Rows, nets: Networks) -> Tensor:
+    def step_velocity(self, b: Rows, nets: Networks) -> Tensor:
         """(z_t − z_s)/(t − s) of the Heun step."""
         assert nets.frozen is not None
         s = b.conditions["s"]  # [B]

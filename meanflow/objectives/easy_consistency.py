@@ -20,6 +20,7 @@ from .path import LEVELS
 from .rows import Net, Rows
 from .rules import composition
 from .time_samplers import LogitNormal, TimeSampler
+from .velocities import TargetVelocity, velocity_option
 from .weights import pseudo_huber
 
 
@@ -40,6 +41,7 @@ class EasyConsistency(JumpsToData):
         eval_sigma_min: noise level at which images are drawn as they are, while training has 0; in the form "edm"
         label_dropout: share of samples trained without their label, in [0, 1]
         time_sampler: how t is drawn; a log-normal σ is a logit-normal t
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         form: what the network returns
         sampling: how images are drawn
     """
@@ -54,6 +56,7 @@ class EasyConsistency(JumpsToData):
     eval_sigma_min: float = option(0.003, low=0.0)
     label_dropout: float = option(0.0, low=0.0, high=1.0)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(-1.1, 2.0), prefix="time_")
+    velocity: TargetVelocity = velocity_option()
     form: Form = choice("forms", EDM, prefix="form_")
     sampling: Sampling = sampler_option(partial(ConsistencySteps, steps=1, t_start=SIGMA_MAX, start="scaled"))
 

@@ -15,6 +15,7 @@ from ..sampling import OdeSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms, check_time_sampler
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler
+from .velocities import TargetVelocity, velocity_option
 from .weights import adaptive_error
 
 
@@ -28,6 +29,7 @@ class FlowMatching(Objective):
         norm_p: power of the adaptive weight; 0 is plain squared error (summed over pixels)
         norm_eps: epsilon of the adaptive weight
         time_sampler: how times are drawn
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
 
     Raises:
@@ -40,6 +42,7 @@ class FlowMatching(Objective):
     norm_p: float = option(0.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="time_")
+    velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(OdeSteps)
 
     def __post_init__(self) -> None:

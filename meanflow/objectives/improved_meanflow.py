@@ -23,6 +23,7 @@ from ..sampling import GuidedSteps, Sampling, sampler_option
 from .objective import Networks, Objective, ObjectiveOutput, Terms, check_time_sampler
 from .rows import Rows, forget_autocast
 from .time_samplers import LogitNormal, TimeSampler
+from .velocities import TargetVelocity, velocity_option
 from .weights import adaptive_error
 
 
@@ -62,6 +63,7 @@ class ImprovedMeanFlow(Objective):
         norm_p: power of the adaptive loss weight of both losses; 0 is plain squared error
         norm_eps: epsilon of the adaptive loss weight
         time_sampler: how the two times are drawn; the larger is t
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
 
     Raises:
@@ -81,6 +83,7 @@ class ImprovedMeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
+    velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(GuidedSteps)
 
     def __post_init__(self) -> None:

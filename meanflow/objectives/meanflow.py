@@ -17,7 +17,7 @@ from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms, check_mix, check_time_sampler
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
-from .velocities import guided_velocity, mixed, with_own
+from .velocities import TargetVelocity, guided_velocity, mixed, velocity_option, with_own
 from .weights import adaptive_error
 
 
@@ -38,6 +38,7 @@ class MeanFlow(Objective):
         norm_p: power of the adaptive loss weight; 0 is plain squared error
         norm_eps: epsilon of the adaptive loss weight
         time_sampler: how the two times are drawn; the larger is t
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
 
     Raises:
@@ -52,6 +53,7 @@ class MeanFlow(Objective):
     norm_p: float = option(1.0, low=0.0)
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
+    velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(FewSteps)
 
     def __post_init__(self) -> None:

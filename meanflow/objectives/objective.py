@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .forms import AverageVelocity, Form
 from .path import LinearPath
 from .rows import Net, Rows
 from .time_samplers import TimeSampler
+from .velocities import DataVelocity, TargetVelocity
 
 
 class Loss(NamedTuple):
@@ -104,11 +106,10 @@ class Objective(Options, ABC):
         metrics: names of what `terms` gives for the log.
         conditions: names of the further draws that `draw_conditions` makes.
         keywords: what the network is called with besides z, r, t and y.
-        teachers: which pretrained networks it needs, of "frozen" and "weak".
         instantaneous: whether u(z, t, t) of a trained network is the velocity, so that it can teach others.
-        group_size: consecutive samples that belong together: no cut of a batch may part them.
         path: between data and noise.
         form: what the network returns.
+        velocity: what the targets start from, in the place of e − x.
         Output: the class of what a call returns.
     """
 
@@ -132,21 +133,38 @@ class Objective(Options, ABC):
         @property
         def form(self) -> Form: ...
         @property
-        def group_size(self) -> int: ...
+        def velocity(self) -> TargetVelocity: ...
         @property
         def keywords(self) -> tuple[str, ...]: ...
-        @property
-        def teachers(self) -> tuple[str, ...]: ...
 
     else:
         keywords = ()
-        teachers = ()
         form = AverageVelocity()
-        group_size = 1
+        velocity = DataVelocity()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_sampler(self, self.sampling)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Which pretrained networks it needs, of "frozen" and "weak"."""
+        return self.velocity.teachers
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive samples that belong together: no cut of a batch may part them."""
+        return self.velocity.group_size
+
+    @property
+    def taught(self) -> Mapping[str, Any]:
+        """The options with which it learns from a teacher, where that is a choice; empty where it is none."""
+        return {"velocity": "teacher"} if any(field.name == "velocity" for field in dataclasses.fields(self)) else {}
+
+    @property
+    def two_times(self) -> bool:
+        """Whether the network is trained with r ≠ t, and told both."""
+        return self.ratio > 0 and not self.form.one_time
 
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
@@ -401,6 +419,8 @@ class Objective(Options, ABC):
             conditions={name: a[order] for name, a in draws.conditions.items()},
             phase=draws.phase,
         )
+        if type(self.velocity) is not DataVelocity:
+            batch = dataclasses.replace(batch, v=self.velocity.of(batch, order, nets.frozen))
         return self.terms(batch, nets), order
 
 

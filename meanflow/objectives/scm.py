@@ -11,9 +11,10 @@ so that the tangent g needs no more than u and its total derivative. F − F⁻ 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,11 @@ class RegularizedConsistency(ContinuousConsistency):
     def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
         return ("frozen",) if self.distil else ()
+
+    @property
+    def taught(self) -> Mapping[str, Any]:
+        """With `distil`."""
+        return {"distil": True}
 
     def tangent(self, b: Rows, away: Tensor, turn: Tensor, Q: Tensor, warm_up: Tensor) -> Tensor:
         """−cos θ·√(1 − ρ²·sin²θ)·(F − dx/dθ) − (ρ·cos θ sin θ·x + cos θ sin θ·dF/dθ)."""

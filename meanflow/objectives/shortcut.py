@@ -21,7 +21,7 @@ from .objective import Networks, Objective, Terms
 from .path import LinearPath
 from .rows import Rows
 from .rules import composition
-from .velocities import guided
+from .velocities import TargetVelocity, guided, velocity_option
 from .weights import mean_square, squared_norm
 
 
@@ -43,6 +43,7 @@ class ShortcutModel(Objective):
         clip: largest absolute value of targets, and of the points between the steps
         noise_floor: share of the noise that is left at t = 0
         label_dropout: share of the samples with target v trained without their label, in [0, 1]
+        velocity: what the target starts from: that of data and noise, a teacher's, or an average
         form: what the network returns
         sampling: how images are drawn
     """
@@ -54,6 +55,7 @@ class ShortcutModel(Objective):
     clip: float = option(4.0, low=0.0, above=True)
     noise_floor: float = option(1e-5, low=0.0, high=1.0)
     label_dropout: float = option(0.1, low=0.0, high=1.0)
+    velocity: TargetVelocity = velocity_option()
     form: Form = choice("forms", AverageVelocity, prefix="form_")
     sampling: Sampling = sampler_option(FewSteps)
 

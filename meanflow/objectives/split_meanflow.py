@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,11 @@ class SplitMeanFlow(Objective):
     def teachers(self) -> tuple[str, ...]:
         """Which pretrained networks it needs."""
         return ("frozen",) if self.distil else ()
+
+    @property
+    def taught(self) -> Mapping[str, Any]:
+        """With `distil`."""
+        return {"distil": True}
 
     def draw_conditions(
         self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None

@@ -2,11 +2,149 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
 from ..checks import check_velocity
+from ..errors import UsageError
+from ..options import Options, choice, option
+from ..registry import register
 from .rows import Net, Rows, forget_autocast
+
+_LEAST = 1e-4  # times are taken for no less where the posterior of the data is computed
+
+
+@dataclass(frozen=True)
+class TargetVelocity(Options, ABC):
+    """The velocity at (z, t) that an objective's targets start from, in the place of `Rows.v`, as a group of options.
+
+    teachers: which pretrained networks it evaluates, as `Objective.teachers`.
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive samples that belong together, as `Objective.group_size`."""
+        return 1
+
+    @abstractmethod
+    def of(self, b: Rows, order: Tensor, frozen: Net | None) -> Tensor:
+        """(B, …), detached.
+
+        Args:
+            b: the batch, with the velocity of each sample's own data and noise.
+            order: (B,) the place of each of its rows in the batch as it was given.
+            frozen: the teacher, u(z, r, t, y), where there is one.
+        """
+
+
+@register("velocities", "data")
+@dataclass(frozen=True)
+class DataVelocity(TargetVelocity):
+    """That of each sample's data and noise, e − x."""
+
+    def of(self, b: Rows, order: Tensor, frozen: Net | None) -> Tensor:
+        """The path's velocity."""
+        return b.v
+
+
+@register("velocities", "teacher")
+@dataclass(frozen=True)
+class TeacherVelocity(TargetVelocity):
+    """That of a pretrained flow, with classifier-free guidance: u_∅ + guidance·(u_y − u_∅) at r = t (arXiv 2207.12598).
+
+    It is the mean of e − x over all data that lead to z, so a target has no noise of the data in it. A sample that is
+    trained without its label has the velocity without label.
+
+    Args:
+        guidance: scale of classifier-free guidance in the teacher; 1 is none
+        t_min: guided times, from
+        t_max: guided times, to
+    """
+
+    teachers: ClassVar[tuple[str, ...]] = ("frozen",)
+
+    guidance: float = 1.0
+    t_min: float = option(0.0, low=0.0, high=1.0)
+    t_max: float = option(1.0, low=0.0, high=1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_min > self.t_max:
+            raise UsageError(f"expected at most t_max = {self.t_max}, got {self.t_min}", field="t_min")
+
+    def of(self, b: Rows, order: Tensor, frozen: Net | None) -> Tensor:
+        """The teacher's."""
+        assert frozen is not None
+        scale: Any = self.guidance
+        if scale != 1.0 and (self.t_min, self.t_max) != (0.0, 1.0):
+            inside = (b.t >= self.t_min) & (b.t <= self.t_max)  # [B]
+            scale = b.column(torch.where(inside, scale, 1.0))  # [B, 1, …]
+        no_label = b.no_label if self.guidance != 1.0 else -1
+        return guided(frozen, b.z, b.t, b.t, b.y, scale=scale, no_label=no_label).to(b.v.dtype)
+
+
+@register("velocities", "neighbours")
+@dataclass(frozen=True)
+class AveragedVelocity(TargetVelocity):
+    """The mean of (z − x_j)/t over the data x_j of a group of samples, each as probable as it is to have led to z.
+
+    The weights are the posterior's, exp(−‖(z − (1 − t)·x_j)/t‖²/2), over the samples of the same label (over all where
+    the label is dropped): the stable target field (arXiv 2302.00670). A derivative is linear in its direction, so one
+    along this mean is the mean of the derivatives along the velocities of all these pairs of data and noise.
+
+    Args:
+        group: consecutive samples of a batch among which neighbours are looked for; divides the batch
+        count: the most probable ones, of which the mean is taken (of more where they are equally so); 0: all
+    """
+
+    group: int = option(32, low=2)
+    count: int = option(0, low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.count > self.group:
+            raise UsageError(f"expected at most group = {self.group}, got {self.count}", field="count")
+
+    @property
+    def group_size(self) -> int:
+        """The group."""
+        return self.group
+
+    @torch.no_grad()
+    def of(self, b: Rows, order: Tensor, frozen: Net | None) -> Tensor:
+        """v + (x − Σ_j w_j·x_j)/t, which is that mean without the cancellation at small t."""
+        B = len(b.x)
+        if B % self.group:
+            raise ValueError(f"x: expected a multiple of group = {self.group} samples, got {B}")
+        place, wide = order // self.group, torch.promote_types(b.x.dtype, torch.float32)
+        x, e = b.x.flatten(1).to(wide), b.noise.flatten(1).to(wide)  # [B, D] each
+        t = b.t.to(wide).clamp_min(_LEAST)[:, None]  # [B, 1]
+        # ‖e_i + (1 − t)/t·(x_i − x_j)‖² without a tensor of (B, B, D)
+        slope = (1 - t) / t  # [B, 1]
+        point = e + slope * x  # [B, D]
+        square = x.square().sum(dim=1)  # [B]
+        log_w = slope * (point @ x.mT) - 0.5 * slope.square() * square  # [B, B], up to a constant of each row
+        alike = b.labels[:, None] == b.labels  # [B, B]
+        alike = alike if b.drop is None else alike | b.drop[:, None]
+        log_w = log_w.masked_fill(~(alike & (place[:, None] == place)), -torch.inf)
+        if self.count:
+            least = log_w.topk(self.count, dim=1).values[:, -1:]  # [B, 1]
+            log_w = log_w.masked_fill(log_w < least, -torch.inf)
+        w = log_w.softmax(dim=1)  # [B, B]
+        away = (x - w @ x) / t  # [B, D]
+        return b.v + away.view_as(b.x).to(b.v.dtype)
+
+
+def velocity_option(default: Callable[[], TargetVelocity] = DataVelocity) -> Any:
+    """A field that holds a target velocity, chosen by `--velocity`, for an objective."""
+    return choice("velocities", default, prefix="velocity_", methods=("of",))
 
 
 def mixed(omega: float, kappa: float) -> dict[str, float]:

@@ -28,7 +28,6 @@ from .checkpoint import (
     cure_for_damage,
     load_checkpoint,
     load_optimizer_tensors,
-    load_tensors,
     load_weights,
     not_finite,
     optimizer_tensors,
@@ -40,6 +39,7 @@ from .ema import EMA, TargetEMA
 from .folder import RunFolder
 from .graphs import Step, StepGraph, conflict, is_recorded
 from .log import RunLog
+from .network import load_initial_weights, source_of
 from .networks import checksums_of_teachers, networks_beside
 from .parallel import check_parts, checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
 from .schedule import learning_rate
@@ -79,7 +79,7 @@ class Trainer:
         folder: the run folder; nothing is written before `run`.
         accelerator: from `make_accelerator`.
         on_samples: called with (net, step), in the main process, when a sample grid is due; `net` holds the averages.
-        trust_code: code that the files of a teacher may name, see `load_network`.
+        trust_code: code that the files of a teacher, or of first weights, may name, see `load_network`.
 
     Raises:
         UsageError: the configuration does not fit the data or the machine, or a teacher the data.
@@ -103,7 +103,10 @@ class Trainer:
         self.shape = config.codec.latent_shape(data.image_shape)  # of what the network trains on
         self.model = config.network(data)
         if config.run.init is not None:
-            load_weights(self.model, load_tensors(Path(config.run.init)), Path(config.run.init))
+            try:
+                load_initial_weights(self.model, source_of(config.run.init), trust_code=trust_code)
+            except UsageError as error:
+                raise UsageError(str(error), field="init") from error
         if config.run.precision == "bf16-weights":
             in_bfloat16(self.model)
         checkpoint_blocks(self.model, config.run.checkpoint_blocks)

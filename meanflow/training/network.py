@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..data import Stream, generator_for
 from ..errors import UsageError
 from ..files import parse_json, reason, shown
 from ..models import config_of, create_model
+from ..models.two_times import is_of_one_time, is_told_gap, told_both_times
 from ..objectives import Objective
 from ..objectives.objective import check_sampler
 from ..registry import is_code
@@ -30,9 +32,10 @@ from .checkpoint import (
     load_tensors,
     load_weights,
 )
-from .state import check_files, check_model, load_state, objective_for, saved_codec, saved_objective
+from .state import STATE, check_files, check_model, load_state, objective_for, saved_codec, saved_objective
 
 CHUNK = 500  # images per network evaluation
+_log = logging.getLogger("meanflow")
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,34 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
         before = model["config"].get(name, value)
         if before != value:
             raise UsageError(f"{path} holds another model's weights: expected {before}, got {value}", field=name)
+
+
+def load_initial_weights(net: nn.Module, source: Path, *, trust_code: Trust = False) -> None:
+    """Start `net` from the weights of a run folder (averages of its newest checkpoint), of a checkpoint, or of a file.
+
+    Where they were trained at r = t alone, by flow matching for instance, and `net` is told both times, it is the same
+    network at every r to begin with (see `told_both_times`).
+
+    Raises:
+        UsageError: there are none, they are damaged or of another network, or were trained with code that is not
+            trusted.
+    """
+    path = source if source.is_file() else find_checkpoint(source) / "ema.safetensors"
+    weights, folder = load_tensors(path), path.parent
+    one_time = is_of_one_time(weights)
+    if (folder / STATE).is_file():
+        state = load_state(folder, "objective")
+        check_files(folder, state, [path.name])
+        check_code(words_in({"objective": state["objective"]}), folder, trust_code)
+        one_time = one_time or not saved_objective(state).two_times
+    if one_time and not is_told_gap(net) and not is_told_gap(weights):
+        _log.warning(
+            "init: %s was trained at r = t alone, and %s has no r_embedder that could start silent: at r < t it is as "
+            "its weights have it",
+            path,
+            type(net).__name__,
+        )
+    load_weights(net, told_both_times(weights, net) if one_time else weights, path)
 
 
 def source_of(text: str) -> Path:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
+from .. import registry
 from ..checks import check_takes
 from ..config import Config, Trust
 from ..data import ImageData
 from ..errors import NetworkError, UsageError
 from ..models import config_of
-from ..objectives import Networks
+from ..objectives import Networks, Objective
 from .network import LoadedNetwork, find_checkpoint, load_network, source_of
 from .parallel import checkpoint_blocks, in_bfloat16, place_network, transformer_blocks
 from .state import checksum
@@ -44,8 +45,8 @@ def networks_beside(
             )
         if role not in objective.teachers and getattr(config.run, field) is not None:
             raise UsageError(
-                f"expected only with an objective that learns from one, and {name} does not; got "
-                f"{getattr(config.run, field)}",
+                f"expected only with an objective that learns from one, and {name} does not{_hint(role, objective)}; "
+                f"got {getattr(config.run, field)}",
                 field=field,
             )
     target = None if objective.target_decay(0) is None else _target(config, data, model, accelerator)
@@ -57,6 +58,17 @@ def networks_beside(
         fixed(loaded.net, config, accelerator)
         teachers[role] = loaded.objective.sampled(loaded.net)
     return Networks(ema=target, learned=learned, **teachers)
+
+
+def _hint(role: str, objective: Objective) -> str:
+    """What would learn from a teacher, in words."""
+    if role != "frozen":
+        return ""
+    if objective.taught:
+        return "".join(f" unless {option} is {value}" for option, value in objective.taught.items())
+    found = registry.available("objectives")
+    others = [name for name, cls in found if issubclass(cls, type(objective)) and cls().teachers]
+    return f" (its like with a teacher: {', '.join(others)})" if others else ""
 
 
 def checksums_of_teachers(config: Config) -> dict[str, str]:
