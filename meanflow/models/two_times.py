@@ -114,6 +114,8 @@ def told_both_times(weights: Mapping[str, Tensor], net: nn.Module) -> dict[str, 
         half = first["weight"].shape[1] // 2  # of the features at 0: cosines, which are 1; the others are sines
         hidden = nn.functional.silu(first["weight"][:, :half].double().sum(dim=1) + first["bias"].double())  # [D]
         at_zero = last["weight"].double() @ hidden + last["bias"].double()  # [D]
+    if is_told_gap(weights) and is_told_gap(net) and ours[f"{_LAST}bias"].shape != weights[f"{_LAST}bias"].shape:
+        return out  # of another size, which loading tells
     if is_told_gap(net):
         out |= {name: ours[name] for name in ours if name.startswith(_FIRST) and name not in out}
         out[f"{_LAST}weight"] = torch.zeros_like(ours[f"{_LAST}weight"])
