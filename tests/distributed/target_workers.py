@@ -44,9 +44,11 @@ def network(seed=1, dtype=torch.float64, depth=2):
 
 def beside(name, dtype):
     """Networks of this objective, and what they are called with."""
-    if name != "taught":
+    objective = (OBJECTIVES | METHODS)[name]
+    if objective.target_decay(0) is not None:
         return {"ema": network(dtype=dtype)}
-    return {"frozen": network(2, dtype, depth=3), "weak": network(3, dtype, depth=1)}
+    sizes = {"frozen": (2, 3), "weak": (3, 1)}  # seed and depth
+    return {role: network(seed, dtype, depth) for role, (seed, depth) in sizes.items() if role in objective.teachers}
 
 
 def batch(name, step, dtype):

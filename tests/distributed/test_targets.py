@@ -37,7 +37,7 @@ def test_losses_gradients_weights_and_averages_are_the_single_processs(told, nam
 
 @pytest.mark.parametrize("form", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_with_an_averaged_copy(told, name, form):
+def test_methods_with_an_averaged_copy_a_teacher_or_groups(told, name, form):
     assert_nothing_said(told, f"{name}: {form}")
 
 

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from meanflow.objectives import (
+    AveragedVelocity,
     ConsistencyTraining,
     ConsistencyTrajectory,
     LogitNormal,
+    MeanFlow,
     Networks,
     Objective,
     Rows,
     ShortcutModel,
+    TeacherVelocity,
     TerminalVelocityMatching,
     Terms,
     TimeSampler,
@@ -121,8 +124,10 @@ class Grouped(_OfOne):
 
 
 OBJECTIVES: dict[str, Any] = {"averaged": Averaged(), "through": Through(), "taught": Taught()}
-# of the family, those with an averaged copy
+# of the family, those with an averaged copy; a teacher's velocity, and samples that belong together
 METHODS: dict[str, Any] = {
+    "distilled": MeanFlow(ratio=0.5, velocity=TeacherVelocity(guidance=1.5)),
+    "neighbours": MeanFlow(ratio=0.5, velocity=AveragedVelocity(group=4)),
     "ct": ConsistencyTraining(total_steps=4, end_scales=12),
     "ctm": ConsistencyTrajectory(self_learned=True, scales=6, target_ema=0.5),
     "shortcut": ShortcutModel(ratio=0.5, timesteps=8, target_ema=0.5),
