@@ -14,7 +14,6 @@ from ..options import group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
 from .objective import Networks, Objective, Terms
-from .pairs import cumulative_normal
 from .rows import Net, Rows
 from .rules import terminal_velocity
 from .time_samplers import LogitNormal
@@ -85,10 +84,7 @@ class TerminalVelocityMatching(Objective):
         """t − r the sigmoid of a normal, r logit-normal up to 1 − (t − r)."""
         normal = torch.randn(n, generator=generator, device=device)  # [B]
         gap = torch.sigmoid(self.gap_mean + self.gap_std * normal)  # [B]
-        mean, std = self.r_sampler.mean, self.r_sampler.std
-        largest = cumulative_normal((torch.logit(1 - gap.double()) - mean) / std)  # [B]
-        share = largest * torch.rand(n, generator=generator, device=device, dtype=torch.float64)  # [B]
-        r = torch.sigmoid(mean + std * torch.special.ndtri(share)).to(gap.dtype)  # [B]
+        r = self.r_sampler.below(1 - gap, generator=generator)  # [B]
         return torch.minimum(r + gap, torch.ones_like(r)), r
 
     def draw_conditions(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..options import Options, option
 from ..registry import register
+from .pairs import cumulative_normal
 
 
 class TimeSampler(Protocol):
@@ -28,6 +29,10 @@ class Uniform(Options):
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n float32 times, (n,)."""
         return torch.rand(n, generator=generator, device=device)
+
+    def below(self, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One time below each of t (n,), as `sample` draws them, (n,)."""
+        return t * torch.rand(t.shape, generator=generator, device=t.device)
 
 
 @register("time_samplers", "logit_normal")
@@ -49,6 +54,12 @@ class LogitNormal(Options):
     def sample(self, n: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
         """n float32 times, (n,)."""
         return self.of(torch.randn(n, generator=generator, device=device))
+
+    def below(self, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """One time below each of t (n,), as `sample` draws them, (n,): by the inverse of the cumulative distribution."""
+        largest = cumulative_normal((torch.logit(t.double()) - self.mean) / self.std)  # [n]
+        share = largest * torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float64)  # [n]
+        return torch.minimum(self.of(torch.special.ndtri(share)).to(t.dtype), t)
 
     def of(self, normal: Tensor) -> Tensor:
         """Times of standard normal numbers, (n,) of (n,)."""
