@@ -38,16 +38,16 @@ class Control(Options):
 
     Values are exact: Jε is the forward-mode derivative. It has no gradient in this library, so the penalties' gradient
     is taken through the central difference (u(z + hε, r, t) − u(z − hε, r, t))/2h in its place, with h = `step`: an
-    error of h² beside that of rounding over h. Relative to the exact gradient it is about 4e-5 in float64 and float32
-    with the default, for a small transformer (`tests/objectives/test_controls.py`). A probed row costs a derivative,
-    three forwards and two backwards.
+    error of h² beside that of rounding over h. Relative to the exact gradient it was 8e-5 with the default, in float64
+    and float32, for a small perceptron, and 8e-3 for a transformer with large random weights; under autocast to
+    bfloat16 0.11, and 0.014 with a step of 0.1. A probed row costs a derivative, three forwards and two backwards.
 
     Args:
         lipschitz: weight of the penalty on ‖∂u/∂z‖²; 0 is none
         monotone: weight of the penalty on flow maps that are not monotone; 0 is none
         margin: least εᵀ(∂X/∂z)ε/‖ε‖² of the flow map X that is not penalised; 0 is monotone, 1 moves nothing closer
         every: probe one of so many of these rows; then a batch that is cut into parts may have other rows probed
-        step: h of the central difference, in standard deviations of the noise; in bfloat16 a larger one rounds less
+        step: h of the central difference, in standard deviations of the noise; take 0.1 in bfloat16
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("lipschitz", "monotone_violations")

@@ -66,7 +66,7 @@ class FlowMatching(Controlled):
         error = adaptive_error(u, b.v, b, norm_p=self.norm_p, norm_eps=self.norm_eps)
         return Terms(error.per_sample, {"squared_error": error.squared_error}, u, None, b.v)
 
-    def loss_at(  # type: ignore[override]
+    def loss_at(
         self,
         net: Net,
         *,
