@@ -4,6 +4,7 @@ from .align_your_flow import AlignYourFlow
 from .alpha_flow import AlphaFlow
 from .consistency_training import ConsistencyDistillation, ConsistencyTraining, ImprovedConsistencyTraining
 from .consistency_trajectory import ConsistencyTrajectory
+from .controls import Control, Controlled
 from .decoupled_meanflow import DecoupledMeanFlow
 from .draws import Draws
 from .easy_consistency import EasyConsistency
@@ -17,12 +18,13 @@ from .flow_map_matching import (
 )
 from .flow_matching import FlowMatching
 from .forms import EDM, AverageVelocity, DataPrediction, Form, ScaledVelocity, Shortcut, TrigFlow
+from .hybrid import Hybrid
 from .improved_meanflow import ImprovedMeanFlow, ImprovedMeanFlowOutput
 from .inductive_moment_matching import InductiveMomentMatching
 from .likelihood import LikelihoodOutput, NoisyFlow, TarFlowLikelihood, TarFlowSampler, density, score
 from .meanflow import MeanFlow
 from .objective import Loss, Networks, Objective, ObjectiveOutput, Terms
-from .path import Angle, Clock, Cosine, Linear, LinearPath, NoiseLevel
+from .path import Angle, BridgePath, Clock, Cosine, Linear, LinearPath, NoiseLevel
 from .pixel_meanflow import PixelMeanFlow
 from .rows import Net, Rows
 from .scm import ContinuousConsistencyDistillation, ContinuousConsistencyTraining, RegularizedConsistency
@@ -40,12 +42,15 @@ __all__ = [
     "Angle",
     "AverageVelocity",
     "AveragedVelocity",
+    "BridgePath",
     "Clock",
     "ConsistencyDistillation",
     "ConsistencyTraining",
     "ConsistencyTrajectory",
     "ContinuousConsistencyDistillation",
     "ContinuousConsistencyTraining",
+    "Control",
+    "Controlled",
     "Cosine",
     "DataPrediction",
     "DataVelocity",
@@ -56,6 +61,7 @@ __all__ = [
     "EulerianSelfDistillation",
     "FlowMatching",
     "Form",
+    "Hybrid",
     "ImprovedConsistencyTraining",
     "ImprovedMeanFlow",
     "ImprovedMeanFlowOutput",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..options import choice, option
+from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms, check_mix
+from .controls import Control, Controlled
+from .objective import Networks, Terms, check_mix
 from .rows import Rows
 from .rules import Pair, composition, total_derivative
 from .time_samplers import LogitNormal, TimeSampler
@@ -23,7 +24,7 @@ from .weights import mean_square, power, squared_norm
 
 @register("objectives", "alpha_flow")
 @dataclass(frozen=True)
-class AlphaFlow(Objective):
+class AlphaFlow(Controlled):
     """u(z, r, t) towards a composition at s = t − α(t − r), α falling from 1 to 0; with α = 0 MeanFlow's target.
 
     The loss is α·q/(q + norm_eps) with q the mean square of the error and the divisor detached, without the factor α
@@ -42,6 +43,7 @@ class AlphaFlow(Objective):
         time_sampler: how the two times are drawn; the larger is t
         velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
+        control: penalties on the network's Jacobian: flags --control-lipschitz, --control-monotone, …
     """
 
     conditions = ("s",)
@@ -60,6 +62,7 @@ class AlphaFlow(Objective):
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
     velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(FewSteps)
+    control: Control = group(Control, prefix="control_")
 
     def __post_init__(self) -> None:
         super().__post_init__()

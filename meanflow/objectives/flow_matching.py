@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..options import choice, option
+from ..options import choice, group, option
 from ..registry import register
 from ..sampling import OdeSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms, check_time_sampler
+from .controls import Control, Controlled
+from .objective import Networks, Terms, check_time_sampler
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, velocity_option
@@ -21,7 +22,7 @@ from .weights import adaptive_error
 
 @register("objectives", "flow_matching")
 @dataclass(frozen=True)
-class FlowMatching(Objective):
+class FlowMatching(Controlled):
     """Flow matching: u(z, t, t, y) is trained towards v = e − x (arXiv 2210.02747); MeanFlow with r = t everywhere.
 
     Args:
@@ -31,6 +32,9 @@ class FlowMatching(Objective):
         time_sampler: how times are drawn
         velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
+        bridge: sigma of a Brownian bridge's noise added to the path; 0 is the linear path
+        bridge_end: length of the times at both ends in which that noise falls linearly, so that velocities are finite
+        control: penalties on the network's Jacobian: flags --control-lipschitz, --control-monotone, …
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -44,6 +48,9 @@ class FlowMatching(Objective):
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.0, 1.0), prefix="time_")
     velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(OdeSteps)
+    bridge: float = option(0.0, low=0.0)
+    bridge_end: float = option(0.01, low=0.0, high=0.5, above=True)
+    control: Control = group(Control, prefix="control_")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +69,17 @@ class FlowMatching(Objective):
         error = adaptive_error(u, b.v, b, norm_p=self.norm_p, norm_eps=self.norm_eps)
         return Terms(error.per_sample, {"squared_error": error.squared_error}, u, None, b.v)
 
-    def loss_at(  # type: ignore[override]
-        self, net: Net, *, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None
+    def loss_at(
+        self,
+        net: Net,
+        *,
+        x: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop: Tensor | None = None,
+        nets: Networks | None = None,
+        **conditions: Tensor,
     ) -> Any:
         """The loss at given draws; arguments as `MeanFlow.loss_at`, r = t."""
-        return super().loss_at(net, x=x, noise=noise, t=t, r=t, y=y, drop=drop)
+        return super().loss_at(net, x=x, noise=noise, t=t, r=t, y=y, drop=drop, nets=nets, **conditions)

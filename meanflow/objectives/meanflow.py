@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..checks import check_velocity
-from ..options import choice, option
+from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms, check_mix, check_time_sampler
+from .controls import Control, Controlled
+from .objective import Networks, Terms, check_mix, check_time_sampler
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, guided_velocity, mixed, velocity_option, with_own
@@ -23,7 +24,7 @@ from .weights import adaptive_error
 
 @register("objectives", "meanflow")
 @dataclass(frozen=True)
-class MeanFlow(Objective):
+class MeanFlow(Controlled):
     """The MeanFlow objective (arXiv 2505.13447, Algorithm 1, with guidance in the target, eqs. 19-21).
 
     The guided target is v_g = omega·v + kappa·u(z,t,t|y) + (1 − omega − kappa)·u(z,t,t|∅); its effective scale is
@@ -40,6 +41,9 @@ class MeanFlow(Objective):
         time_sampler: how the two times are drawn; the larger is t
         velocity: what the target starts from: that of data and noise, a teacher's, or an average
         sampling: how images are drawn
+        bridge: sigma of a Brownian bridge's noise added to the path; 0 is the linear path
+        bridge_end: length of the times at both ends in which that noise falls linearly, so that velocities are finite
+        control: penalties on the network's Jacobian: flags --control-lipschitz, --control-monotone, …
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -55,6 +59,9 @@ class MeanFlow(Objective):
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
     velocity: TargetVelocity = velocity_option()
     sampling: Sampling = sampler_option(FewSteps)
+    bridge: float = option(0.0, low=0.0)
+    bridge_end: float = option(0.01, low=0.0, high=0.5, above=True)
+    control: Control = group(Control, prefix="control_")
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance_interval, Iterable):

@@ -159,7 +159,8 @@ class Objective(Options, ABC):
     @property
     def taught(self) -> Mapping[str, Any]:
         """The options with which it learns from a teacher, where that is a choice; empty where it is none."""
-        return {"velocity": "teacher"} if any(field.name == "velocity" for field in dataclasses.fields(self)) else {}
+        named = {field.name for field in dataclasses.fields(self) if field.init}
+        return {"velocity": "teacher"} if "velocity" in named else {}
 
     @property
     def two_times(self) -> bool:
@@ -169,6 +170,10 @@ class Objective(Options, ABC):
     @abstractmethod
     def terms(self, b: Rows, nets: Networks) -> Terms:
         """The paper's formulas. Nothing random, no read on the host: a compiler takes them whole."""
+
+    def penalised(self, terms: Terms, b: Rows) -> Terms:
+        """What the formulas gave with what is added to every such loss, see `Controlled`: here nothing."""
+        return terms
 
     def learned_module(self) -> nn.Module | None:
         """A new module of the objective's own parameters, such as a log-variance of its weight; None: it has none.
@@ -403,25 +408,27 @@ class Objective(Options, ABC):
         nets = Networks() if nets is None else nets
         if nets.ema is not None:
             nets = nets._replace(ema=self.form.wrap(nets.ema))
+        conditions = {name: a[order] for name, a in draws.conditions.items()}
+        path = self.path.given(conditions)
         batch = Rows(
             net=self.form.wrap(net),
-            path=self.path,
+            path=path,
             x=x,
             noise=e,
-            z=self.path.point(x, e, t),
-            v=self.path.velocity(x, e, t),
+            z=path.point(x, e, t),
+            v=path.velocity(x, e, t),
             r=r,
             t=t,
             labels=y,
             y=y if drop is None else y.masked_fill(drop, no_label_of(net)),
             drop=drop,
             moved=draws.rows,
-            conditions={name: a[order] for name, a in draws.conditions.items()},
+            conditions=conditions,
             phase=draws.phase,
         )
         if type(self.velocity) is not DataVelocity:
             batch = dataclasses.replace(batch, v=self.velocity.of(batch, order, nets.frozen))
-        return self.terms(batch, nets), order
+        return self.penalised(self.terms(batch, nets), batch), order
 
 
 @dataclass(frozen=True)

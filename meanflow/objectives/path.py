@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ class LinearPath:
 
     floor: float = 0.0
 
+    def given(self, conditions: Mapping[str, Tensor]) -> LinearPath:
+        """The path of samples with these draws, (B,) or (B, …) by name; it depends on none."""
+        return self
+
     def point(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
         """z_t, (B, …), at times t (B,)."""
         t_ = column(t.to(x.dtype), x)  # [B, 1, …]
@@ -44,6 +49,58 @@ class LinearPath:
     def velocity(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
         """dz_t/dt given x and e, (B, …)."""
         return e - x if self.floor == 0.0 else (1 - self.floor) * e - x
+
+
+@dataclass(frozen=True)
+class BridgePath(LinearPath):
+    """z_t = (1 − t) x + t e + γ(t) ξ with noise ξ ~ N(0, I) of each sample: a Brownian bridge from data to noise.
+
+    γ(t) = σ·√(t(1 − t)) (arXiv 2307.03672; 2303.08797, §3.4 with a = σ²). Its derivative, a part of the velocity e − x
+    + γ'(t) ξ, would be infinite at both ends. So γ is a straight line to 0 there, over times of length `end`: the
+    velocity is that of the path at every time, and |γ'| at most σ·√((1 − end)/end). Data at t = 0 and noise at t = 1
+    are as on the linear path.
+
+    Args:
+        sigma: σ.
+        end: in (0, 1/2].
+        noise: (B, …) ξ, see `given`.
+    """
+
+    sigma: float = 0.0
+    end: float = 0.01
+    noise: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def given(self, conditions: Mapping[str, Tensor]) -> BridgePath:
+        """The path of samples whose ξ is the draw "bridge_noise"."""
+        return replace(self, noise=conditions["bridge_noise"])
+
+    def gamma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """γ and its derivative at times t, (B,) each."""
+        inner, slope = t.clamp(self.end, 1 - self.end), self.sigma * ((1 - self.end) / self.end) ** 0.5
+        root = (inner * (1 - inner)).sqrt()  # [B]
+        near = torch.minimum(t, 1 - t)  # [B], time to the next end
+        straight = near < self.end
+        rate = torch.where(straight, slope * (1 - 2 * t).sign(), self.sigma * (1 - 2 * inner) / (2 * root))
+        return torch.where(straight, slope * near, self.sigma * root), rate
+
+    def point(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        """z_t, (B, …), at times t (B,)."""
+        return super().point(x, e, t) + column(self.gamma(t.to(x.dtype))[0], x) * self._ξ(x)
+
+    def velocity(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        """dz_t/dt given x, e and ξ, (B, …)."""
+        return super().velocity(x, e, t) + column(self.gamma(t.to(x.dtype))[1], x) * self._ξ(x)
+
+    def between(self, x: Tensor, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """z_s, (B, …), with the data x and both noises of z_t, t > 0."""
+        at_t, at_s = (column(self.gamma(a.to(z.dtype))[0], z) * self._ξ(z) for a in (t, s))  # [B, …] each
+        return super().between(x, z - at_t, t, s) + at_s
+
+    def _ξ(self, x: Tensor) -> Tensor:
+        if self.noise is None or self.noise.shape != x.shape:
+            got = "none" if self.noise is None else tuple(self.noise.shape)
+            raise ValueError(f"bridge_noise: expected the shape of x, {tuple(x.shape)}, got {got}")
+        return self.noise.to(x.dtype)
 
 
 class Clock(ABC):

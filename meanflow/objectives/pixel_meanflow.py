@@ -18,6 +18,7 @@ from .improved_meanflow import ImprovedMeanFlow
 from .path import LinearPath, column
 from .rows import Net
 from .time_samplers import LogitNormal, TimeSampler
+from .velocities import DataVelocity, TargetVelocity
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PixelMeanFlow(ImprovedMeanFlow):
     noise_scale: float = option(1.0, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.8, 0.8), prefix="time_")
 
+    velocity: TargetVelocity = field(init=False, default=DataVelocity())  # those of other paths do not fit this one
     form: Form = field(init=False)
     path: LinearPath = field(init=False)  # type: ignore[misc]
 

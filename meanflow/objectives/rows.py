@@ -75,6 +75,14 @@ class Rows:
         moved = 0 if r is None else self.moved
         return dataclasses.replace(self, noise=e, z=z, v=v, t=t, r=t if r is None else r, moved=moved)
 
+    def still(self, n: int) -> Rows:
+        """The first n rows, none of them moved: the same points, data and labels with r = t."""
+        names = ("x", "noise", "z", "v", "t", "labels", "y")
+        first: dict[str, Any] = {name: getattr(self, name)[:n] for name in names}
+        drop = None if self.drop is None else self.drop[:n]
+        cut = {name: a[:n] for name, a in self.conditions.items()}
+        return dataclasses.replace(self, **first, r=first["t"], drop=drop, moved=0, conditions=cut)
+
     def joined(self, others: Rows) -> Rows:
         """These rows, and then others of which none is moved, as one batch for the network, without draws by name."""
         names = ("x", "noise", "z", "v", "r", "t", "labels", "y")

@@ -56,7 +56,7 @@ class LogitNormal(Options):
         return self.of(torch.randn(n, generator=generator, device=device))
 
     def below(self, t: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """One time below each of t (n,), as `sample` draws them, (n,): by the inverse of the cumulative distribution."""
+        """One time below each of t (n,), as `sample` draws them, (n,): by the inverse of their distribution."""
         largest = cumulative_normal((torch.logit(t.double()) - self.mean) / self.std)  # [n]
         share = largest * torch.rand(t.shape, generator=generator, device=t.device, dtype=torch.float64)  # [n]
         return torch.minimum(self.of(torch.special.ndtri(share)).to(t.dtype), t)

@@ -125,9 +125,10 @@ class AveragedVelocity(TargetVelocity):
             raise ValueError(f"x: expected a multiple of group = {self.group} samples, got {B}")
         place, wide = order // self.group, torch.promote_types(b.x.dtype, torch.float32)
         x, e = b.x.flatten(1).to(wide), b.noise.flatten(1).to(wide)  # [B, D] each
-        t = b.t.to(wide).clamp_min(_LEAST)[:, None]  # [B, 1]
-        # ‖e_i + (1 − t)/t·(x_i − x_j)‖² without a tensor of (B, B, D)
-        slope = (1 - t) / t  # [B, 1]
+        t = b.t.to(wide)[:, None]  # [B, 1]
+        scale = (t + b.path.floor * (1 - t)).clamp_min(_LEAST)  # [B, 1], of the noise
+        # ‖e_i + (1 − t)/scale·(x_i − x_j)‖² without a tensor of (B, B, D)
+        slope = (1 - t) / scale  # [B, 1]
         point = e + slope * x  # [B, D]
         square = x.square().sum(dim=1)  # [B]
         log_w = slope * (point @ x.mT) - 0.5 * slope.square() * square  # [B, B], up to a constant of each row
@@ -138,7 +139,7 @@ class AveragedVelocity(TargetVelocity):
             least = log_w.topk(self.count, dim=1).values[:, -1:]  # [B, 1]
             log_w = log_w.masked_fill(log_w < least, -torch.inf)
         w = log_w.softmax(dim=1)  # [B, B]
-        away = (x - w @ x) / t  # [B, D]
+        away = (x - w @ x) / scale  # [B, D]
         return b.v + away.view_as(b.x).to(b.v.dtype)
 
 

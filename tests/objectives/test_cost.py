@@ -22,6 +22,8 @@ FORWARD = 1 / 3
 COSTS = {
     "meanflow": ({"ratio": 1.0}, 0, 1 + DERIVATIVE),
     "meanflow, a quarter": ({"ratio": 0.25}, 0, 1 + DERIVATIVE / 4),
+    "hybrid": ({}, 0, 2 + DERIVATIVE),
+    "hybrid, a quarter": ({"ratio": 0.25}, 0, 1 + (1 + DERIVATIVE) / 4),
     "sct": ({}, 0, 1 + DERIVATIVE),
     "rcm, without a teacher": ({"distil": False, "guidance": 1.0}, 0, 1 + DERIVATIVE),
     "alpha_flow, derived": ({"ratio": 1.0, "alpha_end": 10}, 20, 1 + DERIVATIVE),

@@ -16,6 +16,7 @@ OPTIONS = {
     "ayf": {"autoguidance": 2.0},
     "ctm": {"heun_steps": 2, "scales": 6},
     "dmf": {"omega": 0.5},
+    "hybrid": {"omega": 0.8, "kappa": 0.5, "ratio": 0.5},
     "imf": {"ratio": 0.5},
     "meanflow": {"omega": 0.8, "kappa": 0.5, "ratio": 0.5},
     "scd": {"guidance": 2.0},
