@@ -68,7 +68,8 @@ def sample(args: Sequence[str]) -> int:
     labels = labels_of(options.labels, loaded.class_names)
     if options.out.suffix != ".npy" and not makes_picture(loaded.image_shape):
         raise UsageError(
-            f"{loaded.image_shape[0]} channels make no picture; write an array instead, with --out {options.out.stem}.npy",
+            f"{loaded.image_shape[0]} channels make no picture; write an array instead, with --out "
+            f"{options.out.stem}.npy",
             field="out",
         )
     count = options.count or (500 if loaded.image_shape == POINTS else 10)
