@@ -58,8 +58,9 @@ class LowRank(nn.Module):
         image = (self.in_channels, self.input_size, self.input_size)
         check_inputs(z, r, t, y, image)
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)  # [B, D]
-        x = linear_map(lambda a: a.flatten(1), z)  # [B, C·H·W]
-        sizes = [x.shape[1], x.shape[1], self.rank]
-        A, b, s = split_map(lambda a: a.split(sizes, dim=1), self.final_layer(c))  # [B, C·H·W] twice, [B, rank]
-        u = A * x + self.up(s * self.down(x)) + b  # [B, C·H·W]
-        return linear_map(lambda a: a.unflatten(1, image), u)  # [B, C, H, W]
+        s, Ab = split_map(
+            lambda a: (a[:, : self.rank], a[:, self.rank :]), self.final_layer(c)
+        )  # [B, rank], [B, 2·C·H·W]
+        A, b = split_map(lambda a: a.unflatten(1, (2, *image)).unbind(1), Ab)  # [B, C, H, W] each
+        coupled = self.up(s * self.down(linear_map(lambda a: a.flatten(1), z)))  # [B, C·H·W]
+        return A * z + linear_map(lambda a: a.unflatten(1, image), coupled) + b

@@ -74,4 +74,5 @@ class MLP(nn.Module):
         h = self.x_proj(linear_map(lambda a: a.flatten(1), z))  # [B, D]
         for block in self.blocks:
             h = block(h, c)  # [B, D]
-        return linear_map(lambda a: a.unflatten(1, image), self.final_layer(h))  # [B, C, H, W]
+        # clone: FSDP2 warns of a module that returns a view
+        return linear_map(lambda a: a.unflatten(1, image).clone(), self.final_layer(h))  # [B, C, H, W]
