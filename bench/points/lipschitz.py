@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--shape", default="moons")
     options = parser.parse_args()
     print(
-        f"{'':>14} {'‖∂u/∂z‖ max':>12} {'mean':>6} {'one step max':>13} {'bound':>10}  accuracy  Fréchet   energy  training s"
+        f"{'':>14} {'max on path':>12} {'mean':>6} {'one step max':>13} {'bound':>10}  accuracy  Fréchet   energy"
+        "  training s"
     )
     for bounded in (False, True):
         config = recipe("points").replace(

@@ -8,7 +8,15 @@ from ..registry import register
 
 @register("recipes", "points")
 def points() -> Config:
-    """MeanFlow of an MLP on two moons."""
+    """MeanFlow of an MLP on two moons.
+
+    The plain squared error (norm_p = 0) gives the distribution back; with norm_p = 0.75 or 1 the squared loss of few
+    samples weighs too little, and the Fréchet distance was 0.035 and more on seed 10.
+
+    One step, seeds 0 and 1: class accuracy 0.951 and 0.947, Fréchet distance 0.003 and 0.001, energy distance 0.003 and
+    0.002 (of held-out points 1.000, 0.001 and 0.001); seed 10, on which it was chosen: 0.958, 0.002 and 0.002. 45 s of
+    one core of a busy machine.
+    """
     return Config.of(
         data="points",
         shape="moons",
