@@ -4,6 +4,9 @@
 
 Trains the recipe "points" twice in a temporary folder, and draws 500 points in 16 steps of the average velocity: at
 each (z, r, t) of a trajectory the norm of ∂u/∂z is measured, and beside it the product that bounds it (see `MLP`).
+
+Moons, 400 steps, seed 0: at most 3.09 on the paths (product 42.6) without the bound, 1.09 (4.5) with it; Fréchet
+distance 0.003 and 0.039.
 """
 
 from __future__ import annotations
