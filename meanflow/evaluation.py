@@ -1,7 +1,7 @@
-"""How good generated images are, in pixels: for small images, where no pretrained feature network is needed.
+"""How good generated images or points are, by their values: no pretrained feature network is needed for small ones.
 
-Every image is in [-1, 1]. On that scale the 8×8 digits' held-out fifth is at a Fréchet distance of about 0.4 from the
-rest; in [0, 1] every distance would be a quarter of that.
+Every image of pixels is in [-1, 1]. On that scale the 8×8 digits' held-out fifth is at a Fréchet distance of about 0.4
+from the rest; in [0, 1] every distance would be a quarter of that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .options import Options
 from .registry import register
 
 MAX_FEATURES = 4096  # values per image: beyond, covariances are too large and pixels say too little
+NEIGHBOURS = 5  # real points that decide the class of a generated one
 MAX_REAL = 10_000  # real images that are compared with, evenly spaced in the data set
 
 
@@ -44,7 +45,7 @@ class Evaluator(Protocol):
 @register("evaluators", "pixels")
 @dataclass(frozen=True)
 class PixelStatistics(Options):
-    """Class accuracy and Fréchet distance in pixels, of small images."""
+    """Class accuracy and Fréchet distance in pixels, of small images in [-1, 1]."""
 
     titles: ClassVar[dict[str, str]] = {
         "class_accuracy": "class accuracy",
@@ -59,6 +60,51 @@ class PixelStatistics(Options):
     def evaluate(self, images: Tensor, labels: Tensor, data: ImageData) -> dict[str, Any]:
         """As `evaluate_images`."""
         return _figures(evaluate_images(images, labels, data))
+
+
+@register("evaluators", "points")
+@dataclass(frozen=True)
+class PointStatistics(Options):
+    """Class accuracy, Fréchet distance and energy distance of points, which may lie anywhere."""
+
+    titles: ClassVar[dict[str, str]] = {
+        "class_accuracy": "class accuracy",
+        "frechet_distance": "Frechet distance",
+        "energy_distance": "energy distance",
+    }
+
+    def refusal(self, image_shape: tuple[int, int, int]) -> dict[str, Any] | None:
+        """Null for every figure where points have more than `MAX_FEATURES` dimensions."""
+        note = too_large(image_shape)
+        if not note:
+            return None
+        return {**{f"{prefix}{key}": None for prefix in ("", "held_out_") for key in self.titles}, "note": note}
+
+    def evaluate(self, images: Tensor, labels: Tensor, data: ImageData) -> dict[str, Any]:
+        """Figures of points (n, C, H, W), generated for `labels` (n,), against those that the network was trained on.
+
+        None of them is cut to a range. `class_accuracy` is the share whose label most of the `NEIGHBOURS` nearest real
+        points have; Fréchet and energy distance are those of `frechet_distance` and `energy_distance`. "held_out_"
+        and a name is the same figure of the held-out real points, where there are any.
+        """
+        real, real_labels = _subset(data.train)
+        figures: dict[str, Any] = {}
+        note = ""
+        try:
+            classifier = fit_neighbours(real, real_labels)
+        except UsageError as error:
+            classifier, note = None, str(error)
+        held_out = _subset(data.held_out) if data.held_out is not None else None
+        for prefix, found in (("", (images, labels)), ("held_out_", held_out)):
+            enough = found is not None and len(found[0]) > 1 and len(real) > 1
+            points, own = found if found is not None else (images, labels)
+            figures[f"{prefix}class_accuracy"] = (
+                class_accuracy(points, own, classifier) if found and classifier else None
+            )
+            figures[f"{prefix}frechet_distance"] = frechet_distance(points, real) if enough else None
+            figures[f"{prefix}energy_distance"] = energy_distance(points, real) if enough else None
+        figures = {key: value if value is None else round(value, 5) for key, value in figures.items()}
+        return {**figures, "samples": len(images), **({"note": note} if note else {})}
 
 
 @dataclass(frozen=True)
@@ -91,12 +137,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: the sets do not fit.
     """
-    for name, images in (("a", a), ("b", b)):
-        if images.ndim < 2 or len(images) < 2:
-            raise ValueError(f"{name}: expected at least two images, (n, …), got shape {tuple(images.shape)}")
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"b: expected images of shape {tuple(a.shape[1:])} like a, got {tuple(b.shape[1:])}")
-    a, b = (images.detach().cpu().double().flatten(1) for images in (a, b))  # [n, D]
+    a, b = _two_sets(a, b)  # [n, D]
     A, B = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(b.shape[1], -1)  # [D, D]
     values, vectors = torch.linalg.eigh(A)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^½ [D, D]
@@ -104,6 +145,52 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     mean = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
     return max(0.0, float(mean + A.trace() + B.trace() - 2 * cross))
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E‖X − Y‖ − E‖X − X′‖ − E‖Y − Y′‖ of two sets of points (G. Székely, M. Rizzo, 2013).
+
+    It is 0 only where the distributions are equal; Fréchet distance sees two moments. Every mean is over all pairs,
+    those of a point with itself too, so that it is never negative and 0 of a set with itself; of two sets of n points
+    of one distribution it is about 2 E‖X − X′‖/n. In float64.
+
+    Args:
+        a, b: (n, …) sets of at least two points of equal shape.
+
+    Raises:
+        ValueError: the sets do not fit.
+    """
+    a, b = _two_sets(a, b)  # [n, D], [m, D]
+    return max(0.0, 2 * _mean_distance(a, b) - _mean_distance(a, a) - _mean_distance(b, b))
+
+
+def _mean_distance(a: Tensor, b: Tensor) -> float:
+    """Over all pairs, some rows at a time: at most 80 MB."""
+    return float(sum(torch.cdist(part, b).sum() for part in a.split(1000)) / (len(a) * len(b)))
+
+
+def _two_sets(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) float64 each, on the CPU."""
+    for name, images in (("a", a), ("b", b)):
+        if images.ndim < 2 or len(images) < 2:
+            raise ValueError(f"{name}: expected at least two images, (n, …), got shape {tuple(images.shape)}")
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"b: expected images of shape {tuple(a.shape[1:])} like a, got {tuple(b.shape[1:])}")
+    return a.detach().cpu().double().flatten(1), b.detach().cpu().double().flatten(1)
+
+
+def fit_neighbours(points: Tensor, labels: Tensor) -> Any:
+    """Vote of the `NEIGHBOURS` nearest real points (scikit-learn's), which suits classes that no plane parts.
+
+    Raises:
+        UsageError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.neighbors import KNeighborsClassifier
+    except ModuleNotFoundError as error:
+        raise UsageError('class accuracy needs scikit-learn: pip install "meanflow[demo]"') from error
+    few = min(NEIGHBOURS, len(points))
+    return KNeighborsClassifier(few).fit(points.flatten(1).double().numpy(), labels.numpy())
 
 
 def fit_classifier(images: Tensor, labels: Tensor) -> Any:
@@ -157,15 +244,16 @@ def evaluate_images(images: Tensor, labels: Tensor, data: ImageData) -> Evaluati
     """Compare generated images with the real ones that the network was trained on.
 
     Args:
-        images: (n, C, H, W), generated for `labels`; cut to [-1, 1] first, as any picture file would.
+        images: (n, C, H, W), generated for `labels`; cut to [-1, 1] first, as any picture file would, or to the
+            range of the real ones where that is wider.
         labels: (n,).
         data: the real images; its held-out part, if any, gives the reference values.
     """
     n, note = len(images), too_large(images.shape[1:])
     if note:
         return Evaluation(None, None, None, None, samples=n, note=note)
-    images = images.clamp(-1, 1)
     real, real_labels = _subset(data.train)
+    images = images.clamp(min(-1.0, float(real.min())), max(1.0, float(real.max())))
     kept = _subset(data.held_out) if data.held_out is not None else None
     accuracy = held_out_accuracy = None
     if data.num_classes < 2:

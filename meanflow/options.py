@@ -305,7 +305,7 @@ def build(
         usual = default_of(field) if default is None else getattr(default, field.name)
         before = usual if base is None else getattr(base, field.name)
         given = values.get(name)
-        if name in values and not (is_group(field) and "kind" not in field.metadata):
+        if name in values and field.init and not (is_group(field) and "kind" not in field.metadata):
             used.add(name)
         if is_group(field):
             inner, component = type(before), "kind" in field.metadata

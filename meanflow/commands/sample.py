@@ -15,7 +15,7 @@ from ..checks import check_backend
 from ..errors import UsageError
 from ..files import replaced
 from ..training.network import load_network
-from ..training.pictures import image_grid, save_picture
+from ..training.pictures import POINTS, makes_picture, samples_picture, save_picture
 from .common import (
     Device,
     Flag,
@@ -37,7 +37,7 @@ class Sample:
     Args:
         run: a run folder or its name, a checkpoint folder, or a weight file of `meanflow convert`
         labels: labels or class names, separated by commas; empty: every class, at most ten
-        count: images per label
+        count: images per label; of 2-D points 500 where nobody says how many
         seed: of the noise
         out: where to: a picture, or an array (n, C, H, W) with the suffix .npy
         weights: averaged weights, or those of the last step
@@ -47,7 +47,7 @@ class Sample:
 
     run: Positional[str]
     labels: str = ""
-    count: int = 10
+    count: int | None = None
     seed: int = 0
     out: Path = Path("grid.png")
     weights: Literal["ema", "raw"] = "ema"
@@ -58,27 +58,30 @@ class Sample:
 def sample(args: Sequence[str]) -> int:
     """Draw images from a trained network"""
     options = parse(with_sampling(Sample, args), args, prog="sample")
-    check_at_least(1, options, "count")
+    if options.count is not None:
+        check_at_least(1, options, "count")
     check_out(options.out)
     check_backend()
     device = device_of(options.device)
     loaded = load_network(source_of(options.run), options.weights, device, trust_code=options.trust_code)
     sampling = check_sampling(options.sampling, loaded)
     labels = labels_of(options.labels, loaded.class_names)
-    channels = loaded.image_shape[0]
-    if options.out.suffix != ".npy" and channels not in (1, 3):
+    if options.out.suffix != ".npy" and not makes_picture(loaded.image_shape):
         raise UsageError(
-            f"{channels} channels make no picture; write an array instead, with --out {options.out.stem}.npy",
+            f"{loaded.image_shape[0]} channels make no picture; write an array instead, with --out "
+            f"{options.out.stem}.npy",
             field="out",
         )
-    every = torch.tensor(labels).repeat_interleave(options.count)
+    count = options.count or (500 if loaded.image_shape == POINTS else 10)
+    every = torch.tensor(labels).repeat_interleave(count)
     images = loaded.generate(every, seed=options.seed, device=device, **sampling)  # [labels·count, C, H, W]
     if options.out.suffix == ".npy":
         with replaced(options.out) as partial:
             np.save(partial, images.numpy())
     else:
         try:
-            save_picture(image_grid(images, options.count), options.out)
+            picture = samples_picture(images, count, every, loaded.class_names)
+            save_picture(picture, options.out)
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot write {options.out}: {error}", field="out") from error
     say(f"{len(images)} images from {loaded.source}: {options.out}")

@@ -6,6 +6,7 @@ from .images import ImageData, ImageSource, TensorImages, stratified_split
 from .left_out import LeftOut, UnreadableImage
 from .loader import micro_batches
 from .order import StepOrder, StepSampler, Stream, generator_for, shard
+from .points import Points
 from .sources import DataSource, Digits, ImageFolder
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "LeftOut",
+    "Points",
     "StepOrder",
     "StepSampler",
     "Stream",

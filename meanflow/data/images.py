@@ -16,7 +16,7 @@ from .order import Stream, generator_for
 
 
 class ImageSource(Protocol):
-    """Labelled images in [-1, 1]."""
+    """Labelled images in [-1, 1], or other data of about unit size, such as 2-D points."""
 
     labels: Tensor  # [n] int64
 
@@ -31,7 +31,7 @@ class TensorImages:
     """Images held in memory.
 
     Args:
-        images: (n, C, H, W) float32 in [-1, 1], or uint8.
+        images: (n, C, H, W) float32, in [-1, 1] if they are pixels, or uint8.
         labels: (n,) int64.
 
     Raises:

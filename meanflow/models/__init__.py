@@ -26,10 +26,14 @@ from .dit import (
 from .dmf_dit import DMFDiT
 from .factory import config_of, create_model
 from .imf_dit import IMFDiT, IMFDiT_B_2, IMFDiT_L_2, IMFDiT_M_2, IMFDiT_XL_2
+from .low_rank import LowRank
+from .mlp import MLP
+from .spectral import spectral_norm_linears
 from .tarflow import TarFlow, patchify, unpatchify
 from .two_times import two_times
 
 __all__ = [
+    "MLP",
     "Affine",
     "DMFDiT",
     "DiT",
@@ -55,11 +59,13 @@ __all__ = [
     "IMFDiT_L_2",
     "IMFDiT_M_2",
     "IMFDiT_XL_2",
+    "LowRank",
     "TarFlow",
     "config_of",
     "create_model",
     "gaussian_average_velocity",
     "patchify",
+    "spectral_norm_linears",
     "two_times",
     "unpatchify",
 ]

@@ -12,6 +12,7 @@ from mfkernels import dualize
 
 from .. import registry
 from ..errors import UsageError
+from .spectral import spectral_norm_linears
 
 _CONTRACT = (
     "a function of input_size=, in_channels=, num_classes= (and of every size given beside the name) that returns a "
@@ -19,23 +20,34 @@ _CONTRACT = (
 )
 
 
-def create_model(name: str, **config: Any) -> nn.Module:
+def create_model(name: str, *, spectral_norm: bool = False, **config: Any) -> nn.Module:
     """A backbone by name, with any of its sizes changed, or a network of yours.
 
-    "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT" and the
-    baseline "Affine" with every size given; whatever else is registered; or "package.module:function", which is looked
-    for in the working directory first.
+    "DiT-B/2" (sizes S, B, M, L, XL; patches 2, 4, 8), "iMF-DiT-B/2" (sizes B, M, L, XL), or "DiT", "iMF-DiT", "MLP" and
+    the baselines "Affine" and "LowRank" with every size given; whatever else is registered; or
+    "package.module:function", which is looked for in the working directory first.
 
     `config` holds input_size (side of the square images), in_channels and num_classes, and the sizes given beside the
     name. A network that is not this package's has a forward that takes z (B, C, H, W), r and t (B,) in [0, 1] and
     labels y (B,), where num_classes means "no label", and returns the average velocity (B, C, H, W). It is dualized
     unless it is dual-aware already, and gets the attribute `num_classes` if it has none.
 
+    With `spectral_norm` the weight of every linear outside of embedders has no singular value above 1, see
+    `spectral_norm_linears`; `config_of` has it then.
+
     Raises:
         ValueError: there is no model of that name, or what it makes is no such network.
     """
+    net = _made(name, config)
+    if spectral_norm:
+        spectral_norm_linears(net)
+        net.__dict__["factory_config"] = {**config_of(net), "spectral_norm": True}
+    return net
+
+
+def _made(name: str, config: dict[str, Any]) -> nn.Module:
     if ":" not in name:
-        net = registry.find("models", name)(**config)
+        net: nn.Module = registry.find("models", name)(**config)
         return net if hasattr(net, "config") else _adopted(net, name, config)
     with registry.working_directory_first():  # what the function itself imports as well
         function = _function(name)

@@ -25,13 +25,17 @@ class ModelOptions(Options):
 
     name: of the model.
     outputs: what the network returns, such as ("u",); None: not known before it runs.
+
+    Args:
+        spectral_norm: scale each linear of the network, embedders apart, so that no singular value is above 1
     """
 
+    spectral_norm: bool = False
     name: ClassVar[str] = ""
     outputs: ClassVar[tuple[str, ...] | None] = None
 
     def sizes(self) -> dict[str, Any]:
-        """The constructor's arguments; of a function "package.module:function" those that were given."""
+        """What `create_model` takes beside the data's sizes; of "package.module:function" what was given."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -44,7 +48,7 @@ class ModelOptions(Options):
         Raises:
             UsageError: the sizes do not fit each other.
         """
-        given = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
+        given: dict[str, Any] = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
         try:
             return create_model(self.name, **given, **self.sizes())
         except (TypeError, ValueError) as error:  # TypeError: a size that this model does not have
@@ -72,7 +76,9 @@ def model_options(name: str) -> type[ModelOptions]:
 
 def _made(name: str, fields: list[Any], outputs: tuple[str, ...] | None, doc: str | None) -> type[ModelOptions]:
     namespace = {"name": name, "outputs": outputs, "__doc__": doc, "__module__": __name__}
-    return dataclasses.make_dataclass("ModelOptions", fields, bases=(ModelOptions,), namespace=namespace, frozen=True)
+    return dataclasses.make_dataclass(
+        "ModelOptions", fields, bases=(ModelOptions,), namespace=namespace, frozen=True, kw_only=True
+    )
 
 
 def _fields(name: str) -> list[dataclasses.Field[Any]]:

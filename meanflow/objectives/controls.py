@@ -135,10 +135,8 @@ class Controlled(Objective, ABC):
         if self.bridge > 0:
             if type(self.velocity) is not DataVelocity:
                 name = name_of("velocities", type(self.velocity))
-                raise UsageError(
-                    f"expected data: with bridge = {self.bridge:g} the path is another than {name} is of",
-                    field="velocity",
-                )
+                expected = "expected data with bridge > 0, whose path has other velocities"
+                raise UsageError(f"{expected}; got {name}", field="velocity")
             more += ("bridge_noise",)
             object.__setattr__(self, "path", BridgePath(sigma=self.bridge, end=self.bridge_end))
         object.__setattr__(self, "conditions", (*type(self).conditions, *more))

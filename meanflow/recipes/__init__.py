@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from ..config import Config
 from ..registry import find, names, register
-from . import digits, digits_family, improved_meanflow, meanflow, tarflow
+from . import digits, digits_family, improved_meanflow, meanflow, points, tarflow
 
-__all__ = ["digits", "digits_family", "improved_meanflow", "meanflow", "recipe", "register", "tarflow", "variant"]
+__all__ = [
+    "digits",
+    "digits_family",
+    "improved_meanflow",
+    "meanflow",
+    "points",
+    "recipe",
+    "register",
+    "tarflow",
+    "variant",
+]
 
 
 def recipe(name: str) -> Config:

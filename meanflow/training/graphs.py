@@ -38,6 +38,8 @@ def conflict(config: Config, accelerator: Accelerator) -> str | None:
             f"checkpoint_blocks: expected 0, got {config.run.checkpoint_blocks}: a block that is recomputed reads the "
             "generators' state"
         )
+    if config.model.spectral_norm:
+        return "spectral_norm: the host waits for the eigenvalues of each weight"
     if config.run.compile and config.run.compile_mode == "reduce-overhead":
         return "compile_mode: reduce-overhead records graphs of its own; expected default"
     return None

@@ -217,7 +217,7 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
     except UsageError as error:
         raise UsageError(f"{error}{cure_for_damage(path.parent, path)}") from error
     for name, value in sizes.items():
-        before = model["config"].get(name, value)
+        before = model["config"].get(name, False if name == "spectral_norm" else value)
         if before != value:
             raise UsageError(f"{path} holds another model's weights: expected {before}, got {value}", field=name)
 

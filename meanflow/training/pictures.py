@@ -1,4 +1,4 @@
-"""Sample grids and loss curves as PNG files."""
+"""Sample grids, scatter plots and loss curves as PNG files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,62 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..files import replaced
 
 MIN_TILE = 40  # pixels; smaller images are enlarged to at least this
+POINTS = (2, 1, 1)  # shape of "images" that are points of a plane
+
+
+def makes_picture(image_shape: Sequence[int]) -> bool:
+    """Whether `samples_picture` takes images of that shape (C, H, W)."""
+    return image_shape[0] in (1, 3) or tuple(image_shape) == POINTS
+
+
+def samples_picture(
+    images: Tensor, columns: int, labels: Tensor | None = None, names: Sequence[str] = ()
+) -> Image.Image:
+    """Images of one or three channels as a grid, points (n, 2, 1, 1) as a scatter plot with a colour for each label.
+
+    Args:
+        images: (n, C, H, W).
+        columns: of a grid.
+        labels: (n,) of a scatter plot; None: one colour.
+        names: of the labels, for the legend of a scatter plot; none: no legend.
+
+    Raises:
+        ValueError: `images` is neither.
+    """
+    if tuple(images.shape[1:]) != POINTS:
+        return image_grid(images, columns)
+    points = images.detach().float().cpu().flatten(1)  # [n, 2]
+    labels = torch.zeros(len(points), dtype=torch.long) if labels is None else labels.cpu()  # [n]
+    return _scatter(points, labels, names)
+
+
+def _scatter(points: Tensor, labels: Tensor, names: Sequence[str]) -> Image.Image:
+    """With 0 in the centre, and up to 1 % of the points outside of the axes, which the picture then says."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # half a second
+
+    limit = max(2.5, 1.1 * float(points.abs().amax(dim=1).quantile(0.99)) if len(points) else 0.0)
+    outside = int((~(points.abs() <= limit).all(dim=1)).sum())
+    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for label in labels.unique().tolist():
+        of_label = points[labels == label]  # [m, 2]
+        name = names[label] if label < len(names) else None
+        axes.scatter(of_label[:, 0], of_label[:, 1], s=6, color=f"C{label % 10}", alpha=0.7, linewidths=0, label=name)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    axes.set_title(f"{len(points)} points" + (f", {outside} of them outside" if outside else ""))
+    if names:
+        figure.legend(loc="outside lower center", ncols=4, markerscale=3, frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

@@ -11,18 +11,21 @@ from ..data import ImageData
 from ..errors import UsageError
 from ..evaluation import Evaluator, evaluation_labels
 from .network import LoadedNetwork
-from .pictures import image_grid, save_picture
+from .pictures import POINTS, samples_picture, save_picture
 
 SAMPLES = 2000  # images of a standard evaluation
 ROWS, COLUMNS = 10, 10  # of a grid
 
 
 def save_samples(loaded: LoadedNetwork, path: Path, *, seed: int, device: torch.device | str) -> None:
-    """A grid of generated images, one row per class (the first ten classes).
+    """A grid of generated images, one row per class (the first ten classes); of points a scatter plot of all classes.
 
     Where the sampling has a sweep: one row per value and one column per class, the noise of a column the same.
     """
-    if loaded.objective.sampling.sweep is not None:
+    if loaded.image_shape == POINTS:
+        labels = torch.arange(SAMPLES) % len(loaded.class_names)  # [n]
+        images = loaded.generate(labels, seed=seed, device=device)  # [n, 2, 1, 1]
+    elif loaded.objective.sampling.sweep is not None:
         name, values = loaded.objective.sampling.sweep
         labels = torch.arange(COLUMNS) % len(loaded.class_names)  # [columns]
         rows = [loaded.generate(labels, seed=seed, device=device, **{name: value}) for value in values]
@@ -30,7 +33,7 @@ def save_samples(loaded: LoadedNetwork, path: Path, *, seed: int, device: torch.
     else:
         labels = torch.arange(min(ROWS, len(loaded.class_names))).repeat_interleave(COLUMNS)  # [rows·columns]
         images = loaded.generate(labels, seed=seed, device=device)  # [rows·columns, C, H, W]
-    save_picture(image_grid(images, COLUMNS), path)
+    save_picture(samples_picture(images, COLUMNS, labels, loaded.class_names), path)
 
 
 def evaluate_network(

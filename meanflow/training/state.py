@@ -117,7 +117,10 @@ def check_model(name: str, model: Any) -> None:
         or not isinstance(model.get("config"), dict)
     ):
         raise ValueError(f"{name}: expected a name and a config, got {shown(model)}")
-    config = model["config"]
+    config = dict(model["config"])
+    bounded = config.pop("spectral_norm", True)  # left out where it is not
+    if bounded is not True:
+        raise ValueError(f"{name}.config.spectral_norm: expected true, got {shown(bounded)}")
     for key in ("input_size", "in_channels", "num_classes"):
         _check_whole(f"{name}.config.{key}", config.get(key), 1, _LARGEST)
     if config["in_channels"] * config["input_size"] ** 2 >= _LARGEST:
