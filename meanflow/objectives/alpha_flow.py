@@ -43,6 +43,9 @@ class AlphaFlow(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2510.20771",)
+    formula = "u → α·v_g + (1 − α)·u⁻(z_s, r, s), s = t − α(t − r), α from 1 to 0; then MeanFlow's"
+    curriculum = ("alpha_start", "alpha_end")
     conditions = ("s",)
 
     ratio: float = option(0.5, low=0.0, high=1.0)

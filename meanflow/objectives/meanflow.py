@@ -44,6 +44,9 @@ class MeanFlow(Objective):
         ValueError: a value is out of its range; the message names it.
     """
 
+    paper = ("2505.13447",)
+    formula = "u → v_g − (t − r)·du/dt"
+
     ratio: float = option(0.25, low=0.0, high=1.0)
     omega: float = 1.0
     kappa: float = 0.0
