@@ -28,7 +28,7 @@ STRIP = 1.92  # and of the strip in it
 PITCH = 0.42  # height of a row
 LINE = 0.118  # of text of the smallest size
 SMALL, LARGE = 7.0, 8.5  # points
-WRAP = 118  # characters of the smallest size that a page of three columns is wide
+WRAP = 138  # characters of the smallest size that a page of three columns is wide
 DPI = 200
 
 
@@ -44,7 +44,7 @@ def draw_figure(comparison: Mapping[str, Any], strips: Mapping[str, Sequence[Str
     rows = comparison["methods"]
     columns = max(len(row["results"]) for row in rows)
     width = 2 * MARGIN + NAME + max(columns, 3) * COLUMN
-    lines = [line for text in _legend(comparison) for line in textwrap.wrap(text, WRAP)]
+    lines = [line for text in _legend(comparison) for line in textwrap.wrap(text, WRAP, break_on_hyphens=False)]
     top = MARGIN + 0.2 + LINE * len(lines) + 0.28  # above the first row
     height = top + PITCH * len(rows) + MARGIN
     figure = Figure(figsize=(width, height), facecolor="white")
