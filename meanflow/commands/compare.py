@@ -76,6 +76,7 @@ def compare(args: Sequence[str]) -> int:
         trust_code=options.trust_code,
     )
     folder = _folder(options)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which measures memory, prints at each use
     before = os.times()
     try:
         comparison, strips = compare_methods(options.methods, budget, device, say)
