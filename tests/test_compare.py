@@ -287,6 +287,7 @@ def test_seeds_are_numbers():
 def test_words_of_figures():
     assert words("class_accuracy", [0.5, 0.6, 0.7]) == "0.600 ± 0.100"
     assert words("frechet_distance", [1.234]) == "1.23"
+    assert words("energy_distance", [0.0123]) == "0.012"
     assert words("frechet_distance", [None]) == "–"
 
 
@@ -330,6 +331,15 @@ def test_no_text_of_the_figure_overlaps(methods, seeds):
     assert all(text.get_fontsize() >= SMALL >= 7 for text in figure.texts)
     assert figure.get_figwidth() <= 8.27
     assert figure.get_figheight() <= 11.69
+
+
+def test_pictures_of_another_shape_get_higher_rows():
+    comparison, strips = made_up(3)
+    square = {name: [Image.new("L", (300, 300)) for _ in several] for name, several in strips.items()}
+    figure, usual = draw_figure(comparison, square), draw_figure(comparison, strips)
+    assert figure.get_figheight() > usual.get_figheight() + 2
+    box = figure.axes[0].get_window_extent()
+    assert box.width == pytest.approx(box.height)
 
 
 def test_the_figure_is_small_and_grey_where_its_pictures_are(tmp_path):

@@ -1,6 +1,6 @@
 """compare.png: a row a method, with samples and figures at each number of network evaluations, for an A4 page.
 
-Sizes are inches of the page: 24 rows fill one, and print at the size that they have here.
+Sizes are inches of the page: 24 rows of strips fill one, and print at the size that they have here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MARGIN = 0.1
 NAME = 1.45  # width of the column of names and costs
 COLUMN = 2.0  # width of a column of samples
 STRIP = 1.92  # and of the strip in it
-PITCH = 0.42  # height of a row
+LEAST, MOST = 0.22, 1.0  # height of a strip
 LINE = 0.118  # of text of the smallest size
 SMALL, LARGE = 7.0, 8.5  # points
-WRAP = 138  # characters of the smallest size that a page of three columns is wide
+WRAP = 150  # characters of the smallest size that a page of three columns is wide
 DPI = 200
 
 
@@ -46,7 +46,9 @@ def draw_figure(comparison: Mapping[str, Any], strips: Mapping[str, Sequence[Str
     width = 2 * MARGIN + NAME + max(columns, 3) * COLUMN
     lines = [line for text in _legend(comparison) for line in textwrap.wrap(text, WRAP, break_on_hyphens=False)]
     top = MARGIN + 0.2 + LINE * len(lines) + 0.28  # above the first row
-    height = top + PITCH * len(rows) + MARGIN
+    tall = _height(strips)
+    pitch = tall + 0.2  # from row to row
+    height = top + pitch * len(rows) + MARGIN
     figure = Figure(figsize=(width, height), facecolor="white")
     page = _Page(figure, width, height)
     page.text(MARGIN, MARGIN, heading(comparison), width - 2 * MARGIN, size=LARGE, bold=True)
@@ -58,7 +60,7 @@ def draw_figure(comparison: Mapping[str, Any], strips: Mapping[str, Sequence[Str
         text = "samples" if n is None else f"{n} network evaluation{'s' if n > 1 else ''}"
         page.text(MARGIN + NAME + i * COLUMN, top - 0.17, text, STRIP, bold=True)
     for i, row in enumerate(rows):
-        _draw_row(page, top + PITCH * i, row, strips[row["name"]], list(comparison["titles"]))
+        _draw_row(page, top + pitch * i, tall, row, strips[row["name"]], list(comparison["titles"]))
     return figure
 
 
@@ -71,19 +73,27 @@ def _legend(comparison: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _draw_row(page: _Page, y: float, row: Mapping[str, Any], strips: Sequence[Strip], keys: Sequence[str]) -> None:
+def _height(strips: Mapping[str, Sequence[Strip]]) -> float:
+    """Of a strip, as the pictures' shapes ask for."""
+    shapes = [picture.height / picture.width for several in strips.values() for picture in several if picture]
+    return min(max(LEAST, STRIP * max(shapes, default=0.0)), MOST)
+
+
+def _draw_row(
+    page: _Page, y: float, tall: float, row: Mapping[str, Any], strips: Sequence[Strip], keys: Sequence[str]
+) -> None:
     space = NAME - 0.06
-    page.text(MARGIN, y, row["name"], space, bold=True)
+    page.text(MARGIN, y, row["name"].rpartition(":")[2], space, bold=True)  # of code, without its module
     page.text(MARGIN, y + LINE, f"{row['cost']:.2f}× ({row['time_ratio']:.2f}×)", space)
     page.text(MARGIN, y + 2 * LINE, f"{row['steps']} steps, {megabytes(row['peak_bytes'])}", space)
     for i, (result, picture) in enumerate(zip(row["results"], strips, strict=True)):
         x = MARGIN + NAME + i * COLUMN
         if picture is not None:
-            page.picture(x, y, picture, STRIP, PITCH - LINE - 0.08)
+            page.picture(x, y, picture, STRIP, tall)
         text = ", ".join(words(key, result[key]) for key in keys)
         if result["evaluations"] is None:
             text += f" ({result['sampler']})"
-        page.text(x, y + PITCH - LINE - 0.065, text, STRIP if len(row["results"]) > 1 else 3 * COLUMN)
+        page.text(x, y + tall + 0.017, text, STRIP if len(row["results"]) > 1 else 3 * COLUMN)
 
 
 class _Page:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-DIGITS = {"accuracy": 3, "distance": 2}  # after the point, by the last part of a figure's name
-
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """compare.md: one row a method."""
@@ -42,7 +40,8 @@ def heading(comparison: Mapping[str, Any]) -> str:
     base = comparison["methods"][0]
     seeds = f", seeds {', '.join(map(str, comparison['seeds']))}" if len(comparison["seeds"]) > 1 else ""
     steps = f"{comparison['budget_steps']} step{'s' if comparison['budget_steps'] > 1 else ''}"
-    return f"{comparison['data']}: the products of {steps} of flow matching, batch {base['batch_size']}{seeds}"
+    budget = f"each with the computation of {steps} of flow matching, batch {base['batch_size']}"
+    return f"{comparison['data']}: {budget}{seeds}"
 
 
 def held_out(comparison: Mapping[str, Any]) -> str:
@@ -60,9 +59,10 @@ def words(key: str, values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    places = DIGITS.get(key.rpartition("_")[2], 3)
-    mean = f"{sum(known) / len(known):.{places}f}"
-    return f"{mean} ± {(max(known) - min(known)) / 2:.{places}f}" if len(known) > 1 else mean
+    mean = sum(known) / len(known)
+    places = 2 if key.endswith("distance") and mean >= 0.1 else 3
+    spread = f" ± {(max(known) - min(known)) / 2:.{places}f}" if len(known) > 1 else ""
+    return f"{mean:.{places}f}{spread}"
 
 
 def megabytes(number: int) -> str:
