@@ -86,7 +86,10 @@ def cost_of(step: Step, base: Step) -> Cost:
     usual = next(iter(base.phases))
     times = interleaved_seconds({**calls, _BASE: partial(base, usual)}, rounds=ROUNDS)
     seconds = sum(n * min(times[phase]) for phase, n in step.phases.items()) / MOMENTS
-    peak = max(peak_bytes(call) for call in calls.values())
+    peak = 0
+    for call in calls.values():
+        step.net.zero_grad(set_to_none=True)  # gradients of the step before would be freed within this one
+        peak = max(peak, peak_bytes(call))
     return Cost(step.flops(), seconds, seconds / min(times[_BASE]), peak)
 
 
