@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from measure import flops_of
 from peers import features, math_attention
 from torch import Tensor, nn
+
+from mfkernels.measuring import flops_of
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, convert, data, info."""
+"""The command line: train, sample, evaluate, compare, convert, data, info."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train a network",
     "sample": "Draw images from a trained network",
     "evaluate": "Class accuracy and Frechet distance of a run",
+    "compare": "Train several methods with one budget, and draw what each reaches",
     "convert": "Weights of other programs as a safetensors file",
     "data": "Read every image of a folder: meanflow data check FOLDER",
     "info": "Versions, devices, and which backend serves which operation",
@@ -30,6 +31,7 @@ LESS = {
     "train": "a smaller --batch-size, a larger --accumulate, or --checkpoint-blocks all",
     "sample": "a smaller --count, or fewer --labels",
     "evaluate": "fewer --samples",
+    "compare": "fewer --samples",
     "data": "a smaller --image-size",
     "info": "--device cpu",
 }

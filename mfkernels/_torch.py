@@ -62,6 +62,7 @@ _KERNELS = "the backward of attention by PyTorch's kernels"
 attention_backward_cpu = lookup("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", _KERNELS)
 attention_backward_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention_backward", _KERNELS)
 attention_backward_flash = lookup("torch:ops.aten._scaled_dot_product_flash_attention_backward", _KERNELS)
+attention_cpu = lookup("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", _KERNELS)
 attention_cudnn = lookup("torch:ops.aten._scaled_dot_product_cudnn_attention", _KERNELS)
 
 # A product that ends in GELU, which has no derivative: the tanh form on CUDA, the other one on a CPU.

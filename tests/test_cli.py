@@ -260,6 +260,7 @@ ARGUMENTS = {
     "train": ["--steps", "--model", "--hidden-size", "--time-std", "--sample-steps", "--evaluator"],
     "sample": ["--steps", "--labels", "--omega", "--guidance-scale", "--trust-code", "--device"],
     "evaluate": ["--samples", "--data", "--omega", "--weights"],
+    "compare": ["methods", "--preset", "--steps", "--seeds", "--out", "--teacher", "--overwrite"],
     "convert": ["--out", "--num-heads", "--input-size", "--overwrite"],
     "info": ["--device"],
     "data check": ["--image-size", "--grey"],

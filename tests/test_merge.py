@@ -95,7 +95,11 @@ def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
 @pytest.mark.parametrize(
     ("base", "flags", "words"),
     [
-        ("digits-imf", {"kappa": 0.5}, "kappa: expected only with objective alpha_flow or meanflow, got objective imf"),
+        (
+            "digits-imf",
+            {"kappa": 0.5},
+            "kappa: expected only with objective alpha_flow or meanflow or hybrid, got objective imf",
+        ),
         ("digits", {"omega_max": 4.0}, "omega_max: expected only with objective imf"),
         (
             "digits",

@@ -14,11 +14,12 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import interleaved_seconds, median_ratio
+from measure import median_ratio
 from torch import Tensor
 
 from meanflow.models import DiTBlock
 from mfkernels import Dual
+from mfkernels.measuring import interleaved_seconds
 from mfkernels.testing import relative_error
 
 GPU = torch.cuda.is_available()

@@ -14,11 +14,12 @@ import foreign
 import pytest
 import torch
 import torchvision_stub  # noqa: F401
-from measure import interleaved_seconds, median_ratio, peak_bytes
+from measure import median_ratio
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mfkernels
+from mfkernels.measuring import interleaved_seconds, peak_bytes
 from mfkernels.testing import relative_error
 
 BATCH, ROWS, WIDTH, DEPTH, HEADS = 16, 4, 256, 4, 4

@@ -14,10 +14,11 @@ import imf_peers
 import peers
 import pytest
 import torch
-from measure import interleaved_seconds, median_ratio, peak_bytes
+from measure import median_ratio
 
 from meanflow.models import IMFDiT, IMFDiT_B_2
 from meanflow.objectives import ImprovedMeanFlow
+from mfkernels.measuring import interleaved_seconds, peak_bytes
 from mfkernels.testing import relative_error
 
 SIZE = {

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import copy_bytes, interleaved_seconds, median_ratio
+from measure import copy_bytes, median_ratio
 from torch import Tensor
 
 from mfkernels import Dual, layer_scale_residual, qk_norm_rotary, rms_norm, swiglu, use_backend
+from mfkernels.measuring import interleaved_seconds
 from mfkernels.testing import relative_error
 
 GPU = torch.cuda.is_available()

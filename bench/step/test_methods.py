@@ -14,12 +14,13 @@ import os
 
 import pytest
 import torch
-from measure import REHEARSAL, flops_of, interleaved_seconds, peak_bytes
+from measure import REHEARSAL
 from torch import nn
 
 from meanflow import registry
 from meanflow.models import DiT, IMFDiT
 from meanflow.objectives import Networks
+from mfkernels.measuring import flops_of, interleaved_seconds, peak_bytes
 from mfkernels.testing import relative_error
 
 SIZE = {"input_size": 16, "patch_size": 2, "in_channels": 4, "num_classes": 10}

@@ -13,10 +13,11 @@ from functools import partial
 import peers
 import pytest
 import torch
-from measure import interleaved_seconds, peak_bytes, torch_compile
+from measure import torch_compile
 
 import mfkernels
 from meanflow.models import DiT
+from mfkernels.measuring import interleaved_seconds, peak_bytes
 from mfkernels.testing import relative_error
 
 SIZE = {

@@ -35,7 +35,7 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import REHEARSAL, flops_of, gemm_flops, interleaved_seconds, median_ratio, peak_bytes, torch_compile
+from measure import REHEARSAL, gemm_flops, median_ratio, torch_compile
 from torch import Tensor, nn
 
 from meanflow.models import create_model
@@ -43,6 +43,7 @@ from meanflow.objectives import FlowMatching, MeanFlow
 from meanflow.sampling import sample
 from meanflow.training.ema import EMA
 from mfkernels import use_backend
+from mfkernels.measuring import flops_of, interleaved_seconds, peak_bytes
 from mfkernels.testing import relative_error
 from mfkernels.timing import busy_time, latency
 

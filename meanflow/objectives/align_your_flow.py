@@ -38,6 +38,9 @@ class AlignYourFlow(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2506.14603",)
+    formula = "u → u⁻ − g/(‖g‖ + c), g = u − a + ρ(t − r)·du/dt, a a teacher's velocity"
+    curriculum = ("warm_up_steps",)
     ratio = 1.0
     conditions = ("warm_up",)
     instantaneous = False

@@ -46,6 +46,9 @@ class AlphaFlow(Controlled):
         control: penalties on the network's Jacobian: flags --control-lipschitz, --control-monotone, …
     """
 
+    paper = ("2510.20771",)
+    formula = "u → α·v_g + (1 − α)·u⁻(z_s, r, s), s = t − α(t − r), α from 1 to 0; then MeanFlow's"
+    curriculum = ("alpha_start", "alpha_end")
     conditions = ("s",)
 
     ratio: float = option(0.5, low=0.0, high=1.0)

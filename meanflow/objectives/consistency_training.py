@@ -49,6 +49,7 @@ class Consistency(Objective):
 
     ratio = 1.0
     conditions = ("s",)
+    curriculum = ("total_steps",)
 
     sigma_min: float = option(0.002, low=0.0, above=True)
     sigma_max: float = option(80.0, low=0.0, above=True)
@@ -130,6 +131,9 @@ class ConsistencyTraining(Consistency):
         weight: λ: 1, σ^−2 + σ_d^−2, or σ^−2 + 1
     """
 
+    paper = ("2303.01469",)
+    formula = "f(z_t, t) → f⁻(z_s, s), s the next level of a grid, f⁻ averaged"
+
     start_ema: float = option(0.9, low=0.0, high=1.0, above=True, below=True)
     distance: Literal["l2", "l1"] = "l2"
     weight: Literal["uniform", "karras", "snr+1"] = "uniform"
@@ -168,6 +172,8 @@ class ConsistencyDistillation(ConsistencyTraining):
         start_ema: decay of the average
     """
 
+    paper = ("2303.01469",)
+    formula = "f(z_t, t) → f⁻(z_s, s), z_s a teacher's Heun step from z_t, f⁻ averaged"
     teachers = ("frozen",)
 
     start_scales: int = option(39, low=2)
@@ -209,6 +215,9 @@ class ImprovedConsistencyTraining(Consistency):
         sigma_std: of ln σ
         huber_scale: c of the pseudo-Huber distance over √D, D numbers a sample
     """
+
+    paper = ("2310.14189",)
+    formula = "f(z_t, t) → f⁻(z_s, s), pseudo-Huber, the grid doubles in stages"
 
     start_scales: int = option(10, low=2)
     end_scales: int = option(1280, low=2)

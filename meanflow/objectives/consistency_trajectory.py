@@ -49,6 +49,8 @@ class ConsistencyTrajectory(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2310.02279",)
+    formula = "X⁻_{r→0}(X_{t→r}(z_t)) → X⁻_{r→0}(X_{s→r}(z_s)), z_s by a teacher; and x̂ → x"
     ratio = 1.0
     conditions = ("s", "dsm_t", "dsm_noise")
 

@@ -41,6 +41,8 @@ class DecoupledMeanFlow(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2510.24474",)
+    formula = "u(z, t, t) → v_g and u → v_g − (t − r)·du/dt, of each sample"
     ratio = 1.0
     conditions = ("t_fm", "noise_fm")
 

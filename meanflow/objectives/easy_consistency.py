@@ -46,6 +46,9 @@ class EasyConsistency(JumpsToData):
         sampling: how images are drawn
     """
 
+    paper = ("2406.14548",)
+    formula = "f(z_t, t) → f⁻(z_s, s), the gap σ_t − σ_s shrinks in stages"
+    curriculum = ("stage_steps",)
     conditions = ("s", "gap")
 
     stage_factor: float = option(2.0, low=1.0, above=True)

@@ -80,6 +80,9 @@ class LagrangianSelfDistillation(FlowMapMatching):
             of plain PyTorch
     """
 
+    paper = ("2505.18825",)
+    formula = "u − (t − r)·∂u/∂r → u⁻(X_{t→r}, r, r); on the diagonal v"
+
     detach_tangent: bool = True
 
     def pair(self, b: Rows, a: Tensor, teacher: Net | None) -> Pair:
@@ -94,6 +97,8 @@ class LagrangianSelfDistillation(FlowMapMatching):
 class LagrangianDistillation(LagrangianSelfDistillation):
     """LMD (arXiv 2406.07507, §3.2): LSD with the velocity of a frozen flow."""
 
+    paper = ("2406.07507",)
+    formula = "u − (t − r)·∂u/∂r → a teacher's velocity at X_{t→r}; on the diagonal its velocity"
     teachers = ("frozen",)
 
 
@@ -105,6 +110,8 @@ class EulerianSelfDistillation(FlowMapMatching):
     The authors train through ∂u/∂t; here the whole derivative is off the tape. Unstable on images, they say.
     """
 
+    paper = ("2505.18825",)
+    formula = "u → a − (t − r)·du/dt along its own velocity a = u⁻(z, t, t)"
     everywhere = True
 
     def pair(self, b: Rows, a: Tensor, teacher: Net | None) -> Pair:
@@ -122,6 +129,8 @@ class EulerianSelfDistillation(FlowMapMatching):
 class EulerianDistillation(EulerianSelfDistillation):
     """EMD (arXiv 2406.07507, §3.2): ESD along the velocity of a frozen flow."""
 
+    paper = ("2406.07507",)
+    formula = "u → a − (t − r)·du/dt along a teacher's velocity a"
     teachers = ("frozen",)
 
 
@@ -134,6 +143,8 @@ class ProgressiveSelfDistillation(FlowMapMatching):
         midpoint: the first step ends half-way (PSD-M); otherwise anywhere, uniformly (PSD-U)
     """
 
+    paper = ("2505.18825",)
+    formula = "u → average velocity of two steps of its own, half-way"
     conditions = ("s",)
 
     midpoint: bool = True
@@ -157,4 +168,7 @@ class ProgressiveSelfDistillation(FlowMapMatching):
 class ProgressiveFlowMapMatching(ProgressiveSelfDistillation):
     """PFMM (arXiv 2406.07507, §3.3): u towards two steps of a frozen flow map."""
 
+    paper = ("2406.07507",)
+    formula = "u → average velocity of two steps of a flow map"
+    teacher_jumps = True
     teachers = ("frozen",)

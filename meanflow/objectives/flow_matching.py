@@ -40,6 +40,8 @@ class FlowMatching(Controlled):
         ValueError: a value is out of its range; the message names it.
     """
 
+    paper = ("2210.02747",)
+    formula = "u(z, t, t) → v"
     ratio = 0.0
 
     label_dropout: float = option(0.1, low=0.0, high=1.0)

@@ -40,6 +40,8 @@ class Hybrid(MeanFlow):
     """
 
     metrics = ("squared_error", "squared_error_fm")
+    paper = ("2505.13447", "2210.02747")
+    formula = "u(z, t, t) → v_g and u → v_g − (t − r)·du/dt, of each sample at one point, with weights w and 1 − w"
 
     ratio: float = option(1.0, low=0.0, high=1.0)
     mix: float = option(0.5, low=0.0, high=1.0)

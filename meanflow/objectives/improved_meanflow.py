@@ -70,6 +70,8 @@ class ImprovedMeanFlow(Objective):
         ValueError: a value is out of its range; the message names it.
     """
 
+    paper = ("2512.02012",)
+    formula = "u + (t − r)·sg(du/dt) → v_g, and v head → v_g"
     outputs = ("u", "v")
     metrics = ("squared_error", "squared_error_v")
     conditions = ("omega", "t_min", "t_max")

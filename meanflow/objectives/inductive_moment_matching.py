@@ -43,6 +43,8 @@ class InductiveMomentMatching(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2503.07565",)
+    formula = "distribution of X_{t→r}(z_t) → that of X⁻_{s→r}(z_s), by MMD"
     ratio = 1.0
     conditions = ("s",)
 

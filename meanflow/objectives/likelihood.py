@@ -178,6 +178,8 @@ class TarFlowLikelihood(Objective):
         ValueError: a value is out of its range; the message names it.
     """
 
+    paper = ("2412.06329",)
+    formula = "largest likelihood of noisy images, ½·mean z² − log det"
     ratio = 0.0
     outputs = ("z", "log_det")
     metrics = ("z_square", "log_det")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -48,6 +49,9 @@ class MeanFlow(Controlled):
     Raises:
         ValueError: a value is out of its range; the message names it.
     """
+
+    paper: ClassVar[tuple[str, ...]] = ("2505.13447",)
+    formula = "u → v_g − (t − r)·du/dt"
 
     ratio: float = option(0.25, low=0.0, high=1.0)
     omega: float = 1.0

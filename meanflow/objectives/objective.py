@@ -102,10 +102,14 @@ class Objective(Options, ABC):
     defines `terms`.
 
     Attributes:
+        paper: arXiv number of each paper, for the table in docs/methods.md.
+        formula: what is trained towards what, in one line, for the same table.
+        curriculum: names of options that count training steps, which a shorter or longer run has to scale.
         outputs: what the network returns.
         metrics: names of what `terms` gives for the log.
         conditions: names of the further draws that `draw_conditions` makes.
         keywords: what the network is called with besides z, r, t and y.
+        teacher_jumps: whether its teacher is evaluated at r ≠ t, which flow matching does not train.
         instantaneous: whether u(z, t, t) of a trained network is the velocity, so that it can teach others.
         path: between data and noise.
         form: what the network returns.
@@ -113,9 +117,13 @@ class Objective(Options, ABC):
         Output: the class of what a call returns.
     """
 
+    paper: ClassVar[tuple[str, ...]] = ()
+    formula: ClassVar[str] = ""
+    curriculum: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[tuple[str, ...]] = ("u",)
     metrics: ClassVar[tuple[str, ...]] = ("squared_error",)
     conditions: ClassVar[tuple[str, ...]] = ()
+    teacher_jumps: ClassVar[bool] = False
     instantaneous: ClassVar[bool] = True
     path: ClassVar[LinearPath] = LinearPath()
     Output: ClassVar[type[Any]] = ObjectiveOutput

@@ -51,6 +51,9 @@ class PixelMeanFlow(ImprovedMeanFlow):
             sizes
     """
 
+    paper = ("2601.22158",)
+    formula = "u + (t − r)·sg(du/dt) → v_g, u = (z − x̂)/t of a network that returns the image x̂"
+
     t_min: float = option(0.05, low=0.0, high=1.0, above=True)
     noise_scale: float = option(1.0, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", lambda: LogitNormal(0.8, 0.8), prefix="time_")

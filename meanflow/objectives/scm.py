@@ -51,6 +51,7 @@ class ContinuousConsistency(JumpsToData):
     """
 
     conditions = ("warm_up",)
+    curriculum = ("warm_up_steps",)
 
     sigma_data: float = option(0.5, low=0.0, above=True)
     warm_up_steps: int = option(10_000, low=0)
@@ -123,6 +124,9 @@ class ContinuousConsistencyTraining(ContinuousConsistency):
         divide_by_size: divide it by D once more, as there
     """
 
+    paper = ("2410.11081",)
+    formula = "F → F⁻ + ĝ, g the tangent df/dt along v, normalised"
+
     prior_weight: bool = False
     divide_by_size: bool = False
 
@@ -152,6 +156,8 @@ class ContinuousConsistencyDistillation(ContinuousConsistencyTraining):
     The authors draw the guidance scale from [1, 2] for each sample and tell the network; here it is one.
     """
 
+    paper = ("2410.11081",)
+    formula = "F → F⁻ + ĝ, g the tangent df/dt along a teacher's velocity, normalised"
     teachers = ("frozen",)
 
 
@@ -167,6 +173,9 @@ class RegularizedConsistency(ContinuousConsistency):
         distil: along the velocity of a frozen flow; otherwise along that of data and noise
         loss_scale: factor of the loss
     """
+
+    paper = ("2510.08431",)
+    formula = "F → F⁻ + ĝ as in `scd`, with σ_d = 1 and a weight that is fixed"
 
     sigma_data: float = option(1.0, low=0.0, above=True)
     warm_up_steps: int = option(1000, low=0)

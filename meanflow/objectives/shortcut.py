@@ -48,6 +48,9 @@ class ShortcutModel(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2410.12557",)
+    formula = "u → ½(u⁻(z, s, t) + u⁻(z_s, r, s)), s half-way, u⁻ averaged"
+
     ratio: float = option(0.125, low=0.0, high=1.0)
     timesteps: int = option(128, low=2)
     guidance: float = 1.5

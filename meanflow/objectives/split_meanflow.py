@@ -34,6 +34,8 @@ class SplitMeanFlow(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2507.16884",)
+    formula = "u → (1 − λ)·u⁻(z_s, r, s) + λ·u⁻(z, s, t), s = (1 − λ)t + λr"
     conditions = ("s",)
 
     ratio: float = option(0.5, low=0.0, high=1.0)

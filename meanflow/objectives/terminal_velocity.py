@@ -42,6 +42,8 @@ class TerminalVelocityMatching(Objective):
         sampling: how images are drawn
     """
 
+    paper = ("2511.19797",)
+    formula = "∂X_{t→r}/∂r → F⁻(X, r, r), and F(z_q, q, q) → v_g, F⁻ averaged"
     ratio = 1.0
     conditions = ("q", "beta")
 

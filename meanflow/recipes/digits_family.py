@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ect": {"stage_steps": 200, "sample_steps": 2},
     "emd": {"ratio": 0.75, "steps": 900},
     "esd": {"ratio": 0.5},
+    "hybrid": {"kappa": 0.3, "ratio": 0.5},
     "ict": {"total_steps": 1000, "start_scales": 10, "end_scales": 40},
     "imm": {},
     "lmd": {"ratio": 0.75, "steps": 900},

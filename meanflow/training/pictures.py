@@ -22,7 +22,7 @@ def makes_picture(image_shape: Sequence[int]) -> bool:
 
 
 def samples_picture(
-    images: Tensor, columns: int, labels: Tensor | None = None, names: Sequence[str] = ()
+    images: Tensor, columns: int, labels: Tensor | None = None, names: Sequence[str] = (), *, bare: bool = False
 ) -> Image.Image:
     """Images of one or three channels as a grid, points (n, 2, 1, 1) as a scatter plot with a colour for each label.
 
@@ -31,6 +31,7 @@ def samples_picture(
         columns: of a grid.
         labels: (n,) of a scatter plot; None: one colour.
         names: of the labels, for the legend of a scatter plot; none: no legend.
+        bare: a scatter plot without axes and title, to be printed small.
 
     Raises:
         ValueError: `images` is neither.
@@ -39,10 +40,10 @@ def samples_picture(
         return image_grid(images, columns)
     points = images.detach().float().cpu().flatten(1)  # [n, 2]
     labels = torch.zeros(len(points), dtype=torch.long) if labels is None else labels.cpu()  # [n]
-    return _scatter(points, labels, names)
+    return _scatter(points, labels, names, bare)
 
 
-def _scatter(points: Tensor, labels: Tensor, names: Sequence[str]) -> Image.Image:
+def _scatter(points: Tensor, labels: Tensor, names: Sequence[str], bare: bool) -> Image.Image:
     """With 0 in the centre, and up to 1 % of the points outside of the axes, which the picture then says."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # half a second
@@ -56,8 +57,11 @@ def _scatter(points: Tensor, labels: Tensor, names: Sequence[str]) -> Image.Imag
         name = names[label] if label < len(names) else None
         axes.scatter(of_label[:, 0], of_label[:, 1], s=6, color=f"C{label % 10}", alpha=0.7, linewidths=0, label=name)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    axes.set_title(f"{len(points)} points" + (f", {outside} of them outside" if outside else ""))
-    if names:
+    if bare:
+        axes.set(xticks=(), yticks=())
+    else:
+        axes.set_title(f"{len(points)} points" + (f", {outside} of them outside" if outside else ""))
+    if names and not bare:
         figure.legend(loc="outside lower center", ncols=4, markerscale=3, frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
