@@ -5,18 +5,20 @@ z_t = (1 − t) x + t e,  v = e − x,  u_tgt = v − (t − r)·du/dt,  du/dt =
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..checks import check_velocity
+from ..errors import UsageError
 from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
 from .controls import Control, Controlled
-from .objective import Networks, Terms, check_mix, check_time_sampler
+from .objective import Networks, Terms, check_mix, check_time_sampler, interval_names
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, guided_velocity, mixed, velocity_option, with_own
@@ -41,6 +43,8 @@ class MeanFlow(Controlled):
         norm_eps: epsilon of the adaptive loss weight
         time_sampler: how the two times are drawn; the larger is t
         velocity: what the target starts from: that of data and noise, a teacher's, or an average
+        intervals: times r < t of each sample with r != t, all with one z; the loss is their mean. Each costs as much as
+            one more such sample
         sampling: how images are drawn
         bridge: sigma of a Brownian bridge's noise added to the path; 0 is the linear path
         bridge_end: length of the times at both ends in which that noise falls linearly, so that velocities are finite
@@ -62,6 +66,7 @@ class MeanFlow(Controlled):
     norm_eps: float = option(0.01, low=0.0, above=True)
     time_sampler: TimeSampler = choice("time_samplers", LogitNormal, prefix="time_")
     velocity: TargetVelocity = velocity_option()
+    intervals: int = option(1, low=1, high=64)
     sampling: Sampling = sampler_option(FewSteps)
     bridge: float = option(0.0, low=0.0)
     bridge_end: float = option(0.01, low=0.0, high=0.5, above=True)
@@ -72,7 +77,26 @@ class MeanFlow(Controlled):
             raise TypeError(f"guidance_interval: expected a pair (low, high), got {self.guidance_interval!r}")
         super().__post_init__()
         check_time_sampler(self.time_sampler)
+        if self.intervals > 1:
+            if not hasattr(self.time_sampler, "below"):
+                expected = "expected 1, or a time sampler with below(t), such as logit_normal or uniform"
+                raise UsageError(f"{expected}; got {self.intervals}", field="intervals")
+            object.__setattr__(self, "conditions", (*interval_names(self.intervals), *self.conditions))
         check_mix(self)
+
+    def draw_conditions(
+        self, t: Tensor, r: Tensor, *, step: int = 0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """The r of each interval beyond the first, as the first is drawn where t is known."""
+        below: Any = self.time_sampler
+        return {name: below.below(t, generator=generator) for name in interval_names(self.intervals)}
+
+    def check_conditions(self, conditions: Mapping[str, Tensor]) -> None:
+        """Raise unless times are in [0, 1], and other draws finite."""
+        super().check_conditions(conditions)
+        for name in interval_names(self.intervals):
+            if not bool(((conditions[name] >= 0) & (conditions[name] <= 1)).all()):  # NaN fails too
+                raise ValueError(f"{name}: expected times in [0, 1] in every row")
 
     @property
     def guided(self) -> bool:

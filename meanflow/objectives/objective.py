@@ -68,6 +68,26 @@ class Terms(NamedTuple):
     v: Tensor
     others: Mapping[str, Tensor] = {}
 
+    def of_first_interval(self, moved: int, intervals: int) -> Terms:
+        """Of rows as `Rows.with_intervals` has them: means of losses and metrics over the intervals of a sample, and
+        everything else of the first one."""
+
+        def mean(a: Tensor) -> Tensor:
+            n = moved * intervals
+            return torch.cat([a[:n].view(intervals, moved).mean(dim=0), a[n:]])  # [B]
+
+        def first(a: Tensor) -> Tensor:
+            return torch.cat([a[:moved], a[moved * intervals :]])  # [B, …]
+
+        return Terms(
+            per_sample=mean(self.per_sample),
+            metrics={name: mean(a) for name, a in self.metrics.items()},
+            u=first(self.u),
+            du_dt=None if self.du_dt is None else self.du_dt[:moved],
+            v=first(self.v),
+            others={name: first(a) for name, a in self.others.items()},
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOutput:
@@ -114,6 +134,7 @@ class Objective(Options, ABC):
         path: between data and noise.
         form: what the network returns.
         velocity: what the targets start from, in the place of e − x.
+        intervals: how many r each sample with r ≠ t has, at one point z.
         Output: the class of what a call returns.
     """
 
@@ -143,9 +164,12 @@ class Objective(Options, ABC):
         @property
         def velocity(self) -> TargetVelocity: ...
         @property
+        def intervals(self) -> int: ...
+        @property
         def keywords(self) -> tuple[str, ...]: ...
 
     else:
+        intervals = 1
         keywords = ()
         form = AverageVelocity()
         velocity = DataVelocity()
@@ -436,7 +460,13 @@ class Objective(Options, ABC):
         )
         if type(self.velocity) is not DataVelocity:
             batch = dataclasses.replace(batch, v=self.velocity.of(batch, order, nets.frozen))
-        return self.penalised(self.terms(batch, nets), batch), order
+        rows = batch
+        if self.intervals > 1:
+            rows = batch.with_intervals([conditions[name] for name in interval_names(self.intervals)])
+        terms = self.terms(rows, nets)
+        if self.intervals > 1:
+            terms = terms.of_first_interval(batch.moved, self.intervals)
+        return self.penalised(terms, batch), order
 
 
 @dataclass(frozen=True)
@@ -452,6 +482,11 @@ class JumpsToData(Objective, ABC):
         """t, and r = 0."""
         t = self.time_sampler.sample(n, generator=generator, device=device)  # [B]
         return t, torch.zeros_like(t)
+
+
+def interval_names(intervals: int) -> tuple[str, ...]:
+    """Names of the further draws of an objective with so many `intervals`: r of each beyond the first."""
+    return tuple(f"r_{i}" for i in range(2, intervals + 1))
 
 
 def check_sampler(objective: Objective, sampling: Sampling) -> None:

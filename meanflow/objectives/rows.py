@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,20 @@ class Rows:
         both: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
         drop = None if self.drop is None or others.drop is None else torch.cat([self.drop, others.drop])  # [B + B']
         return dataclasses.replace(self, **both, drop=drop, conditions={})
+
+    def with_intervals(self, others: Sequence[Tensor]) -> Rows:
+        """The moved rows once for their own r and once for each of `others` (B,), then the rows that are not moved."""
+        n, times = self.moved, 1 + len(others)
+
+        def repeated(a: Tensor) -> Tensor:
+            return torch.cat([*[a[:n]] * times, a[n:]])
+
+        names = ("x", "noise", "z", "v", "t", "labels", "y")
+        rows: dict[str, Any] = {name: repeated(getattr(self, name)) for name in names}
+        rows["r"] = torch.cat([self.r[:n], *(r[:n] for r in others), self.r[n:]])  # [times·moved + rest]
+        rows["drop"] = None if self.drop is None else repeated(self.drop)
+        rows["conditions"] = {name: repeated(a) for name, a in self.conditions.items()}
+        return dataclasses.replace(self, **rows, moved=times * n)
 
     def padded(self, derivative: Tensor | None) -> Tensor:
         """A derivative of the first rows, (moved, …), as one of all, (B, …): zero where no row is moved."""
