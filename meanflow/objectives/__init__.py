@@ -32,7 +32,7 @@ from .shortcut import ShortcutModel
 from .split_meanflow import SplitMeanFlow
 from .terminal_velocity import TerminalVelocityMatching
 from .time_samplers import LogitNormal, TimeSampler, Uniform
-from .velocities import AveragedVelocity, DataVelocity, TargetVelocity, TeacherVelocity
+from .velocities import AveragedVelocity, DataVelocity, TargetVelocity, TeacherVelocity, velocity_option
 from .weights import LogVariance, adaptive_error
 
 __all__ = [
@@ -102,4 +102,5 @@ __all__ = [
     "adaptive_error",
     "density",
     "score",
+    "velocity_option",
 ]
