@@ -13,8 +13,9 @@ from ..errors import UsageError
 from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
+from .arguments import check_mix
 from .controls import Control, Controlled
-from .objective import Networks, Terms, check_mix
+from .objective import Networks, Terms
 from .rows import Rows
 from .rules import Pair, composition, total_derivative
 from .time_samplers import LogitNormal, TimeSampler

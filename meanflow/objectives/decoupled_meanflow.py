@@ -14,7 +14,8 @@ from ..checks import check_velocity
 from ..options import choice, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
-from .objective import Networks, Objective, Terms, check_mix
+from .arguments import check_mix
+from .objective import Networks, Objective, Terms
 from .rows import Rows
 from .rules import total_derivative
 from .time_samplers import LogitNormal, TimeSampler

@@ -12,8 +12,9 @@ from ..checks import check_velocity
 from ..options import choice, group, option
 from ..registry import register
 from ..sampling import OdeSteps, Sampling, sampler_option
+from .arguments import check_time_sampler
 from .controls import Control, Controlled
-from .objective import Networks, Terms, check_time_sampler
+from .objective import Networks, Terms
 from .rows import Net, Rows
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, velocity_option

@@ -20,7 +20,8 @@ from ..errors import NetworkError
 from ..options import choice, option
 from ..registry import register
 from ..sampling import GuidedSteps, Sampling, sampler_option
-from .objective import Networks, Objective, ObjectiveOutput, Terms, check_time_sampler
+from .arguments import check_time_sampler
+from .objective import Networks, Objective, ObjectiveOutput, Terms
 from .rows import Rows, forget_autocast
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, velocity_option

@@ -17,8 +17,9 @@ from ..errors import UsageError
 from ..options import choice, group, option
 from ..registry import register
 from ..sampling import FewSteps, Sampling, sampler_option
+from .arguments import check_mix, check_time_sampler
 from .controls import Control, Controlled
-from .objective import Networks, Terms, check_mix, check_time_sampler, interval_names
+from .objective import Networks, Terms, interval_names
 from .rows import Rows
 from .time_samplers import LogitNormal, TimeSampler
 from .velocities import TargetVelocity, guided_velocity, mixed, velocity_option, with_own

@@ -20,7 +20,7 @@ from ..files import parse_json, reason, shown
 from ..models import config_of, create_model
 from ..models.two_times import is_of_one_time, is_told_gap, told_both_times
 from ..objectives import Objective
-from ..objectives.objective import check_sampler
+from ..objectives.arguments import check_sampler
 from ..registry import is_code
 from ..sampling import Sampling, chosen
 from .checkpoint import (
