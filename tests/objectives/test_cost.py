@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meanflow.models import DiT
-from meanflow.objectives import Networks
+from meanflow.objectives import AveragedVelocity, Networks, TeacherVelocity
 
 SIZE = {"input_size": 8, "patch_size": 2, "in_channels": 2, "hidden_size": 192, "depth": 3, "num_heads": 3}
 SIZE["num_classes"] = 3
@@ -24,6 +24,9 @@ COSTS = {
     "meanflow, a quarter": ({"ratio": 0.25}, 0, 1 + DERIVATIVE / 4),
     "hybrid": ({}, 0, 2 + DERIVATIVE),
     "hybrid, a quarter": ({"ratio": 0.25}, 0, 1 + (1 + DERIVATIVE) / 4),
+    "meanflow, from a teacher": ({"ratio": 0.25, "velocity": TeacherVelocity()}, 0, 1 + DERIVATIVE / 4 + FORWARD),
+    "meanflow, over neighbours": ({"ratio": 0.25, "velocity": AveragedVelocity(group=8)}, 0, 1 + DERIVATIVE / 4),
+    "meanflow, two intervals": ({"ratio": 0.25, "intervals": 2}, 0, 1 + 1 / 4 + 2 * DERIVATIVE / 4),
     "sct": ({}, 0, 1 + DERIVATIVE),
     "rcm, without a teacher": ({"distil": False, "guidance": 1.0}, 0, 1 + DERIVATIVE),
     "alpha_flow, derived": ({"ratio": 1.0, "alpha_end": 10}, 20, 1 + DERIVATIVE),

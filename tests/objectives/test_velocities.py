@@ -5,6 +5,7 @@ import copy
 import family
 import pytest
 import torch
+from minimum import needs_compile
 
 from meanflow import registry
 from meanflow.config import Config
@@ -13,8 +14,10 @@ from meanflow.models import gaussian_average_velocity
 from meanflow.objectives import (
     AlphaFlow,
     AveragedVelocity,
+    Control,
     DataVelocity,
     FlowMatching,
+    Hybrid,
     MeanFlow,
     Networks,
     ShortcutModel,
@@ -208,3 +211,31 @@ def test_a_teacher_makes_an_objective_learn_from_it():
     assert type(Config.of(velocity="neighbours", **run).objective.velocity) is AveragedVelocity
     with pytest.raises(UsageError, match="velocity_guidance: expected only with velocity teacher, got velocity data"):
         Config.of(data="digits", velocity_guidance=2.0)
+
+
+@needs_compile
+@pytest.mark.parametrize(
+    "objective",
+    [
+        MeanFlow(ratio=0.5, velocity=TeacherVelocity(guidance=1.5, t_max=0.8)),
+        MeanFlow(ratio=0.5, velocity=AveragedVelocity(group=4, count=2)),
+        MeanFlow(ratio=0.5, intervals=3, kappa=0.3),
+        Hybrid(ratio=0.5, bridge=0.5, control=Control(lipschitz=0.1, monotone=1.0)),
+    ],
+    ids=["teacher", "neighbours", "intervals", "controlled"],
+)
+def test_they_compile_as_one_graph(objective):
+    net, nets = prepared(objective)
+    x, y = family.batch()
+    draws = objective.draw(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parameters = [p for p in net.parameters() if p.requires_grad]
+
+    def loss(x, y, draws):
+        return objective.loss(net, x, y, draws, nets).loss
+
+    torch.compiler.reset()
+    found, wanted = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y, draws), loss(x, y, draws)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(a, parameters, materialize_grads=True) for a in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
