@@ -24,7 +24,11 @@ HEADS = ("`--objective`", "paper", "what is trained towards (→) what", "needs 
 def table(comparison: Mapping[str, Any]) -> str:
     """The table, one row an objective, with what it reaches in a comparison where it is in it."""
     titles = comparison.get("titles", {})
-    rows = {row["objective"]: row for row in comparison.get("methods", ())}
+    rows: dict[str, Any] = {}
+    for row in comparison.get("methods", ()):
+        if row["objective"] in rows:
+            raise ValueError(f"{RESULTS}: expected each objective once, got {row['objective']} twice")
+        rows[row["objective"]] = row
     heads = [*HEADS, *(f"{title.removeprefix('pixel-space ')}, 1 / 2 / 4" for title in titles.values())]
     lines = [heads, ["---"] * len(heads)]
     for name in names("objectives"):

@@ -242,7 +242,7 @@ def merged(
         given = {**file, **flags}
         used: set[str] = set()
         config: Config = build(Config, base, given, set())
-        given = {**given, **_taught(config, file, flags)}
+        given = {**given, **_taught(config, given, flags)}
         config = build(Config, base, given, used)
         for name in given:
             if name not in used:
@@ -261,13 +261,13 @@ def merged(
     return config
 
 
-def _taught(config: Config, file: Mapping[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What makes an objective learn from the teacher of a run, where nobody has said otherwise."""
+def _taught(config: Config, given: Mapping[str, Any], flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What makes an objective learn from a teacher that is given, where nobody has said otherwise."""
     objective, asked = config.objective, config.objective.taught
-    if config.run.teacher is None or "frozen" in objective.teachers:
+    if given.get("teacher") is None or "frozen" in objective.teachers:
         return {}
-    usual = values_of(type(objective)())
-    said = any(name in flags or file.get(name, usual[name]) != usual[name] for name in asked)
+    usual, now = values_of(type(objective)()), values_of(objective)
+    said = any(name in flags or now[name] != usual[name] for name in asked)
     return {} if said else asked
 
 

@@ -222,6 +222,8 @@ def in_our_time(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     state = {plain_name(name): value for name, value in unwrapped(state).items()}
     first, last = "t_embedder.mlp.0.weight", "final_layer.linear"
+    if is_told_gap(state):
+        raise ValueError("state: expected the weights of a SiT, which has one time; got an embedding of t − r as well")
     missing = [name for name in (first, f"{last}.weight", f"{last}.bias") if name not in state]
     if missing or state[first].ndim != 2 or state[first].shape[1] % 2:
         got = missing[0] if missing else f"{first} {tuple(state[first].shape)}"

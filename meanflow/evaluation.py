@@ -95,12 +95,14 @@ class PointStatistics(Options):
         except UsageError as error:
             classifier, note = None, str(error)
         held_out = _subset(data.held_out) if data.held_out is not None else None
-        for prefix, found in (("", (images, labels)), ("held_out_", held_out)):
+        if not images.isfinite().all():  # of a run that went wrong, which a comparison is to survive
+            note = "; ".join(filter(None, [note, "points that are not finite have no figures"]))
+            images = images[:0]
+        for prefix, found in (("", (images, labels[: len(images)])), ("held_out_", held_out)):
             enough = found is not None and len(found[0]) > 1 and len(real) > 1
             points, own = found if found is not None else (images, labels)
-            figures[f"{prefix}class_accuracy"] = (
-                class_accuracy(points, own, classifier) if found and classifier else None
-            )
+            known = enough and classifier is not None
+            figures[f"{prefix}class_accuracy"] = class_accuracy(points, own, classifier) if known else None
             figures[f"{prefix}frechet_distance"] = frechet_distance(points, real) if enough else None
             figures[f"{prefix}energy_distance"] = energy_distance(points, real) if enough else None
         figures = {key: value if value is None else round(value, 5) for key, value in figures.items()}

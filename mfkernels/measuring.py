@@ -40,12 +40,16 @@ def interleaved_seconds(
     return times
 
 
-def peak_bytes(fn: Callable[[], object]) -> int:
+def peak_bytes(fn: Callable[[], object], device: torch.device | str | None = None) -> int:
     """Largest number of bytes allocated during `fn` over what was there before it.
 
     On the CPU it is summed from the allocator's own events in PyTorch's profiler.
+
+    Args:
+        device: whose memory is meant; None: a GPU's, where there is one.
     """
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    if on_gpu:
         synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -64,7 +68,7 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
 
 def flops_of(fn: Callable[[], object]) -> int:
-    """FLOPs of the products in `fn()`, on the CPU or on meta tensors.
+    """FLOPs of the products that PyTorch makes in `fn()`; those in kernels of this library are not seen.
 
     PyTorch's counter alone misses CPU attention and `baddbmm_`.
     """

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mfkernels import use_backend
 from mfkernels.measuring import flops_of, interleaved_seconds, peak_bytes
 
 from ..config import Config
@@ -76,8 +77,9 @@ class Step:
         return loss.detach()
 
     def flops(self) -> float:
-        """FLOPs of a step, the mean over a run's phases."""
-        return sum(n * flops_of(partial(self, phase)) for phase, n in self.phases.items()) / MOMENTS
+        """FLOPs of a step, the mean over a run's phases: by plain PyTorch, whose products alone are seen."""
+        with use_backend("reference"):
+            return sum(n * flops_of(partial(self, phase)) for phase, n in self.phases.items()) / MOMENTS
 
 
 def cost_of(step: Step, base: Step) -> Cost:
@@ -89,7 +91,7 @@ def cost_of(step: Step, base: Step) -> Cost:
     peak = 0
     for call in calls.values():
         step.net.zero_grad(set_to_none=True)  # gradients of the step before would be freed within this one
-        peak = max(peak, peak_bytes(call))
+        peak = max(peak, peak_bytes(call, step.x.device))
     return Cost(step.flops(), seconds, seconds / min(times[_BASE]), peak)
 
 

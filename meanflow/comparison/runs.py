@@ -156,6 +156,13 @@ def plan(methods: Sequence[Method], budget: Budget, data: ImageData, device: str
                 taught_by = budget.teacher or f"runs/{run_name(budget.name, YARDSTICK, seed)}"
                 name = run_name(budget.name, method.name, seed)
                 configs.append(budgeted(method, steps, name=name, seed=seed, teacher=taught_by))
+            for other in plans:
+                if other.configs[0].run.name == configs[0].run.name:
+                    raise UsageError(
+                        f"expected names whose runs differ, got {other.method.name} and {method.name}, both of "
+                        f"{configs[0].run.name}",
+                        field="methods",
+                    )
             plans.append(Planned(method, cost, tuple(configs)))
     return plans
 

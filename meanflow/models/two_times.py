@@ -17,8 +17,8 @@ def two_times(net: nn.Module, embedder: str) -> nn.Module:
     """A velocity network v(z, t, y) as u(z, r, t, y), which is told t − r besides: at first u = v whatever r is.
 
     What `embedder` makes of the time gets the embedding of t − r added, whose last layer starts at zero. The network is
-    used as it is, not copied: for a student beside its teacher copy it first. `dualize(two_times(…))` is what the
-    objectives train.
+    changed in place, and works inside of the new one alone: to keep it as it was, copy it first. The objectives train
+    `dualize(two_times(…))`. An embedder in a part that activation checkpointing recomputes is an error.
 
     Args:
         net: `net(z, t, y)` of z (B, …), times t (B,) and labels y (B,); an attribute `num_classes` is taken over.
@@ -80,8 +80,13 @@ class _AndGap(nn.Module):
         self.embedder, self.gap = embedder, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        embedded = self.embedder(*args, **kwargs)  # [B, D]
-        return embedded if self.gap is None else embedded + self.gap
+        if self.gap is None:  # of the forward that is over: a recomputed part would have no gradient through t − r
+            raise RuntimeError(
+                "two_times: expected times to be embedded within a forward of the network that it made; got them "
+                "outside, as when activation checkpointing recomputes a part with the embedder in it. Checkpoint parts "
+                "without it, and use a copy of the network where it is wanted as it was"
+            )
+        return self.embedder(*args, **kwargs) + self.gap  # [B, D]
 
 
 @torch.no_grad()

@@ -76,9 +76,9 @@ def check_draws(x: Tensor, noise: Tensor, *, drop: Tensor | None, t: Tensor, r: 
             raise ValueError(f"{name}: expected shape ({x.shape[0]},), the batch of x, got {tuple(a.shape)}")
 
 
-def check_times(t: Tensor, r: Tensor) -> None:
-    """Raise unless 0 <= r <= t <= 1 in every row, which is read on the host."""
+def check_times(t: Tensor, r: Tensor, name: str = "r") -> None:
+    """Raise unless 0 <= r <= t <= 1 in every row, which is read on the host; r by another `name`."""
     if not bool(((r >= 0) & (r <= t) & (t <= 1)).all()):  # NaN fails too
         if bool((r > t).any()):
-            raise ValueError("r: expected r <= t in every row")
-        raise ValueError("t, r: expected times in [0, 1] in every row")
+            raise ValueError(f"{name}: expected {name} <= t in every row")
+        raise ValueError(f"t, {name}: expected times in [0, 1] in every row")

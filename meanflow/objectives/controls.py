@@ -128,6 +128,10 @@ class Controlled(Objective, ABC):
         super().__post_init__()
         if not isinstance(self.control, Control):
             raise TypeError(f"control: expected a Control, such as Control(lipschitz=0.1), got {self.control!r}")
+        if self.control.monotone > 0 and self.ratio == 0:
+            raise UsageError(
+                "expected 0 where no sample has r != t: then no flow map is trained", field="control_monotone"
+            )
         more: tuple[str, ...] = ()
         if self.control.on:
             more += ("probe",)

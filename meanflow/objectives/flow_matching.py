@@ -35,7 +35,7 @@ class FlowMatching(Controlled):
         sampling: how images are drawn
         bridge: sigma of a Brownian bridge's noise added to the path; 0 is the linear path
         bridge_end: length of the times at both ends in which that noise falls linearly, so that velocities are finite
-        control: penalties on the network's Jacobian: flags --control-lipschitz, --control-monotone, …
+        control: penalties on the network's Jacobian: flag --control-lipschitz
 
     Raises:
         ValueError: a value is out of its range; the message names it.

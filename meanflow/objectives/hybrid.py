@@ -57,7 +57,8 @@ class Hybrid(MeanFlow):
         """Both losses, the second part of the batch with r = t."""
         v_g, w_label = self._guided_velocity(b)
         B, n = len(b.z), b.moved
-        both = b.joined(b.still(n))  # B + n rows
+        points = n // self.intervals  # which the intervals share
+        both = b.joined(b.still(points))  # B + points rows
         u, du_dt = both.with_derivative(v_g)  # [B + n, …], [n, …]
         u = check_velocity("u", u, both.z)
         if self.kappa != 0:
@@ -67,9 +68,9 @@ class Hybrid(MeanFlow):
         if n == 0:
             metrics = {"squared_error": mf.squared_error, "squared_error_fm": mf.squared_error}
             return Terms(mf.per_sample, metrics, u, du_dt, v_g)
-        fm = adaptive_error(u[B:], v_g[:n], b, norm_p=self.norm_p, norm_eps=self.norm_eps)
+        fm = adaptive_error(u[B:], v_g[:points], b, norm_p=self.norm_p, norm_eps=self.norm_eps)
         w = self.share(b.t[:n], b.r[:n]).to(mf.per_sample.dtype)  # [n]
-        mixed = w * fm.per_sample + (1 - w) * mf.per_sample[:n]  # [n]
-        squared_fm = torch.cat([fm.squared_error, mf.squared_error[n:]])  # [B]
+        mixed = w * fm.per_sample.repeat(self.intervals) + (1 - w) * mf.per_sample[:n]  # [n]
+        squared_fm = torch.cat([fm.squared_error.repeat(self.intervals), mf.squared_error[n:]])  # [B]
         metrics = {"squared_error": mf.squared_error, "squared_error_fm": squared_fm}
         return Terms(torch.cat([mixed, mf.per_sample[n:]]), metrics, u[:B], du_dt, v_g)

@@ -378,6 +378,8 @@ class Objective(Options, ABC):
         check_batch(net, x, y)
         check_draws(x, noise, t=t, r=r, drop=drop, **conditions)
         check_times(t, r)
+        for name in interval_names(self.intervals):
+            check_times(t, conditions[name], name)
         check_finite("noise", noise)
         self.check_conditions(conditions)
         self.check_network(net)

@@ -123,7 +123,8 @@ class AveragedVelocity(TargetVelocity):
         B = len(b.x)
         if B % self.group:
             raise ValueError(f"x: expected a multiple of group = {self.group} samples, got {B}")
-        place, wide = order // self.group, torch.promote_types(b.x.dtype, torch.float32)
+        # differences of squares, which are divided by times near 0; autocast and TF32 leave double precision alone
+        place, wide = order // self.group, torch.float64
         x, e = b.x.flatten(1).to(wide), b.noise.flatten(1).to(wide)  # [B, D] each
         t = b.t.to(wide)[:, None]  # [B, 1]
         scale = (t + b.path.floor * (1 - t)).clamp_min(_LEAST)  # [B, 1], of the noise

@@ -18,6 +18,7 @@ from ..data import Stream, generator_for
 from ..errors import UsageError
 from ..files import parse_json, reason, shown
 from ..models import config_of, create_model
+from ..models.spectral import names_of_bounded
 from ..models.two_times import is_of_one_time, is_told_gap, told_both_times
 from ..objectives import Objective
 from ..objectives.arguments import check_sampler
@@ -247,6 +248,7 @@ def load_initial_weights(net: nn.Module, source: Path, *, trust_code: Trust = Fa
             path,
             type(net).__name__,
         )
+    weights = names_of_bounded(weights, net)
     load_weights(net, told_both_times(weights, net) if one_time else weights, path)
 
 

@@ -15,7 +15,7 @@ from ..config import Config, Trust
 from ..data import ImageData
 from ..errors import NetworkError, UsageError
 from ..models import config_of
-from ..objectives import Networks, Objective
+from ..objectives import LinearPath, Networks, Objective
 from .network import LoadedNetwork, find_checkpoint, load_network, source_of
 from .parallel import checkpoint_blocks, in_bfloat16, place_network, transformer_blocks
 from .state import checksum
@@ -108,6 +108,11 @@ def _teacher(config: Config, data: ImageData, field: str, trust_code: Trust) -> 
             raise UsageError(
                 f"{loaded.source} was trained for jumps alone; expected a network whose u(z, t, t) is a velocity, "
                 "such as one of flow_matching or meanflow"
+            )
+        if type(loaded.objective.path) is not LinearPath:
+            raise UsageError(
+                f"{loaded.source} was trained on another path, {type(loaded.objective.path).__name__}; expected the "
+                "linear one, without a bridge"
             )
         check_takes(loaded.net, "y")
     except (UsageError, NetworkError) as error:

@@ -164,3 +164,24 @@ def test_a_sit_is_rewritten_for_our_time_exactly():
     assert relative_error(ours(z, t / 3, t, y), -sit(z, 1 - t, 1 - t, y)) <= 1e-7  # float32 frequencies; measured 2e-8
     with pytest.raises(ValueError, match=r"state: expected t_embedder\.mlp\.0\.weight .* of a SiT, got no such"):
         in_our_time({"x": torch.zeros(1)})
+
+
+class Checkpointed(Flow):
+    """With the embedder in a part that is recomputed in the backward."""
+
+    def inner_part(self, z, t, y):
+        return super().forward(z, t, y)
+
+    def forward(self, z, t, y):
+        return torch.utils.checkpoint.checkpoint(self.inner_part, z, t, y, use_reentrant=False)
+
+
+def test_an_embedder_that_is_recomputed_is_an_error_and_no_wrong_gradient():
+    torch.manual_seed(0)
+    net = two_times(Checkpointed().double(), "inner.time")
+    nn.init.normal_(net.r_embedder.mlp[2].weight)
+    loss = net(*inputs()).square().mean()
+    with pytest.raises(RuntimeError, match="two_times: expected times to be embedded within a forward"):
+        loss.backward()
+    with pytest.raises(ValueError, match="state: expected the weights of a SiT, which has one time; got an embedding"):
+        in_our_time(DiT(**SIZE).state_dict())

@@ -94,7 +94,11 @@ def test_values_out_of_range_are_named():
     x, y = family.batch()
     t = torch.full((8,), 0.5, dtype=torch.float64)
     common = {"x": x, "noise": x, "t": t, "r": t / 2, "y": y}
-    with pytest.raises(ValueError, match=r"r_2: expected times in \[0, 1\] in every row"):
-        MeanFlow(intervals=2).loss_at(DiT(depth=1, **family.SIZE).double(), r_2=t - 1, **common)
+    for r_2, words in (
+        (t - 1, r"t, r_2: expected times in \[0, 1\] in every row"),
+        (t + 0.1, "r_2: expected r_2 <= t"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            MeanFlow(intervals=2).loss_at(DiT(depth=1, **family.SIZE).double(), r_2=r_2, **common)
     with pytest.raises(TypeError, match="conditions: expected r_2=, got none"):
         MeanFlow(intervals=2).loss_at(DiT(depth=1, **family.SIZE).double(), **common)

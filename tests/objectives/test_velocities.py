@@ -24,6 +24,7 @@ from meanflow.objectives import (
     SplitMeanFlow,
     TeacherVelocity,
 )
+from mfkernels.testing import relative_error
 
 MEAN, STD = 0.3, 0.7
 NAMES = ["meanflow", "flow_matching", "imf", "alpha_flow", "ect", "shortcut"]
@@ -180,6 +181,22 @@ def test_the_mean_over_neighbours_has_the_variance_of_less_data():
     assert found[32] < 0.07  # measured 0.035
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_over_neighbours_is_exact_near_others_and_under_autocast(dtype):
+    """Pairs of samples that are near each other: the weights are differences of large numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 2, generator=generator, dtype=torch.float64).repeat_interleave(2, 0)
+    x = x + 1e-3 * torch.randn(32, 2, generator=generator, dtype=torch.float64)
+    e, y = torch.randn(32, 2, generator=generator, dtype=torch.float64), torch.zeros(32, dtype=torch.long)
+    t = torch.full((32,), 1e-3, dtype=torch.float64)
+    objective, net = FlowMatching(velocity=AveragedVelocity(group=32)), Gaussian()
+    x, e, t = (a.float() for a in (x, e, t))
+    wanted = objective.loss_at(net, x=x.double(), noise=e.double(), t=t.double(), y=y).v
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = objective.loss_at(net, x=x, noise=e, t=t, y=y).v
+    assert relative_error(found, wanted) <= 2e-7
+
+
 def test_values_out_of_range_are_named():
     with pytest.raises(UsageError, match=r"t_min: expected at most t_max = 0\.2, got 0.5"):
         TeacherVelocity(t_min=0.5, t_max=0.2)
@@ -189,6 +206,8 @@ def test_values_out_of_range_are_named():
         AveragedVelocity(group=1)
     with pytest.raises(UsageError, match=r"velocity: expected data with bridge > 0, .*; got teacher"):
         MeanFlow(bridge=0.5, velocity=TeacherVelocity())
+    with pytest.raises(UsageError, match="control_monotone: expected 0 where no sample has r != t"):
+        FlowMatching(control=Control(monotone=1.0))
     for name in ("velocity", "form"):  # its own
         with pytest.raises(UsageError, match=f"{name}: expected only with objective .*, got objective pmf"):
             Config.of(objective="pmf", model="iMF-DiT-B/2", **{name: "teacher" if name == "velocity" else "edm"})
@@ -209,6 +228,11 @@ def test_a_teacher_makes_an_objective_learn_from_it():
     assert Config.of(objective="rcm", **run).objective.distil
     assert type(Config.of(velocity="data", **run).objective.velocity) is DataVelocity
     assert type(Config.of(velocity="neighbours", **run).objective.velocity) is AveragedVelocity
+    # nothing that was chosen is lost, by that or by another change
+    chosen = Config.of(data="digits", velocity="neighbours", velocity_group=16)
+    assert chosen.replace(teacher="runs/fm").objective.velocity == AveragedVelocity(group=16)
+    assert type(Config.of(velocity="data", **run).replace(seed=3).objective.velocity) is DataVelocity
+    assert Config.of(**run).replace(seed=3).objective.velocity == TeacherVelocity()
     with pytest.raises(UsageError, match="velocity_guidance: expected only with velocity teacher, got velocity data"):
         Config.of(data="digits", velocity_guidance=2.0)
 

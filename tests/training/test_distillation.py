@@ -133,3 +133,17 @@ def test_neighbours_are_of_a_group_that_no_cut_parts():
     assert plain != pytest.approx(whole, rel=1e-3)
     with pytest.raises(UsageError, match="batch_size: expected a multiple of 32, 16 samples belonging together"):
         run_training(config.replace(name="other", velocity_group=16, accumulate=2))
+
+
+def test_a_plain_networks_weights_start_a_bounded_one(flow):
+    student = trainer(TINY.replace(init="flow", spectral_norm=True, name="student")).model
+    original = student.state_dict()["blocks.0.attn.qkv.parametrizations.weight.original"]
+    assert torch.equal(original, flow.state_dict()["blocks.0.attn.qkv.weight"])
+
+
+def test_a_teacher_of_another_path_is_refused():
+    run_training(FLOW.replace(steps=1, warmup_steps=0, bridge=0.5))
+    with pytest.raises(
+        UsageError, match=r"teacher: .* was trained on another path, BridgePath; expected the linear one"
+    ):
+        trainer(TINY.replace(teacher="flow", name="student"))
