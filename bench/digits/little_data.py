@@ -1,6 +1,6 @@
 """Better targets for little data: MeanFlow on a tenth of the digits, with less noise in its targets.
 
-Each way trains the network of the digits preset on 144 images, for the same number of steps, and draws 2,000 images in
+Each way trains the network of the digits preset on 143 images, for the same number of steps, and draws 2,000 images in
 one step. They are compared with the images that were kept apart, which a classifier is fitted on as well: class
 accuracy, and Fréchet distance in pixels. How near samples are to images that the network was trained on is the mean
 distance of a sample to the nearest of them, over that of the images that were kept apart: far below 1, they are copies.
@@ -25,7 +25,7 @@ from meanflow.evaluation import class_accuracy, evaluation_labels, fit_classifie
 from meanflow.recipes import recipe
 from meanflow.training import load_network, run_training
 
-HELD_OUT = 0.92  # of each class: 144 of 1,797 images are left
+HELD_OUT = 0.92  # of each class: 143 of 1,797 images are left
 SAMPLES = 2000
 FLOW = "flow"
 # what stands beside the preset's ratio = 0.5, kappa = 0.3
