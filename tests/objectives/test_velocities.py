@@ -194,7 +194,7 @@ def test_the_mean_over_neighbours_is_exact_near_others_and_under_autocast(dtype)
     wanted = objective.loss_at(net, x=x.double(), noise=e.double(), t=t.double(), y=y).v
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         found = objective.loss_at(net, x=x, noise=e, t=t, y=y).v
-    assert relative_error(found, wanted) <= 2e-7
+    assert relative_error(found, wanted) <= 8e-8  # measured 3.7e-8
 
 
 def test_values_out_of_range_are_named():
