@@ -55,7 +55,15 @@ def _scatter(points: Tensor, labels: Tensor, names: Sequence[str], bare: bool) -
     for label in labels.unique().tolist():
         of_label = points[labels == label]  # [m, 2]
         name = names[label] if label < len(names) else None
-        axes.scatter(of_label[:, 0], of_label[:, 1], s=6, color=f"C{label % 10}", alpha=0.7, linewidths=0, label=name)
+        axes.scatter(
+            of_label[:, 0],
+            of_label[:, 1],
+            s=40 if bare else 6,
+            color=f"C{label % 10}",
+            alpha=0.7,
+            linewidths=0,
+            label=name,
+        )
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     if bare:
         axes.set(xticks=(), yticks=())
