@@ -76,7 +76,8 @@ def test_an_installed_package_adds_an_objective_a_backbone_a_data_source_and_a_r
     saved = yaml.safe_load(Path("runs/checkers/config.yaml").read_text())
     assert saved["objective"]["name"] == "pseudo-huber"
     assert (saved["objective"]["scale"], saved["objective"]["time_sampler"]["std"]) == (0.5, 2.0)
-    assert (saved["model"], saved["data"]["count"]) == ({"name": "Conv", "width": 8}, 32)
+    assert saved["model"] == {"name": "Conv", "width": 8, "spectral_norm": False}
+    assert saved["data"]["count"] == 32
     assert run("train --resume --name checkers --steps 6") == 0
     rows = read_log(Path("runs/checkers/log.jsonl"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

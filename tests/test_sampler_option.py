@@ -146,10 +146,10 @@ def test_what_is_wrong_with_a_sampler_is_said(here, capsys):
 
 
 def test_a_sampler_of_your_own(here, capsys):
-    Path("mine.py").write_text(MINE)
-    assert (images("digits --sampler mine:Grey --value 0.25") == 0.25).all()
-    assert run(f"train digits {TINY} --no-evaluate --name grey --sampler mine:Grey --sample-value 0.75") == 0
-    fails("sample grey", capsys, "mine:Grey", "--trust-code")
+    Path("greys.py").write_text(MINE)
+    assert (images("digits --sampler greys:Grey --value 0.25") == 0.25).all()
+    assert run(f"train digits {TINY} --no-evaluate --name grey --sampler greys:Grey --sample-value 0.75") == 0
+    fails("sample grey", capsys, "greys:Grey", "--trust-code")
     assert (images("grey --trust-code") == 0.75).all()
 
 

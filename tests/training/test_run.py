@@ -411,7 +411,7 @@ class Tied(DiT):
 
 
 def test_buffers_and_tied_parameters_are_saved_resumed_and_sampled_with(monkeypatch):
-    def make(name, **sizes):
+    def make(name, spectral_norm=False, **sizes):
         return Tied(**sizes)
 
     monkeypatch.setattr("meanflow.models.options.create_model", make)
