@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_runs import TINY
 
 from meanflow import cli, registry
@@ -22,7 +23,7 @@ from meanflow.comparison.runs import sampled_at
 from meanflow.comparison.table import markdown, words
 from meanflow.errors import UsageError
 from meanflow.sampling import FewSteps, OdeSteps
-from meanflow.training import Trainer
+from meanflow.training import Trainer, list_checkpoints
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["meanflow", "ect", "lmd", "--preset", "tiny", "--steps", "12", "--samples", "40"]
@@ -176,6 +177,24 @@ def test_several_seeds(here):
     assert "±" in Path("runs/compare/compare.md").read_text()
 
 
+def test_every_method_starts_from_the_weights_that_one_has(compared, here, monkeypatch, capsys):
+    flow = str(compared / "runs/compare-flow_matching-seed0")
+    args = ["lmd", "--preset", "tiny", "--steps", "1", "--samples", "20", "--teacher", flow, "--init", flow]
+    assert compare(*args) == 0
+    rows = json.loads(Path("runs/compare/compare.json").read_text())["methods"]
+    assert [row["config"]["run"]["init"] for row in rows] == [flow, flow]
+    before = load_file(list_checkpoints(Path(flow) / "checkpoints")[-1] / "ema.safetensors")
+    for method in ("flow_matching", "lmd"):
+        (first,) = list_checkpoints(Path(f"runs/compare-{method}-seed0/checkpoints"))
+        after = load_file(first / "ema.safetensors")
+        moved = {key: (after[key] - before[key]).abs().max().item() for key in before if "r_embedder" not in key}
+        assert max(moved.values()) <= TINY.optim.lr * 1.01, method  # one step of Adam from there
+    monkeypatch.setitem(registry._known["recipes"], "tiny-ect", lambda: TINY.replace(objective="ect", hidden_size=32))
+    assert compare("ect", *args[1:], "--name", "other") == 2
+    assert f"init: ect cannot start from {flow}: " in capsys.readouterr().err
+    assert not Path("runs/other-flow_matching-seed0").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 WRONG = {
@@ -191,6 +210,7 @@ WRONG = {
     "name": (["--name", "a/b"], "name: expected letters"),
     "out": (["--out", "file"], "out: expected a folder, got the file"),
     "teacher": (["lmd", "--teacher", "nowhere"], "teacher: nowhere does not exist"),
+    "init": (["lmd", "--init", "nowhere"], "init: flow_matching cannot start from nowhere: .* does not exist"),
 }
 
 

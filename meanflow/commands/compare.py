@@ -41,9 +41,10 @@ class Compare:
         name: of the comparison, which the names of its runs begin with
         out: folder of the results; None: runs/NAME
         teacher: a run, a checkpoint or a weight file for the methods that need one; None: flow matching's run
+        init: start every method from the averages of this run or checkpoint, or from this weight file
         samples: generated images of an evaluation
         overwrite: replace the runs of a comparison of this name
-        trust_code: run the function "package.module:function" that the teacher names as its model
+        trust_code: run the function "package.module:function" that the teacher, or the run of init, names
     """
 
     methods: Positional[tuple[str, ...]] = ()
@@ -53,6 +54,7 @@ class Compare:
     name: str = "compare"
     out: Path | None = None
     teacher: str | None = None
+    init: str | None = None
     samples: int = SAMPLES
     overwrite: Flag = False
     trust_code: Flag = False
@@ -71,6 +73,7 @@ def compare(args: Sequence[str]) -> int:
         seeds=seeds_of(options.seeds),
         name=options.name,
         teacher=options.teacher,
+        init=options.init,
         samples=options.samples,
         overwrite=options.overwrite,
         trust_code=options.trust_code,

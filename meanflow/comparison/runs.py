@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
+from torch import nn
 
 from .. import __version__
 from ..checks import check_backend
@@ -18,7 +19,7 @@ from ..config_file import read_config
 from ..data import ImageData
 from ..errors import UsageError
 from ..training.folder import RunFolder
-from ..training.network import LoadedNetwork, load_network, source_of
+from ..training.network import LoadedNetwork, load_initial_weights, load_network, source_of
 from ..training.pictures import POINTS, makes_picture, samples_picture
 from ..training.report import evaluate_network
 from ..training.run import run_training
@@ -58,9 +59,10 @@ class Budget:
     seeds: each method is trained once with each.
     name: of the comparison; its run folders are named after it.
     teacher: a run or file in the place of the comparison's own flow matching; None: that.
+    init: a run or file whose weights every method starts from; None: from fresh ones.
     samples: images of an evaluation.
     overwrite: replace run folders.
-    trust_code: code that the teacher may name.
+    trust_code: code that the teacher, and the run of init, may name.
     """
 
     preset: str
@@ -68,6 +70,7 @@ class Budget:
     seeds: tuple[int, ...]
     name: str
     teacher: str | None
+    init: str | None
     samples: int
     overwrite: bool
     trust_code: Trust
@@ -146,7 +149,9 @@ def plan(methods: Sequence[Method], budget: Budget, data: ImageData, device: str
         yardstick = Step(base.config, data, teacher, device)
         plans: list[Planned] = []
         for method in methods:
-            cost = cost_of(Step(method.config, data, teacher, device), yardstick)
+            step = Step(method.config, data, teacher, device)
+            _check_init(step.net, method, budget)
+            cost = cost_of(step, yardstick)
             if method is base:
                 cost = cost._replace(ratio=1.0)  # not what two measurements of one thing differ by
             share = cost.flops / (plans[0].cost.flops if plans else cost.flops)
@@ -155,7 +160,8 @@ def plan(methods: Sequence[Method], budget: Budget, data: ImageData, device: str
             for seed in budget.seeds:
                 taught_by = budget.teacher or f"runs/{run_name(budget.name, YARDSTICK, seed)}"
                 name = run_name(budget.name, method.name, seed)
-                configs.append(budgeted(method, steps, name=name, seed=seed, teacher=taught_by))
+                config = budgeted(method, steps, name=name, seed=seed, teacher=taught_by)
+                configs.append(config.replace(init=budget.init) if budget.init else config)
             for other in plans:
                 if other.configs[0].run.name == configs[0].run.name:
                     raise UsageError(
@@ -165,6 +171,16 @@ def plan(methods: Sequence[Method], budget: Budget, data: ImageData, device: str
                     )
             plans.append(Planned(method, cost, tuple(configs)))
     return plans
+
+
+def _check_init(net: nn.Module, method: Method, budget: Budget) -> None:
+    """Raise where a method's network cannot start from the weights that were asked for."""
+    if budget.init is None:
+        return
+    try:
+        load_initial_weights(net, source_of(budget.init), trust_code=budget.trust_code)
+    except UsageError as error:
+        raise UsageError(f"{method.name} cannot start from {budget.init}: {error}", field="init") from error
 
 
 def _teacher(budget: Budget, base: Method, data: ImageData, device: str) -> Any:
