@@ -164,6 +164,8 @@ def test_a_sit_is_rewritten_for_our_time_exactly():
     assert relative_error(ours(z, t / 3, t, y), -sit(z, 1 - t, 1 - t, y)) <= 1e-7  # float32 frequencies; measured 2e-8
     with pytest.raises(ValueError, match=r"state: expected t_embedder\.mlp\.0\.weight .* of a SiT, got no such"):
         in_our_time({"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="state: expected the weights of a SiT, which has one time; got an embedding"):
+        in_our_time(DiT(**SIZE).state_dict())
 
 
 class Checkpointed(Flow):
@@ -183,5 +185,3 @@ def test_an_embedder_that_is_recomputed_is_an_error_and_no_wrong_gradient():
     loss = net(*inputs()).square().mean()
     with pytest.raises(RuntimeError, match="two_times: expected times to be embedded within a forward"):
         loss.backward()
-    with pytest.raises(ValueError, match="state: expected the weights of a SiT, which has one time; got an embedding"):
-        in_our_time(DiT(**SIZE).state_dict())
