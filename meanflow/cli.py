@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, compare, convert, data, info."""
+"""The command line: train, sample, evaluate, compare, encode, convert, data, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "Draw images from a trained network",
     "evaluate": "Class accuracy and Frechet distance of a run",
     "compare": "Train several methods with one budget, and draw what each reaches",
+    "encode": "Latents of a folder of images, by a pretrained autoencoder",
     "convert": "Weights of other programs as a safetensors file",
     "data": "Read every image of a folder: meanflow data check FOLDER",
     "info": "Versions, devices, and which backend serves which operation",
@@ -32,6 +33,7 @@ LESS = {
     "sample": "a smaller --count, or fewer --labels",
     "evaluate": "fewer --samples",
     "compare": "fewer --samples",
+    "encode": "a smaller --batch-size",
     "data": "a smaller --image-size",
     "info": "--device cpu",
 }
@@ -68,7 +70,7 @@ def _command(argv: list[str]) -> int:
         return 0
     options = parser.parse_args(argv[:1])
     try:
-        if options.command not in ("train", "info") and world_size() > 1:
+        if options.command not in ("train", "encode", "info") and world_size() > 1:
             raise UsageError(
                 f"this command works in one process, and {world_size()} were started; start it without torchrun",
                 field="WORLD_SIZE",

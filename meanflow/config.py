@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from . import registry
-from .codecs import Codec, Pixels
-from .data import DataSource, ImageData, ImageFolder
+from .codecs import Codec, Pixels, absolute_if_there
+from .data import DataSource, ImageData, ImageFolder, LatentIndex, is_latents
 from .errors import UsageError
 from .evaluation import Evaluator, PixelStatistics
 from .files import shown
@@ -27,6 +27,7 @@ TOGETHER = {
     "prefix_tokens": ("num_class_tokens", "num_time_tokens", "num_cfg_tokens", "num_interval_tokens"),
     "sample_interval": ("sample_t_min", "sample_t_max"),
 }
+FOLDERS = ("folder", "latents")  # data sources that are a folder, whose name alone is that of such a folder
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,10 @@ class Config:
     """A training run. Every option is a flag of `meanflow train` and a key of its YAML file, by its flat name.
 
     Args:
-        data: "digits" (comes with scikit-learn), or a folder of images with one sub-folder per class
-        codec: what the network trains on: pixels as they are
+        data: "digits" (comes with scikit-learn), a folder of images with one sub-folder per class, or a folder of
+            latents, as `meanflow encode` writes it
+        codec: what the network trains on: pixels as they are, or latents: a pretrained AutoencoderKL, by its repository
+            on the Hugging Face hub or its folder. Folders of latents know their own
         model: DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; or your own "package.module:function"
         objective: average velocity (one step), the same at any guidance scale (improved MeanFlow), or plain velocity
             (ODE)
@@ -175,6 +178,11 @@ class Config:
             raise UsageError(f"expected square images, got {side}×{other}", field="data")
         return self.model.build(input_size=side, in_channels=channels, num_classes=data.num_classes, source=data.name)
 
+    def check_codec(self, data: ImageData) -> None:
+        """Raise a UsageError where the data are encoded by another codec than this one."""
+        if data.codec is not None and data.codec != self.codec:
+            raise UsageError(f"expected that of {data.name}, {data.codec}, got {self.codec}", field="codec")
+
     def check_fit(self) -> None:
         """Raise a UsageError where the network is known not to return what the objective needs."""
         needed, found = self.objective.outputs, self.model.outputs
@@ -207,9 +215,16 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
             out = {**dict(zip(names, several, strict=True)), **out}
     if "data" in out and isinstance(out["data"], str | int | Path):
         word = str(out["data"])
-        named = word in registry.names("data") and (word != "folder" or "folder" in out)
+        named = word in registry.names("data") and (word not in FOLDERS or "folder" in out)
         if not named and (not registry.is_code(word) or Path(word).is_dir()):
-            out |= {"data": "folder", "folder": word}
+            out |= {"data": "latents" if is_latents(word) else "folder", "folder": word}
+        if out["data"] == "latents" and "codec" not in out and is_latents(out.get("folder", "")):
+            codec = dict(LatentIndex.read(Path(out["folder"]).expanduser()).codec)
+            out = {"codec": codec.pop("name"), **codec, **out}
+    if isinstance(out.get("codec"), str) and out["codec"] not in registry.names("codecs"):
+        word = out["codec"]
+        if not registry.is_code(word) or Path(word).is_dir():
+            out |= {"codec": "autoencoder", "pretrained": absolute_if_there(word)}
     return out
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,16 @@ def check_regular(path: Path) -> None:
         raise OSError(f"{path}: expected a file, got {'a folder' if path.is_dir() else 'a device'}")
 
 
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, eight hexadecimal digits."""
+    check_regular(path)
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
 def read_text(path: Path) -> str:
     """Text of a file.
 
@@ -115,6 +126,11 @@ def is_text(word: str) -> bool:
         return b"\0" not in word.encode()
     except UnicodeEncodeError:
         return False
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a number that fits a float; NaN and infinity are."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from .digits import load_digits_data
 from .folder import load_folder, read_image
 from .images import ImageData, ImageSource, TensorImages, stratified_split
+from .latents import LatentImages, LatentIndex, Latents, is_latents
 from .left_out import LeftOut, UnreadableImage
-from .loader import micro_batches
+from .loader import batches, micro_batches
 from .order import StepOrder, StepSampler, Stream, generator_for, shard
 from .points import Points
 from .sources import DataSource, Digits, ImageFolder
@@ -15,6 +16,9 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageSource",
+    "LatentImages",
+    "LatentIndex",
+    "Latents",
     "LeftOut",
     "Points",
     "StepOrder",
@@ -22,7 +26,9 @@ __all__ = [
     "Stream",
     "TensorImages",
     "UnreadableImage",
+    "batches",
     "generator_for",
+    "is_latents",
     "load_digits_data",
     "load_folder",
     "micro_batches",

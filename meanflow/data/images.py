@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ..checks import check_finite
+from ..codecs import Codec
 from ..errors import UsageError
 from .left_out import LeftOut
 from .order import Stream, generator_for
 
 
 class ImageSource(Protocol):
-    """Labelled images in [-1, 1], or other data of about unit size, such as 2-D points."""
+    """Labelled images in [-1, 1], or other data of about unit size, such as 2-D points.
+
+    A source may have `batch(indices)`, which gives images and labels of several at once, and `mirrored = True` where
+    index i + len(source) is that of a mirrored version of image i. Where an item is encoded, `images` decodes it.
+    """
 
     labels: Tensor  # [n] int64
 
@@ -67,6 +72,7 @@ class ImageData:
 
     skipped: files of its folder that are no images of a class.
     left_out: images that cannot be read, as far as they were met; None: such an image is an error.
+    codec: what the images were encoded with, as which they then come; None: they are pixels, or points.
 
     Raises:
         ValueError: a label has no name.
@@ -80,6 +86,7 @@ class ImageData:
     image_size: int
     skipped: int = 0
     left_out: LeftOut | None = None
+    codec: Codec | None = None
 
     def __post_init__(self) -> None:
         for part in (self.train, self.held_out):

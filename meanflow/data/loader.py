@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from .images import ImageSource, TensorImages
 from .left_out import LeftOut
 from .order import StepOrder, StepSampler
 
+Batch = tuple[Tensor, Tensor, dict[str, str]]  # images, labels, and the reasons of those that were left out
+
 
 class _Guarded(Dataset[Any]):
     """Hands what is wrong with an image back as data: raised in a worker process, an error's message would drown in a
@@ -24,20 +26,22 @@ class _Guarded(Dataset[Any]):
     def __init__(self, source: ImageSource, left_out: LeftOut | None) -> None:
         self.source, self.left_out = source, left_out
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, str]] | UsageError:
+    def __getitems__(self, indices: list[int]) -> Batch | UsageError:
         try:
-            x, y = self.source[index]
+            x, y = self._batch(indices)
         except UsageError as error:
             return UsageError(str(error))  # of a class that every process can unpickle
         return x, y, self.left_out.take() if self.left_out is not None else {}
 
+    def _batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        if hasattr(self.source, "batch"):
+            return self.source.batch(indices)
+        items = [self.source[i] for i in indices]
+        return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
 
-def _collate(items: list[Any]) -> tuple[Tensor, Tensor, dict[str, str]] | UsageError:
-    for item in items:
-        if isinstance(item, UsageError):
-            return item
-    new = {path: reason for _, _, some in items for path, reason in some.items()}
-    return torch.stack([x for x, _, _ in items]), torch.tensor([y for _, y, _ in items]), new
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -45,31 +49,20 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def micro_batches(
-    source: ImageSource,
-    order: StepOrder,
-    *,
-    start: int,
-    stop: int,
-    micros: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) of every micro-batch of steps `start` … `stop` − 1 for process `rank` of `world`.
+def batches(source: ImageSource, chosen: Iterable[list[int]], *, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x, y) of each list of indices that is `chosen`.
 
     Images that are left out are named on stderr when they are met.
 
     Args:
         workers: processes that decode images ahead; images in memory need none.
     """
-    sampler = StepSampler(order, start=start, stop=stop, micros=micros, rank=rank, world=world)
     workers = 0 if isinstance(source, TensorImages) else workers
     left_out = source.left_out if isinstance(source, FolderImages) else None
     loader: DataLoader[Any] = DataLoader(
         _Guarded(source, left_out),
-        batch_sampler=sampler,
-        collate_fn=_collate,
+        batch_sampler=chosen,
+        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
@@ -83,3 +76,25 @@ def micro_batches(
                 left_out.add(path, reason)
             left_out.name_new()
         yield x, y
+
+
+def micro_batches(
+    source: ImageSource,
+    order: StepOrder,
+    *,
+    start: int,
+    stop: int,
+    micros: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    mirrored: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x, y) of every micro-batch of steps `start` … `stop` − 1 for process `rank` of `world`.
+
+    Args:
+        workers: as of `batches`.
+        mirrored: mirrored versions, which the source has, in the places of half of the images.
+    """
+    sampler = StepSampler(order, start=start, stop=stop, micros=micros, rank=rank, world=world, mirrored=mirrored)
+    return batches(source, sampler, workers=workers)

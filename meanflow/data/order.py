@@ -21,6 +21,7 @@ class Stream(IntEnum):
     DRAWS = 4  # of the objective, by step
     SAMPLES = 5  # noise of generated images
     NETWORK = 6  # what a network draws itself in training, such as dropout, by step and part
+    LATENTS = 7  # of a posterior, by step
 
 
 def mix(*parts: int) -> int:
@@ -87,11 +88,17 @@ def shard(batch: Tensor, *, micro: int, micros: int, rank: int, world: int) -> T
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batch sampler of one process: micro-batches of steps `start` … `stop` − 1 in order."""
+    """Batch sampler of one process: micro-batches of steps `start` … `stop` − 1 in order.
 
-    def __init__(self, order: StepOrder, *, start: int, stop: int, micros: int, rank: int, world: int) -> None:
+    Args:
+        mirrored: half of the indices, those of `StepOrder.flips`, are of mirrored versions: larger by `order.n`.
+    """
+
+    def __init__(
+        self, order: StepOrder, *, start: int, stop: int, micros: int, rank: int, world: int, mirrored: bool = False
+    ) -> None:
         self.order, self.start, self.stop = order, start, stop
-        self.micros, self.rank, self.world = micros, rank, world
+        self.micros, self.rank, self.world, self.mirrored = micros, rank, world, mirrored
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.micros
@@ -99,5 +106,7 @@ class StepSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):
             batch = self.order.batch(step)
+            if self.mirrored:
+                batch = batch + self.order.n * self.order.flips(step)
             for micro in range(self.micros):
                 yield shard(batch, micro=micro, micros=self.micros, rank=self.rank, world=self.world).tolist()

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from ..checks import check_backend
+from ..codecs import draw_latents, is_drawn
 from ..config import Config, Trust
 from ..data import ImageData, StepOrder, Stream, generator_for, micro_batches
 from ..data.order import mix, shard
@@ -100,7 +101,9 @@ class Trainer:
         self.on_samples = on_samples
         set_seed(config.run.seed)  # the same first weights in every process
         self.objective, self.codec = config.objective, config.codec
+        config.check_codec(data)
         self.shape = config.codec.latent_shape(data.image_shape)  # of what the network trains on
+        self.mirrored = config.data.flip and getattr(data.train, "mirrored", False)  # versions that the source has
         self.model = config.network(data)
         if config.run.init is not None:
             try:
@@ -316,6 +319,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             workers=config.data.workers,
+            mirrored=self.mirrored,
         )
         self.model.train()
         if self.recorded:
@@ -431,9 +435,10 @@ class Trainer:
             group["lr"] = rate if self.lr is None else self.lr.fill_(rate)
         for average in self.averages:
             average.set_step(self.step)
-        flips = self.order.flips(self.step) if config.data.flip else None
+        flips = self.order.flips(self.step) if config.data.flip and not self.mirrored else None
         figures = torch.zeros(2 + len(self.objective.metrics), device=accelerator.device)
         draws = self._draws()
+        noise = self._noise_of_latents() if is_drawn(self.codec) else None
         where = {
             "micros": config.optim.accumulate,
             "rank": accelerator.process_index,
@@ -445,7 +450,10 @@ class Trainer:
             if flips is not None:
                 mirrored = shard(flips, micro=micro, **where).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
                 x = torch.where(mirrored, x.flip(-1), x)  # [b, C, H, W]
-            x = self.codec.encode(x)  # [b, C, H, W] of the network's
+            if self.data.codec is None:
+                x = self.codec.encode(x)
+            part_noise = None if noise is None else shard(noise, micro=micro, **where)
+            x = draw_latents(self.codec, x, part_noise)  # [b, C, H, W] of the network's
             index = micro * where["world"] + where["rank"]
             part = draws.part(index, where["micros"] * where["world"])
             # what a network draws itself, for dropout say: other numbers in each part, the same ones after a resume
@@ -483,6 +491,12 @@ class Trainer:
         shape = (self.config.optim.batch_size, *self.shape)
         return self.objective.draw(shape, step=self.step, generator=generator, device=device, spread=True)
 
+    def _noise_of_latents(self) -> Tensor:
+        """(batch_size, C, H, W) by which this step's latents are drawn: like the draws, a function of (seed, step)."""
+        device = self.accelerator.device
+        generator = generator_for(self.config.run.seed, Stream.LATENTS, self.step, device=device)
+        return torch.randn(self.config.optim.batch_size, *self.shape, generator=generator, device=device)
+
     def _finite_means(self, pending: list[Tensor]) -> list[float]:
         """Means over steps and processes; one transfer from the device for all of them."""
         table = self.accelerator.reduce(torch.stack(pending), reduction="mean").cpu()  # [steps, figures]
@@ -493,8 +507,10 @@ class Trainer:
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
             what = f"the loss is {value[0]:g} and the gradient norm {value[-1]:g} at step {at}"
-            batch = self.data.train.images(self.order.batch(at - 1).tolist())  # read anew: no step waits for this
-            if not batch.isfinite().all():
+            batch = (
+                self.data.train[i][0] for i in self.order.batch(at - 1).tolist()
+            )  # read anew: no step waits for this
+            if not all(x.isfinite().all() for x in batch):
                 raise TrainingError(
                     f"training stopped because {what}: its batch has images with values that are not finite; mend those"
                 )

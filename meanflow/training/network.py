@@ -67,6 +67,8 @@ class LoadedNetwork:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of its images."""
+        if hasattr(self.codec, "image_shape"):
+            return self.codec.image_shape(self.latent_shape)
         with torch.device("meta"):
             return tuple(self.codec.decode(torch.empty(1, *self.latent_shape)).shape[1:])  # type: ignore[return-value]
 

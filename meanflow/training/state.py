@@ -21,7 +21,7 @@ from .. import registry
 from ..codecs import Codec
 from ..config import Config, merged, words_in
 from ..errors import UsageError
-from ..files import check_regular, parse_json, read_text, shown
+from ..files import checksum, is_number, parse_json, read_text, shown
 from ..models.options import model_options
 from ..objectives import Objective
 from ..options import flattened
@@ -31,16 +31,6 @@ READ = (1, 2)  # 1: an objective is a word, and its sampling options are beside 
 STATE = "state.json"
 _CHECKSUMS = "checksums"
 _LARGEST = 2**31  # of a size; a step may be larger
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, eight hexadecimal digits."""
-    check_regular(path)
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
 
 
 def save_state(path: Path, state: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
@@ -138,11 +128,6 @@ def check_model(name: str, model: Any) -> None:
         kind = kind if isinstance(kind, str) else getattr(kind, "__name__", "")  # "int", "float" or "bool"
         if not (is_number(value) if kind == "float" else type(value).__name__ == kind):
             raise ValueError(f"{name}.config.{key}: expected {kind}, got {shown(value)}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a number that fits a float; NaN and infinity are."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def check_number(name: str, value: Any, low: float) -> None:

@@ -1,0 +1,311 @@
+"""A folder of latents, as `meanflow encode` writes it: posteriors of an autoencoder, sampled anew in each step.
+
+latents-00000.safetensors …   posterior (n, 2C, h, w): means, then standard deviations, neither shifted nor scaled;
+                              mirrored (n, 2C, h, w): of the mirrored images; labels (n,) int64
+index.json                    what they are of, and the checksum of each file
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..codecs import Codec, draw_latents
+from ..errors import UsageError
+from ..files import is_number, parse_json, read_text, reason, shown, write_text
+from ..options import option
+from ..registry import find, is_code, names, register
+from .images import ImageData, stratified_split
+from .sources import DataSource
+
+INDEX = "index.json"
+PLAN = "encoding.json"  # what an unfinished folder is to hold
+FORMAT = 1
+POSTERIOR, MIRRORED, LABELS = "posterior", "mirrored", "labels"  # tensors of a file
+MAPPED_BYTES = 2**29  # read from files before they are opened anew: mapped pages count as a process's memory
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of latents.
+
+    count: images, without their mirrored versions.
+    size: in bytes.
+    checksum: CRC-32 of the file, see `meanflow.files.checksum`.
+    total, squares: sums over its images, mirrored ones too, of each channel's latents and of their squares.
+    """
+
+    file: str
+    count: int
+    size: int
+    checksum: str
+    total: tuple[float, ...]
+    squares: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Any) -> Shard:
+        """One of plain values, as JSON has them.
+
+        Raises:
+            ValueError, TypeError: they are of none.
+        """
+        given: dict[str, Any] = {key: tuple(a) if isinstance(a, list) else a for key, a in values.items()}
+        shard = cls(**given)
+        sizes_fit = all(type(n) is int and n >= 1 for n in (shard.count, shard.size))
+        if not sizes_fit or not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
+            raise ValueError(f"expected a file in this folder and its sizes, got {shown(values)}")
+        if not all(is_number(a) for a in (*shard.total, *shard.squares)):
+            raise ValueError(f"expected numbers, got {shown(values)}")
+        return shard
+
+
+@dataclass(frozen=True)
+class LatentIndex:
+    """What a folder of latents holds.
+
+    source: what was encoded, in words.
+    codec: the options of what encoded it, by name.
+    image_shape, latent_shape: (C, H, W).
+    """
+
+    source: str
+    codec: Mapping[str, Any]
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    dtype: str
+    mirrored: bool
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of images, without their mirrored versions."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(shard.size for shard in self.shards)
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel's latents as they are trained on."""
+        n = self.count * (1 + self.mirrored) * self.latent_shape[1] * self.latent_shape[2]  # values of a channel
+        mean = torch.tensor([shard.total for shard in self.shards], dtype=torch.float64).sum(dim=0) / n  # [C]
+        square = torch.tensor([shard.squares for shard in self.shards], dtype=torch.float64).sum(dim=0) / n  # [C]
+        return mean.tolist(), (square - mean.square()).clamp(min=0).sqrt().tolist()
+
+    def write(self, folder: Path) -> None:
+        """Write index.json."""
+        mean, std = self.statistics()
+        values = {"format": FORMAT, "count": self.count, "mean": mean, "std": std, **asdict(self)}
+        write_text(folder / INDEX, json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> LatentIndex:
+        """That of a folder.
+
+        Raises:
+            UsageError: there is none, or it is damaged.
+        """
+        path = folder / INDEX
+        if not path.is_file() and (folder / PLAN).is_file():
+            raise UsageError(f"data: not all of {folder} is encoded: start the same `meanflow encode` again")
+        try:
+            values: dict[str, Any] = dict(parse_json(read_text(path)))
+            found = values.pop("format", None)
+            if found != FORMAT:
+                raise ValueError(f"expected format {FORMAT}, got {shown(found)}")
+            count, _, _ = (values.pop(name) for name in ("count", "mean", "std"))
+            shards = tuple(map(Shard.of, values.pop("shards")))
+            values = {key: tuple(a) if isinstance(a, list) else a for key, a in values.items()}
+            index = cls(shards=shards, **values)
+            index._check(count)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UsageError(f"data: cannot read {path}: {reason(error)}; encode the images anew") from error
+        return index
+
+    def _check(self, count: Any) -> None:
+        for name in ("image_shape", "latent_shape"):
+            shape = getattr(self, name)
+            if len(shape) != 3 or not all(type(n) is int and 0 < n < 2**20 for n in shape):
+                raise ValueError(f"{name}: expected three sizes, got {shown(shape)}")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype: expected float32 or float16, got {shown(self.dtype)}")
+        if not isinstance(self.codec, dict) or not isinstance(self.codec.get("name"), str):
+            raise ValueError(f"codec: expected a name and its options, got {shown(self.codec)}")
+        if is_code(self.codec["name"]):  # a file is not to say what code runs
+            raise ValueError(f"codec: expected one of {', '.join(names('codecs'))}, got {shown(self.codec['name'])}")
+        classes = self.class_names
+        if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+            raise ValueError(f"class_names: expected different names, got {shown(classes)}")
+        if count != self.count:
+            raise ValueError(f"count: expected {self.count}, the sum over its files, got {shown(count)}")
+
+
+class LatentImages:
+    """Posteriors read from files as they are asked for.
+
+    Indices from len(self) on are those of the mirrored versions, where there are some.
+
+    Args:
+        folder: of the latents.
+        rows: (n,) int64, which of its images these are.
+        labels: (n,) int64.
+    """
+
+    def __init__(self, folder: Path, index: LatentIndex, codec: Codec, rows: Tensor, labels: Tensor) -> None:
+        self.folder, self.index, self.codec, self.labels = folder, index, codec, labels
+        self.mirrored = index.mirrored
+        self._rows = rows
+        self._first = [0, *accumulate(shard.count for shard in index.shards)]  # row of each file's first image
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open: dict[int, dict[str, Any]] = {}  # slices of each file
+        self._read = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}, "_read": 0}  # for a worker process; a file's mapping cannot be sent
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """(2C, h, w) posterior, and the label."""
+        x, y = self.batch([index])
+        return x[0], int(y[0])
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(n, 2C, h, w) float32 posteriors, and (n,) labels.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        n = len(self)
+        posteriors = [self._posterior(int(self._rows[i % n]), MIRRORED if i >= n else POSTERIOR) for i in indices]
+        x = torch.stack(posteriors).float()
+        self._read += 2 * x.nbytes
+        if self._read > MAPPED_BYTES:
+            self._forget()
+        return x, self.labels[[i % n for i in indices]]
+
+    def _posterior(self, row: int, name: str) -> Tensor:
+        k = bisect_right(self._first, row) - 1
+        if k not in self._open:
+            self._open[k] = open_shard(self.folder, self.index, k)
+        return self._open[k][name][row - self._first[k]]
+
+    def images(self, indices: Sequence[int] | None = None) -> Tensor:
+        """(n, C, H, W) float32: the means decoded, on a GPU where there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = range(len(self)) if indices is None else indices
+        images = []
+        for i in range(0, len(chosen), 64):
+            x = self.batch(chosen[i : i + 64])[0].to(device)  # [64, 2C, h, w]
+            latents = draw_latents(self.codec, x, x.new_zeros(len(x), *self.index.latent_shape))
+            images.append(self.codec.decode(latents).cpu())
+        return torch.cat(images)
+
+
+def open_shard(folder: Path, index: LatentIndex, k: int) -> dict[str, Any]:
+    """The tensors of file `k`, of which rows are read as they are asked for.
+
+    Raises:
+        UsageError: it is missing, or not what the index says.
+    """
+    shard = index.shards[k]
+    path = folder / shard.file
+    channels, *sides = index.latent_shape
+    shape = [shard.count, 2 * channels, *sides]
+    expected = {LABELS: [shard.count], POSTERIOR: shape, **({MIRRORED: shape} if index.mirrored else {})}
+    try:
+        size = path.stat().st_size
+        if size != shard.size:
+            raise ValueError(f"expected {shard.size} bytes, found {size}")
+        file = safe_open(path, "pt")
+        slices = {name: file.get_slice(name) for name in expected}
+        found = {name: one.get_shape() for name, one in slices.items()}
+        if found != expected:
+            raise ValueError(f"expected tensors of shapes {expected}, got {found}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(
+            f"data: cannot read {path}: {reason(error)}. Remove it, and `meanflow encode` makes it anew"
+        ) from error
+    return slices
+
+
+def read_labels(folder: Path, index: LatentIndex) -> Tensor:
+    """(n,) int64, of all images; every file is looked at.
+
+    Raises:
+        UsageError: a file is missing or damaged.
+    """
+    return torch.cat([open_shard(folder, index, k)[LABELS][:] for k in range(len(index.shards))])
+
+
+@register("data", "latents")
+@dataclass(frozen=True)
+class Latents(DataSource):
+    """A folder of latents, as `meanflow encode` writes it; the network trains on them with the codec that made them.
+
+    Args:
+        folder: where it is
+    """
+
+    folder: str = option("", flag=False)
+
+    def load(self) -> ImageData:
+        """The images as posteriors of their latents, `codec` being what made them."""
+        folder = Path(self.folder).expanduser()
+        index = LatentIndex.read(folder)
+        if self.flip and not index.mirrored:
+            raise UsageError(
+                f"{folder} has no mirrored versions, and the latent of a mirrored image is not a mirrored latent; "
+                "encode the images with --mirrored",
+                field="flip",
+            )
+        codec = codec_of(index)
+        labels = read_labels(folder, index)
+        train, kept = stratified_split(labels, self.held_out)
+        channels, side, _ = index.image_shape
+        return ImageData(
+            name=str(folder),
+            train=LatentImages(folder, index, codec, train, labels[train]),
+            held_out=LatentImages(folder, index, codec, kept, labels[kept]) if len(kept) else None,
+            class_names=index.class_names,
+            channels=channels,
+            image_size=side,
+            codec=codec,
+        )
+
+    def located(self) -> dict[str, Any]:
+        """The folder's absolute path."""
+        return {"folder": str(Path(self.folder).expanduser().resolve()) if self.folder else ""}
+
+
+def is_latents(folder: Path | str) -> bool:
+    """Whether a folder holds latents, all or some of those that it is to hold."""
+    return any((Path(folder).expanduser() / name).is_file() for name in (INDEX, PLAN))
+
+
+def codec_of(index: LatentIndex) -> Codec:
+    """The codec that made latents.
+
+    Raises:
+        UsageError: there is none of its name or with its options.
+    """
+    options = dict(index.codec)
+    try:
+        codec: Codec = find("codecs", options.pop("name"))(**options)
+    except TypeError as error:
+        raise UsageError(f"data: the index of the latents names a codec with other options: {error}") from error
+    return codec
