@@ -67,7 +67,9 @@ def encode(args: Sequence[str]) -> int:
 
     check_device(options.device)
     state = PartialState(cpu=options.device == "cpu" or not torch.accelerator.is_available())
-    given = {"data": options.images, "image_size": options.image_size, "skip_unreadable": options.skip_unreadable}
+    folder = Path(options.images).expanduser()
+    images = str(folder.resolve()) if folder.is_dir() else options.images
+    given = {"data": images, "image_size": options.image_size, "skip_unreadable": options.skip_unreadable}
     source = Config.of(**given).data
     where = {"revision": options.revision, "subfolder": options.subfolder}
     codec = Autoencoder(pretrained=absolute_if_there(options.codec), **where).identified()
