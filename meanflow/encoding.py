@@ -282,7 +282,7 @@ def _progress(total: int, state: PartialState) -> Iterator[Any]:
             told = time.monotonic()
             rate = done / (told - begun)
             words = (
-                f"encoding{share}: {done} of {total} images, {rate:.0f} a second, {(total - done) / rate:.0f} s left"
+                f"encoding{share}: {done} of {total} images, {rate:.3g} a second, {(total - done) / rate:.0f} s left"
             )
             print(words, file=sys.stderr, flush=True)
 

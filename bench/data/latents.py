@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests" / "support")]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # conftest
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))  # torchvision_stub
 
 import torchvision_stub  # noqa: F401, before diffusers
 from conftest import environment
@@ -127,7 +128,8 @@ def loader_rows(folder: Path, count: int, batch_size: int, workers: list[int]) -
     source = Latents(folder=str(synthetic(folder / "latents", count))).load().train
     order = StepOrder(count, batch_size, seed=0)
     x, y = next(micro_batches(source, order, start=3, stop=4))
-    assert torch.equal(x[:, 0, 0, 0].long(), order.batch(3)) and torch.equal(y, order.batch(3) % 1000)
+    assert torch.equal(x[:, 0, 0, 0].long(), order.batch(3))
+    assert torch.equal(y, order.batch(3) % 1000)
     steps = count // batch_size
     for number in workers:
         batches = micro_batches(source, order, start=0, stop=steps, workers=number)
@@ -143,7 +145,7 @@ def loader_rows(folder: Path, count: int, batch_size: int, workers: list[int]) -
     }
 
 
-def encoder_rows(folder: Path, count: int = 16, rounds: int = 3) -> Iterator[dict]:
+def encoder_rows(folder: Path, count: int = 4, rounds: int = 3) -> Iterator[dict]:
     torch.manual_seed(0)
     net = AutoencoderKL(**SD_VAE).eval()
     net.save_pretrained(folder / "vae")
@@ -151,23 +153,23 @@ def encoder_rows(folder: Path, count: int = 16, rounds: int = 3) -> Iterator[dic
     x = torch.rand(count, 3, 256, 256) * 2 - 1
     data = ImageData("random", TensorImages(x, torch.zeros(count, dtype=torch.long)), None, ("one",), 3, 256)
 
-    def ours(round: int) -> Tensor:
-        index = encode_images(data, codec, folder / f"out{round}", mirrored=False, batch_size=16, workers=0).index
+    def ours(k: int) -> Tensor:
+        index = encode_images(data, codec, folder / f"out{k}", mirrored=False, batch_size=count, workers=0).index
         assert index.count == count
-        return Latents(folder=str(folder / f"out{round}")).load().train.batch(range(count))[0]
+        return Latents(folder=str(folder / f"out{k}")).load().train.batch(range(count))[0]
 
     @torch.no_grad()
-    def by_hand(round: int) -> Tensor:
+    def by_hand(k: int) -> Tensor:
         found = net.encode(x).latent_dist
-        save_file({"posterior": torch.cat([found.mean, found.std], dim=1).contiguous()}, folder / f"hand{round}")
+        save_file({"posterior": torch.cat([found.mean, found.std], dim=1).contiguous()}, folder / f"hand{k}")
         return torch.cat([found.mean, found.std], dim=1)
 
     times: dict[str, list[float]] = {"meanflow encode": [], "diffusers by hand": []}
-    for round in range(rounds):
+    for k in range(rounds):
         found = []
         for way, run in zip(times, (ours, by_hand), strict=True):
             begun = time.perf_counter()
-            found.append(run(round))
+            found.append(run(k))
             times[way].append(time.perf_counter() - begun)
         assert torch.equal(*found)
     for way, seconds in times.items():
