@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "Class accuracy and Frechet distance of a run",
     "compare": "Train several methods with one budget, and draw what each reaches",
     "convert": "Weights of other programs as a safetensors file",
-    "data": "Read every image of a folder: meanflow data check FOLDER",
+    "data": "Read every image of a data set: meanflow data check FOLDER",
     "info": "Versions, devices, and which backend serves which operation",
 }
 

@@ -132,7 +132,8 @@ class Config:
     """A training run. Every option is a flag of `meanflow train` and a key of its YAML file, by its flat name.
 
     Args:
-        data: "digits" (comes with scikit-learn), or a folder of images with one sub-folder per class
+        data: "digits" (comes with scikit-learn), a folder of images with one sub-folder per class, wds:PATTERN
+            (WebDataset tar files) or hf:NAME_OR_PATH (Hugging Face datasets)
         codec: what the network trains on: pixels as they are
         model: DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; or your own "package.module:function"
         objective: average velocity (one step), the same at any guidance scale (improved MeanFlow), or plain velocity
@@ -197,7 +198,7 @@ GROUPS = tuple(Config.__dataclass_fields__)
 
 
 def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat values with short forms written out: a folder as `data`, and one option for several."""
+    """Flat values with short forms written out: a folder or PREFIX:PLACE as `data`, and one option for several."""
     out = dict(values)
     for short, names in TOGETHER.items():
         several = out.pop(short, None)
@@ -207,6 +208,9 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
             out = {**dict(zip(names, several, strict=True)), **out}
     if "data" in out and isinstance(out["data"], str | int | Path):
         word = str(out["data"])
+        prefix, colon, place = word.partition(":")
+        if colon and prefix in registry.DATA_PREFIXES:
+            return {**out, "data": prefix, **registry.find("data", prefix).named(place)}
         named = word in registry.names("data") and (word != "folder" or "folder" in out)
         if not named and (not registry.is_code(word) or Path(word).is_dir()):
             out |= {"data": "folder", "folder": word}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UsageError
-from .folder import FolderImages
+from .encoded import DecodedImages
 from .images import ImageSource, TensorImages
 from .left_out import LeftOut
 from .order import StepOrder, StepSampler
@@ -65,7 +65,7 @@ def micro_batches(
     """
     sampler = StepSampler(order, start=start, stop=stop, micros=micros, rank=rank, world=world)
     workers = 0 if isinstance(source, TensorImages) else workers
-    left_out = source.left_out if isinstance(source, FolderImages) else None
+    left_out = source.left_out if isinstance(source, DecodedImages) else None
     loader: DataLoader[Any] = DataLoader(
         _Guarded(source, left_out),
         batch_sampler=sampler,
