@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypedDict
 import tyro
 from tyro.conf import Positional
 
-from ..errors import UsageError
 from ..options import options_of
 from ..registry import DATA_PREFIXES, find
 from .common import WITHOUT_PREFIX, Flag, command, say
@@ -57,13 +56,12 @@ def data(args: Sequence[str]) -> int:
         description=data.__doc__,
     )
     from ..config import Config
-    from ..data import EncodedSource
     from ..data.check import check_images
 
+    prefixed = options.data.partition(":")[0] in DATA_PREFIXES and ":" in options.data
+    place = {"data": options.data} if prefixed else {"data": "folder", "folder": options.data}
     size = {} if options.image_size is None else {"image_size": options.image_size}
-    source = Config.of(data=options.data, grey=options.grey, **size, **options.own).data
-    if not isinstance(source, EncodedSource):
-        raise UsageError(f"expected images in files, got {options.data}", field="data")
+    source: Any = Config.of(**place, **size, grey=options.grey, **options.own).data
     found = check_images(source.find(), image_size=source.image_size, grey=source.grey)
     for line in found.lines():
         say(line)
