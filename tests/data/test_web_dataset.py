@@ -136,6 +136,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_from_another_folder(tmp_path, m
 
 
 ODD = [
+    ("__meta__", b"{}"),
     ("__meta__.json", b"{}"),
     ("README", b"no key"),
     ("a/0001.PNG", picture(1)),
@@ -166,7 +167,7 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path, format):
     names = [str(found.images[i]) for i in range(len(found.images))]
     assert [name[: name.rindex(".")] for name in names] == [key for _, _, key in expected]
     assert found.class_names == ("0", "1", "2", "3")
-    assert found.skipped == 6  # README, notes and 0003.txt, twice
+    assert found.skipped == 8  # __meta__.json, README, notes and 0003.txt, twice
 
 
 def test_what_the_library_writes_is_read(tmp_path):
