@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import tyro
 from tyro.conf import Positional
 
-from ..options import options_of
-from ..registry import DATA_PREFIXES, find
-from .common import WITHOUT_PREFIX, Flag, command, say
+from ..registry import DATA_PREFIXES
+from .common import Flag, command, reading_flags, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +31,10 @@ class DataCheck:
     grey: Flag = False
 
 
-def _own_flags(args: Sequence[str]) -> Any:
-    """The flags of the kind of data set that is named, where it is no folder."""
-    kinds: dict[str, Any] = {}
-    for prefix in {arg.partition(":")[0] for arg in args if ":" in arg} & set(DATA_PREFIXES):
-        from ..data import EncodedSource  # imports PyTorch
-
-        shared = {option.name for option in options_of(EncodedSource)}
-        for option in options_of(find("data", prefix)):
-            if option.name not in shared and option.flag is not False:
-                help = f"{option.help} (default: {option.default or 'none'})"
-                kinds[option.name] = Annotated[option.kind, tyro.conf.arg(help=help, help_behavior_hint="")]
-    flags: Any = TypedDict("own", kinds, total=False)  # type: ignore[misc]
-    return WITHOUT_PREFIX[flags]
-
-
 def data(args: Sequence[str]) -> int:
     """Read every image of a data set: meanflow data check FOLDER"""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"check": command(DataCheck, ("own", _own_flags(args)))},
+        {"check": command(DataCheck, ("reading", reading_flags(args)))},
         args=list(args),
         prog="meanflow data",
         description=data.__doc__,
@@ -61,7 +45,7 @@ def data(args: Sequence[str]) -> int:
     prefixed = options.data.partition(":")[0] in DATA_PREFIXES and ":" in options.data
     place = {"data": options.data} if prefixed else {"data": "folder", "folder": options.data}
     size = {} if options.image_size is None else {"image_size": options.image_size}
-    source: Any = Config.of(**place, **size, grey=options.grey, **options.own).data
+    source: Any = Config.of(**place, **size, grey=options.grey, **options.reading).data
     found = check_images(source.find(), image_size=source.image_size, grey=source.grey)
     for line in found.lines():
         say(line)

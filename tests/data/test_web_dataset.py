@@ -131,8 +131,14 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_from_another_folder(tmp_path, m
     capsys.readouterr()
     assert cli.main(["train", "--resume", "--name", "stopped", "--data", "wds:../tars"]) == 2
     assert "expected the resumed run's own" in capsys.readouterr().err
-    assert cli.main(["evaluate", "whole", "--data", "wds:../tars", "--samples", "8"]) == 0
+    evaluate = ["evaluate", "whole", "--data", "wds:../tars", "--samples", "8"]
+    assert cli.main(evaluate) == 0
     assert "class accuracy" in capsys.readouterr().out
+    assert cli.main([*evaluate, "--label-from", "folder"]) == 2
+    assert "other classes" in capsys.readouterr().err
+    Path("names.txt").write_text("0\n1\n2\n3\n")
+    assert cli.main([*evaluate, "--class-names", "names.txt"]) == 2
+    assert "it has besides 3" in capsys.readouterr().err
 
 
 ODD = [
