@@ -23,7 +23,7 @@ COMMANDS = {
     "compare": "Train several methods with one budget, and draw what each reaches",
     "encode": "Latents of a folder of images, by a pretrained autoencoder",
     "convert": "Weights of other programs as a safetensors file",
-    "data": "Read every image of a folder: meanflow data check FOLDER",
+    "data": "Read every image of a data set: meanflow data check FOLDER",
     "info": "Versions, devices, and which backend serves which operation",
 }
 

@@ -133,8 +133,9 @@ class Config:
     """A training run. Every option is a flag of `meanflow train` and a key of its YAML file, by its flat name.
 
     Args:
-        data: "digits" (comes with scikit-learn), a folder of images with one sub-folder per class, or a folder of
-            latents, as `meanflow encode` writes it
+        data: "digits" (comes with scikit-learn), a folder of images with one sub-folder per class, wds:PATTERN
+            (WebDataset tar files), hf:NAME_OR_PATH (Hugging Face datasets), or a folder of latents, as `meanflow
+            encode` writes it
         codec: what the network trains on: pixels as they are, or latents: a pretrained AutoencoderKL, by its repository
             on the Hugging Face hub or its folder. Folders of latents know their own
         model: DiT-{S,B,M,L,XL}/{2,4,8}, iMF-DiT-{B,M,L,XL}/2; or your own "package.module:function"
@@ -205,7 +206,7 @@ GROUPS = tuple(Config.__dataclass_fields__)
 
 
 def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat values with short forms written out: a folder as `data`, and one option for several."""
+    """Flat values with short forms written out: a folder or PREFIX:PLACE as `data`, and one option for several."""
     out = dict(values)
     for short, names in TOGETHER.items():
         several = out.pop(short, None)
@@ -214,10 +215,7 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise UsageError(f"expected {len(names)} numbers, got {shown(several)}", field=short)
             out = {**dict(zip(names, several, strict=True)), **out}
     if "data" in out and isinstance(out["data"], str | int | Path):
-        word = str(out["data"])
-        named = word in registry.names("data") and (word not in FOLDERS or "folder" in out)
-        if not named and (not registry.is_code(word) or Path(word).is_dir()):
-            out |= {"data": "latents" if is_latents(word) else "folder", "folder": word}
+        out |= _data_of(str(out["data"]), out)
         if out["data"] == "latents" and "codec" not in out and is_latents(out.get("folder", "")):
             codec = dict(LatentIndex.read(Path(out["folder"]).expanduser()).codec)
             out = {"codec": codec.pop("name"), **codec, **out}
@@ -226,6 +224,17 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
         if not registry.is_code(word) or Path(word).is_dir():
             out |= {"codec": "autoencoder", "pretrained": absolute_if_there(word)}
     return out
+
+
+def _data_of(word: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The data source that `--data WORD` is, and where its data are."""
+    prefix, colon, place = word.partition(":")
+    if colon and prefix in registry.DATA_PREFIXES:
+        return {"data": prefix, **registry.find("data", prefix).named(place)}
+    named = word in registry.names("data") and (word not in FOLDERS or "folder" in given)
+    if named or (registry.is_code(word) and not Path(word).is_dir()):
+        return {"data": word}
+    return {"data": "latents" if is_latents(word) else "folder", "folder": word}
 
 
 def merged(

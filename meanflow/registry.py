@@ -34,6 +34,7 @@ _HOMES = {
 }
 # options that name components, where that is not the singular of the kind
 _OPTIONS = {"data": "data", "recipes": "preset", "velocities": "velocity"}
+DATA_PREFIXES = ("wds", "hf")  # data sources that `--data PREFIX:PLACE` names: none of them is a module
 _known: dict[str, dict[str, Any]] = {kind: {} for kind in _HOMES}
 _warned: set[tuple[str, str]] = set()  # kinds and names
 _log = logging.getLogger("meanflow")
@@ -59,7 +60,8 @@ def register(kind: str, name: str) -> Callable[[T], T]:
 
 def is_code(name: str) -> bool:
     """Whether `name` is of the form "package.module:Name"."""
-    return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name) is not None
+    found = re.fullmatch(r"([^\W\d][\w.]*):[^\W\d][\w.]*", name)
+    return found is not None and found[1] not in DATA_PREFIXES
 
 
 def names(kind: str) -> list[str]:

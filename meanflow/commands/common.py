@@ -15,7 +15,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 from ..errors import UsageError
 from ..options import Option, component_of, help_of, options_of
 from ..processes import is_first
-from ..registry import available, find, is_code, name_of, names
+from ..registry import DATA_PREFIXES, available, find, is_code, name_of, names
 
 if TYPE_CHECKING:
     from ..evaluation import Evaluator
@@ -73,6 +73,24 @@ def given_flags(options: Iterable[Option]) -> Any:
     return WITHOUT_PREFIX[flags]
 
 
+def reading_flags(args: Sequence[str]) -> Any:
+    """A type of flags as `given_flags`, those that say where images and labels are in a data set that is no folder.
+
+    There are some where `args` name one, such as wds:PATTERN.
+    """
+    kinds: dict[str, Any] = {}
+    for prefix in {arg.removeprefix("--data=").partition(":")[0] for arg in args if ":" in arg} & set(DATA_PREFIXES):
+        from ..data import EncodedSource
+
+        shared = {option.name for option in options_of(EncodedSource)}
+        for option in options_of(find("data", prefix)):
+            if option.name not in shared and option.flag is not False:
+                help = f"{option.help} (default: {option.default or 'none'})"
+                kinds[option.name] = Annotated[option.kind, tyro.conf.arg(help=help, help_behavior_hint="")]
+    flags: Any = TypedDict("reading", kinds, total=False)  # type: ignore[misc]
+    return WITHOUT_PREFIX[flags]
+
+
 # --------------------------------------------------------------------------------------------- options of the sampling
 
 
@@ -100,8 +118,8 @@ def _sampler_of(objective: str) -> tuple[str, type[Any]]:
     return name_of("samplers", cls), cls
 
 
-def with_sampling(cls: type[Any], args: Sequence[str]) -> type[Any]:
-    """A command's options and, as `sampling`, the name of a sampler and those of its options that were given."""
+def with_sampling(cls: type[Any], args: Sequence[str], *more: tuple[Any, ...]) -> type[Any]:
+    """A command's options, more fields and, as `sampling`, the name of a sampler and its options that were given."""
     named = next((word for flag, word in flags_of(args) if flag == "sampler"), None)
     kinds: dict[str, Any] = {}
     for name, several in sampling_options(named).items():
@@ -112,7 +130,7 @@ def with_sampling(cls: type[Any], args: Sequence[str]) -> type[Any]:
     help = f"how images are drawn: {words} (default: the run's own; another one starts from its own defaults)"
     kinds = {"sampler": Annotated[str, tyro.conf.arg(help=help, help_behavior_hint="")], **kinds}
     flags: Any = TypedDict("sampling", kinds, total=False)  # type: ignore[misc]
-    return command(cls, ("sampling", WITHOUT_PREFIX[flags]))
+    return command(cls, *more, ("sampling", WITHOUT_PREFIX[flags]))
 
 
 def _help_of(several: Sequence[tuple[str, Option]]) -> str:

@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import tyro
 from tyro.conf import Positional
 
-from .common import Flag, check_at_least, command, say
+from ..registry import DATA_PREFIXES
+from .common import Flag, command, reading_flags, say
 
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
-    """Read every image of a folder as training would, and name those that cannot be read.
+    """Read every image of a data set as training would, and name those that cannot be read.
 
-    The exit code is 0 if every image can be read, 1 if not.
+    The exit code is 0 if every image can be read, 1 if not. `meanflow data check wds:PATTERN --help` shows the options
+    that say where its labels are, and so does hf:NAME.
 
     Args:
-        folder: one sub-folder per class
+        data: a folder with one sub-folder per class, wds:PATTERN or hf:NAME_OR_PATH
         image_size: side in pixels that images are scaled to; None: as `meanflow train` scales them
         grey: one grey channel instead of RGB
     """
 
-    folder: Positional[Path]
+    data: Positional[str]
     image_size: int | None = None
     grey: Flag = False
 
 
 def data(args: Sequence[str]) -> int:
-    """Read every image of a folder: meanflow data check FOLDER"""
+    """Read every image of a data set: meanflow data check FOLDER"""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"check": command(DataCheck)}, args=list(args), prog="meanflow data", description=data.__doc__
+        {"check": command(DataCheck, ("reading", reading_flags(args)))},
+        args=list(args),
+        prog="meanflow data",
+        description=data.__doc__,
     )
-    from ..data import ImageFolder
-    from ..data.check import check_folder
+    from ..config import Config
+    from ..data.check import check_images
 
-    size = ImageFolder.image_size
-    if options.image_size is not None:
-        check_at_least(1, options, "image_size")
-        size = options.image_size
-    found = check_folder(options.folder.expanduser(), image_size=size, grey=options.grey)
+    prefixed = options.data.partition(":")[0] in DATA_PREFIXES and ":" in options.data
+    place = {"data": options.data} if prefixed else {"data": "folder", "folder": options.data}
+    size = {} if options.image_size is None else {"image_size": options.image_size}
+    source: Any = Config.of(**place, **size, grey=options.grey, **options.reading).data
+    found = check_images(source.find(), image_size=source.image_size, grey=source.grey)
     for line in found.lines():
         say(line)
     return 1 if found.unreadable else 0

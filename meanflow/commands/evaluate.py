@@ -21,6 +21,7 @@ from .common import (
     check_sampling,
     device_of,
     parse,
+    reading_flags,
     say,
     say_report,
     source_of,
@@ -37,7 +38,7 @@ class Evaluate:
         samples: generated images
         seed: of the noise
         weights: averaged weights, or those of the last step
-        data: another folder of images to compare with; None: what the run was trained on
+        data: other images to compare with: a folder, wds:PATTERN or hf:NAME; None: what the run was trained on
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
     """
@@ -53,7 +54,7 @@ class Evaluate:
 
 def evaluate(args: Sequence[str]) -> int:
     """Class accuracy and Frechet distance of a run"""
-    options = parse(with_sampling(Evaluate, args), args, prog="evaluate")
+    options = parse(with_sampling(Evaluate, args, ("reading", reading_flags(args))), args, prog="evaluate")
     check_at_least(2, options, "samples")
     check_backend()
     folder = RunFolder(source_of(options.run))
@@ -67,7 +68,7 @@ def evaluate(args: Sequence[str]) -> int:
     evaluator = config.run.evaluator
     if options.data is not None:
         channels, side, _ = loaded.image_shape
-        config = config.replace(data=options.data)
+        config = config.replace(data=options.data, **options.reading)
         of_network = {"image_size": side, "grey": channels == 1}
         config = config.replace(**{name: value for name, value in of_network.items() if name in config.values()})
     data = config.data.load()
@@ -78,9 +79,8 @@ def evaluate(args: Sequence[str]) -> int:
         report |= data.left_out.figures()
         say(data.left_out.summary())
     say_report(report, evaluator)
-    others = dataclasses.replace(options, run="", device="auto", trust_code=False, sampling={}) == type(options)(
-        run="", sampling={}
-    )
+    usual = {"run": "", "sampling": {}, "reading": {}}
+    others = dataclasses.replace(options, device="auto", trust_code=False, **usual) == type(options)(**usual)
     if standard and others:
         folder.read_report(evaluator.titles)
         folder.update_report(report, loaded.step)

@@ -1,16 +1,15 @@
-"""Every image of a folder read once, as training would: what `meanflow data check` does."""
+"""Every image of a data set read once, as training would: what `meanflow data check` does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from tqdm import tqdm
 
-from .folder import find_images, read_image
+from .encoded import FoundImages, read_image
 from .left_out import UnreadableImage
 
 AHEAD = 1024  # images that are handed to the threads at a time
@@ -18,8 +17,8 @@ SHOWN = 20  # classes
 
 
 @dataclass(frozen=True)
-class FolderCheck:
-    """What a folder of images holds.
+class ImageCheck:
+    """What a data set of images holds.
 
     classes: number of images of each class, by name.
     unreadable: those that cannot be read.
@@ -27,7 +26,7 @@ class FolderCheck:
     skipped: other files.
     """
 
-    folder: Path
+    name: str
     classes: dict[str, int]
     unreadable: list[UnreadableImage]
     readable: dict[str, int]
@@ -37,7 +36,7 @@ class FolderCheck:
         """In words."""
         total = sum(self.classes.values())
         others = f", {self.skipped} other file{'s' if self.skipped > 1 else ''}" if self.skipped else ""
-        yield f"{self.folder}: {total} images in {len(self.classes)} class{'es' * (len(self.classes) > 1)}{others}"
+        yield f"{self.name}: {total} images in {len(self.classes)} class{'es' * (len(self.classes) > 1)}{others}"
         shown = dict(islice(self.classes.items(), SHOWN))
         width = max(map(len, shown))
         yield from (f"  {name:<{width}}  {count}" for name, count in shown.items())
@@ -49,7 +48,7 @@ class FolderCheck:
         if not self.unreadable:
             yield "every image can be read"
             return
-        empty = [name for name, count in self.readable.items() if count == 0]
+        empty = [name for name, count in self.readable.items() if count == 0 and self.classes[name] > 0]
         words = f"{len(self.unreadable)} of {total} images cannot be read"
         if empty:
             names = ", ".join(empty[:SHOWN]) + (", …" if len(empty) > SHOWN else "")
@@ -58,40 +57,35 @@ class FolderCheck:
             yield f"{words}; `meanflow train --skip-unreadable` leaves them out"
 
 
-def check_folder(folder: Path, *, image_size: int, grey: bool = False) -> FolderCheck:
-    """Read every image of `folder`; a bar on stderr shows how far it is.
+def check_images(found: FoundImages, *, image_size: int, grey: bool = False) -> ImageCheck:
+    """Read every image of a data set; a bar on stderr shows how far it is."""
 
-    Raises:
-        UsageError: the folder cannot be used at all.
-    """
-    paths, labels, class_names, skipped = find_images(folder)
-
-    def attempt(path: Path) -> UnreadableImage | None:
+    def attempt(index: int) -> UnreadableImage | None:
         try:
-            read_image(path, image_size, grey=grey)
+            read_image(found.images[index], image_size, grey=grey)
         except UnreadableImage as error:
             return error
         return None
 
-    counts = labels.bincount(minlength=len(class_names))
+    counts = found.labels.bincount(minlength=len(found.class_names))
     readable = counts.clone()
     unreadable = []
     pool = ThreadPoolExecutor()
     try:
-        with tqdm(total=len(paths), desc="reading images", leave=False, disable=None) as bar:
-            for first in range(0, len(paths), AHEAD):
-                some: Sequence[Path] = paths[first : first + AHEAD]
-                for i, error in enumerate(pool.map(attempt, some), start=first):
+        with tqdm(total=len(found.labels), desc="reading images", leave=False, disable=None) as bar:
+            for first in range(0, len(found.labels), AHEAD):
+                some = range(first, min(first + AHEAD, len(found.labels)))
+                for i, error in zip(some, pool.map(attempt, some), strict=True):
                     bar.update()
                     if error is not None:
                         unreadable.append(error)
-                        readable[labels[i]] -= 1
+                        readable[found.labels[i]] -= 1
     finally:
         pool.shutdown(cancel_futures=True)
-    return FolderCheck(
-        folder=folder,
-        classes=dict(zip(class_names, counts.tolist(), strict=True)),
+    return ImageCheck(
+        name=found.name,
+        classes=dict(zip(found.class_names, counts.tolist(), strict=True)),
         unreadable=unreadable,
-        readable=dict(zip(class_names, readable.tolist(), strict=True)),
-        skipped=skipped,
+        readable=dict(zip(found.class_names, readable.tolist(), strict=True)),
+        skipped=found.skipped,
     )

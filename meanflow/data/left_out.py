@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,16 +16,17 @@ LISTED = 100  # in report.json
 
 
 class UnreadableImage(UsageError):
-    """A file that is no image, is damaged, or has more than 8 bits a channel.
+    """A file, or a part of one, that is no image, is damaged, or has more than 8 bits a channel.
 
+    path: where it is: its name in messages.
     reason: why, without the path.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"data: cannot read the image {path}: {reason}")
-        self.path, self.reason = path, reason
+        self.path, self.reason = str(path), reason
 
-    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[str, str]]:
         return type(self), (self.path, self.reason)  # from a worker process
 
 
@@ -40,9 +40,9 @@ class LeftOut:
         self.reasons: dict[str, str] = {}
         self._taken = self._named = 0
 
-    def add(self, path: Path | str, reason: str) -> None:
+    def add(self, path: str, reason: str) -> None:
         """One more; nothing if it is known."""
-        self.reasons.setdefault(str(path), reason)
+        self.reasons.setdefault(path, reason)
 
     def add_named(self, others: Iterable[tuple[str, str]]) -> None:
         """Those of all processes, each of which has named its own; or the same ones, of one process."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UsageError
-from .folder import FolderImages
+from .encoded import DecodedImages
 from .images import ImageSource, TensorImages
 from .left_out import LeftOut
 from .order import StepOrder, StepSampler
@@ -58,7 +58,7 @@ def batches(source: ImageSource, chosen: Iterable[list[int]], *, workers: int = 
         workers: processes that decode images ahead; images in memory need none.
     """
     workers = 0 if isinstance(source, TensorImages) else workers
-    left_out = source.left_out if isinstance(source, FolderImages) else None
+    left_out = source.left_out if isinstance(source, DecodedImages) else None
     loader: DataLoader[Any] = DataLoader(
         _Guarded(source, left_out),
         batch_sampler=chosen,

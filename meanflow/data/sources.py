@@ -11,7 +11,8 @@ from ..errors import UsageError
 from ..options import Options, option
 from ..registry import register
 from .digits import load_digits_data
-from .folder import load_folder
+from .encoded import FoundImages, load_images
+from .folder import find_images
 from .images import ImageData
 
 
@@ -52,37 +53,58 @@ class Digits(DataSource):
         return load_digits_data(self.held_out)
 
 
-@register("data", "folder")
 @dataclass(frozen=True)
-class ImageFolder(DataSource):
-    """A folder of images with one sub-folder per class.
+class EncodedSource(DataSource):
+    """Images as files or in files, decoded as they are needed where they are many. One of your own has a `find`.
 
     Args:
-        folder: where it is
         image_size: side in pixels: images are scaled to it on their shorter side and cut to the centre
         grey: one grey channel instead of RGB
         skip_unreadable: an image that cannot be read: go on with another of its class in its place (`meanflow data
             check` names them all)
     """
 
-    folder: str = option("", flag=False)
     image_size: int = option(32, low=1, high=2**15)
     grey: bool = False
     skip_unreadable: bool = False
 
+    @abstractmethod
+    def find(self) -> FoundImages:
+        """Where each image is, and its label.
+
+        Raises:
+            UsageError: they cannot be used.
+        """
+
     def load(self) -> ImageData:
-        """(3 or 1, image_size, image_size) images, decoded as they are needed where they are many."""
-        if not self.folder:
-            raise UsageError(
-                "say what to train on: `meanflow train digits`, or `meanflow train --data FOLDER`", field="data"
-            )
-        return load_folder(
-            Path(self.folder).expanduser(),
+        """(3 or 1, image_size, image_size) images."""
+        return load_images(
+            self.find(),
             image_size=self.image_size,
             grey=self.grey,
             held_out=self.held_out,
             skip_unreadable=self.skip_unreadable,
         )
+
+
+@register("data", "folder")
+@dataclass(frozen=True)
+class ImageFolder(EncodedSource):
+    """A folder of images with one sub-folder per class.
+
+    Args:
+        folder: where it is
+    """
+
+    folder: str = option("", flag=False)
+
+    def find(self) -> FoundImages:
+        """The folder's image files."""
+        if not self.folder:
+            raise UsageError(
+                "say what to train on: `meanflow train digits`, or `meanflow train --data FOLDER`", field="data"
+            )
+        return find_images(Path(self.folder).expanduser())
 
     def located(self) -> dict[str, Any]:
         """The folder's absolute path."""

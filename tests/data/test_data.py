@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import meanflow.data.folder as folder_module
+import meanflow.data.encoded as encoded_module
 from meanflow.data import (
     Digits,
     ImageFolder,
@@ -108,7 +108,7 @@ def test_missing_scikit_learn_is_named(monkeypatch):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_folder_gives_sorted_classes_and_square_images(tmp_path, monkeypatch, cached):
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 2**30 if cached else 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 2**30 if cached else 0)
     make_folder(tmp_path, {"zebra": 3, "ant": 2})
     data = load_folder(tmp_path, image_size=8)
     assert data.class_names == ("ant", "zebra")
@@ -158,7 +158,7 @@ def test_sixteen_bits_are_refused_rather_than_cut_off(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_later_is_named_by_workers_too(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
     make_folder(tmp_path, {"a": 4})
     data = load_folder(tmp_path, image_size=8)
     (tmp_path / "a" / "2.png").write_bytes(b"gone bad")

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from tiny_runs import losses
 
-import meanflow.data.folder as folder_module
+import meanflow.data.encoded as encoded_module
 from meanflow import cli
 from meanflow.data import ImageData, StepOrder, TensorImages, UnreadableImage, load_folder, micro_batches, read_image
-from meanflow.data.check import check_folder
+from meanflow.data.check import check_images
+from meanflow.data.folder import find_images
 from meanflow.errors import UsageError
 from meanflow.training.log import read_log
 
@@ -42,7 +43,7 @@ def values(images: torch.Tensor) -> list[int]:
 @pytest.fixture(params=["memory", "lazy"])
 def kept(request, monkeypatch):
     """Where the images are."""
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 2**30 if request.param == "memory" else 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 2**30 if request.param == "memory" else 0)
     return request.param
 
 
@@ -97,7 +98,7 @@ def test_a_machine_that_opens_no_more_files_is_no_damaged_image(tmp_path, kept, 
 
 
 def test_workers_and_processes_see_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
     make_folder(tmp_path, {"cat": 5, "dog": 5}, bad=("cat/4", "cat/0", "dog/2"))
     order = StepOrder(10, 4, seed=3)
 
@@ -126,7 +127,7 @@ def test_workers_and_processes_see_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_ten_are_named_once_and_the_others_counted(tmp_path, monkeypatch, capsys, workers):
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
     make_folder(tmp_path, {"cat": 16}, bad=tuple(f"cat/{i}" for i in range(15)))
     data = load_folder(tmp_path, image_size=8, skip_unreadable=True)
     for x, _ in micro_batches(data.train, StepOrder(16, 8, 0), start=0, stop=6, workers=workers):
@@ -239,7 +240,7 @@ def test_a_folder_is_checked(tmp_path, capsys):
 
 def test_a_check_of_many_classes_is_short(tmp_path):
     make_folder(tmp_path, {f"class{i:02}": 1 + i % 2 for i in range(30)}, bad=("class04/0",))
-    lines = list(check_folder(tmp_path, image_size=8).lines())
+    lines = list(check_images(find_images(tmp_path), image_size=8).lines())
     assert len(lines) == 24
     assert lines[21] == "  … and 10 more classes; 1 to 2 images in each"
     assert lines[23] == "1 of 45 images cannot be read; none of class04, and training needs one of each class"
@@ -255,7 +256,7 @@ def test_a_run_that_an_image_ended_goes_on_without_it(tmp_path, monkeypatch, cap
     """As if it had been left out from the start."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("meanflow.training.run.save_loss_curve", lambda rows, path: None)  # a second each
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
     make_folder(tmp_path / "pets", {"cat": 10, "dog": 10}, bad=("dog/7",))
     assert cli.main([*TINY.split(), "--name", "ended", "--no-evaluate"]) == 2
     assert "--skip-unreadable" in capsys.readouterr().err
@@ -272,7 +273,7 @@ def test_a_run_that_an_image_ended_goes_on_without_it(tmp_path, monkeypatch, cap
     report = json.loads(Path("runs/whole/report.json").read_text())
     assert report["unreadable"]["count"] == 1
     assert report["unreadable"]["files"][0].endswith("pets/dog/7.png")
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 2**30)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 2**30)
     assert cli.main([*TINY.split(), "--name", "in-memory", "--skip-unreadable", "--no-evaluate"]) == 0
     assert losses("in-memory") == losses("whole")
     capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tiny_runs import losses
 
-import meanflow.data.folder as folder_module
+import meanflow.data.encoded as encoded_module
 from meanflow.cli import main
 
 TINY = (
@@ -17,12 +17,12 @@ TINY = (
     "--batch-size 4 --log-every 1 --device cpu --threads 1 --sample-every 0 --steps 6 --workers 1 "
     "--skip-unreadable --no-evaluate"
 )
-LAZY = "import meanflow.data.folder as f; f.CACHE_BYTES = 0; from meanflow.cli import main; main()"
+LAZY = "import meanflow.data.encoded as f; f.CACHE_BYTES = 0; from meanflow.cli import main; main()"
 
 
 def test_every_number_of_processes_trains_on_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folder_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
     for label, name in enumerate(("cat", "dog")):
         Path("pets", name).mkdir(parents=True)
         for i in range(8):
