@@ -50,12 +50,7 @@ class Encoded:
     def lines(self) -> Iterator[str]:
         """In words."""
         index = self.index
-        versions = "with their mirrored versions" if index.mirrored else "without mirrored versions"
-        shape = "×".join(map(str, index.latent_shape))
-        yield (
-            f"{index.count} images in {len(index.class_names)} class{'es' * (len(index.class_names) > 1)}, {versions}: "
-            f"latents of {shape}, {index.bytes / 2**20:,.0f} MiB in {len(index.shards)} files"
-        )
+        yield index.in_words()
         mean, std = index.statistics()
         yield "as they are trained on, by channel: mean " + ", ".join(f"{a:.3f}" for a in mean)
         yield "                  standard deviation " + ", ".join(f"{a:.3f}" for a in std)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from .common import Device, Flag, check_at_least, command, parse, say
+from .common import Device, Flag, check_at_least, command, parse, reading_flags, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Encode:
 
 def encode(args: Sequence[str]) -> int:
     """Latents of a folder of images, by a pretrained autoencoder"""
-    options = parse(command(Encode), args, prog="encode")
+    options = parse(command(Encode, ("reading", reading_flags(args))), args, prog="encode")
     check_at_least(1, options, "image_size", "shard_size", "batch_size")
     check_at_least(0, options, "workers")
     import torch
@@ -70,7 +70,7 @@ def encode(args: Sequence[str]) -> int:
     folder = Path(options.images).expanduser()
     images = str(folder.resolve()) if folder.is_dir() else options.images
     given = {"data": images, "image_size": options.image_size, "skip_unreadable": options.skip_unreadable}
-    source = Config.of(**given).data
+    source = Config.of(**given, **options.reading).data
     where = {"revision": options.revision, "subfolder": options.subfolder}
     codec = Autoencoder(pretrained=absolute_if_there(options.codec), **where).identified()
     done = encode_images(

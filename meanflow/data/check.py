@@ -1,4 +1,4 @@
-"""Every image of a data set read once, as training would: what `meanflow data check` does."""
+"""Every image, or every file of latents, of a data set read once: what `meanflow data check` does."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import checksum
 from .encoded import FoundImages, read_image
+from .latents import LatentIndex
 from .left_out import UnreadableImage
 
 AHEAD = 1024  # images that are handed to the threads at a time
@@ -89,3 +92,43 @@ def check_images(found: FoundImages, *, image_size: int, grey: bool = False) -> 
         readable=dict(zip(found.class_names, readable.tolist(), strict=True)),
         skipped=found.skipped,
     )
+
+
+@dataclass(frozen=True)
+class LatentCheck:
+    """What a folder of latents holds.
+
+    damaged: what is wrong, by the name of the file.
+    """
+
+    folder: Path
+    index: LatentIndex
+    damaged: dict[str, str]
+
+    def lines(self) -> Iterator[str]:
+        """In words."""
+        yield f"{self.folder}: {self.index.in_words()}"
+        yield from (f"{self.folder / name}: {reason}" for name, reason in self.damaged.items())
+        if self.damaged:
+            count = f"{len(self.damaged)} of {len(self.index.shards)} files"
+            yield f"{count} are damaged; remove them, and the same `meanflow encode` makes them anew"
+        else:
+            yield "every file is as it was written"
+
+
+def check_latents(folder: Path) -> LatentCheck:
+    """Compare every file of a folder of latents with its checksum; a bar on stderr shows how far it is.
+
+    Raises:
+        UsageError: the folder has no index, or it is damaged.
+    """
+    index = LatentIndex.read(folder)
+    damaged = {}
+    for shard in tqdm(index.shards, desc="reading latents", leave=False, disable=None):
+        try:
+            found = checksum(folder / shard.file)
+            if found != shard.checksum:
+                damaged[shard.file] = f"expected the checksum {shard.checksum}, got {found}"
+        except OSError as error:
+            damaged[shard.file] = error.strerror or str(error)
+    return LatentCheck(folder, index, damaged)

@@ -96,6 +96,13 @@ class LatentIndex:
         """Size of all files."""
         return sum(shard.size for shard in self.shards)
 
+    def in_words(self) -> str:
+        """How many images of what, and what they take."""
+        classes = f"{len(self.class_names)} class{'es' * (len(self.class_names) > 1)}"
+        versions = "with their mirrored versions" if self.mirrored else "without mirrored versions"
+        shape, size = "×".join(map(str, self.latent_shape)), f"{self.bytes / 2**20:,.0f} MiB"
+        return f"{self.count} images in {classes}, {versions}: latents of {shape}, {size} in {len(self.shards)} files"
+
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel's latents as they are trained on."""
         n = self.count * (1 + self.mirrored) * self.latent_shape[1] * self.latent_shape[2]  # values of a channel

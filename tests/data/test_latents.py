@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,34 @@ def test_what_is_there_is_not_made_again(here, capsys):
     assert times == {name: (Path("again") / name).stat().st_mtime_ns for name in times}
     assert main(words) == 0
     assert "all of them were there before" in capsys.readouterr().out
+
+
+def test_every_file_is_compared_with_its_checksum(here, capsys):
+    assert main(["data", "check", "latents"]) == 0
+    assert "every file is as it was written" in capsys.readouterr().out
+    path = Path("latents/latents-00001.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4  # one bit
+    path.write_bytes(content)
+    Path("latents/latents-00002.safetensors").unlink()
+    assert main(["data", "check", "latents"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"latents-00001.safetensors: expected the checksum \w{8}, got", out)
+    assert "latents-00002.safetensors: No such file" in out
+    assert "2 of 4 files are damaged" in out
+    assert main(["data", "check", "latents", "--image-size", "8"]) == 2
+
+
+def test_tars_are_encoded_as_folders_are(here):
+    with tarfile.open("pictures.tar", "w") as tar:
+        for path in sorted(Path("pictures").rglob("*.png")):
+            tar.add(path, f"{path.parent.name}/{path.name}")
+    words = ["encode", "wds:pictures.tar", "--label-from", "folder", "--codec", "vae", "--out", "of-tar", *ENCODE]
+    assert main(words) == 0
+    for k in range(4):
+        name = f"latents-{k:05d}.safetensors"
+        assert (Path("of-tar") / name).read_bytes() == (Path("latents") / name).read_bytes()
+    assert LatentIndex.read(Path("of-tar")).class_names == ("china", "flower")
 
 
 REFUSALS = {
