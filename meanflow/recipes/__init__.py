@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from ..config import Config
 from ..registry import find, names, register
-from . import digits, digits_family, improved_meanflow, meanflow, points, tarflow
+from . import (
+    digits,
+    digits_family,
+    improved_meanflow,
+    meanflow,
+    points,
+    sit,
+    tarflow,
+)
+from . import shortcut, easy_consistency, continuous_consistency
+from .published import Published, PublishedRecipe, published
 
 __all__ = [
+    "Published",
+    "PublishedRecipe",
+    "continuous_consistency",
     "digits",
     "digits_family",
+    "easy_consistency",
     "improved_meanflow",
     "meanflow",
     "points",
+    "published",
     "recipe",
     "register",
+    "shortcut",
+    "sit",
     "tarflow",
     "variant",
 ]
