@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from tyro.conf import Positional
 
 from ..comparison.estimate import GPUS, PEAK, TFLOPS, Estimate, estimate_of
@@ -55,23 +55,31 @@ def recipes(args: Sequence[str]) -> int:
 
 def table(*, gpus: int, tflops: float) -> str:
     """All recipes, in columns."""
-    lines = [HEADS, *(row(name, gpus=gpus, tflops=tflops) for name, _ in available("recipes", recipe))]
+    heads = [f"{head} on {_gpus(gpus)}" if head == "hours" else head for head in HEADS]
+    known = sorted(available("recipes", recipe), key=lambda pair: published(pair[0]) is not None)  # papers' last
+    lines = [heads, *(row(name, config, gpus=gpus, tflops=tflops) for name, config in known)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, "", assumption(gpus, tflops), "", "All about one: meanflow recipes NAME"])
 
 
-def row(name: str, *, gpus: int = GPUS, tflops: float = TFLOPS) -> tuple[str, ...]:
+def row(name: str, config: Config, *, gpus: int = GPUS, tflops: float = TFLOPS) -> list[str]:
     """A recipe under the heads of the table; what nothing is known of is empty."""
-    config, reported, estimate = recipe(name), published(name), estimate_of(name)
+    reported, estimate = published(name), estimate_of(name)
     steps = f"{config.optim.steps:,}"
     known = ["", "", measured(name), "", ""]
     if reported is not None and estimate is not None:
         steps += f" ({reported.epochs:,})" if reported.epochs else ""
         hours = _hours(estimate.hours(config, gpus=gpus, tflops=tflops))
-        known = [_millions(estimate.parameters), f"{estimate.flops / 1e9:.0f}", hours, _fids(reported), source(reported)]
+        known = [
+            _millions(estimate.parameters),
+            f"{estimate.flops / 1e9:.0f}",
+            hours,
+            _fids(reported),
+            source(reported),
+        ]
     parameters, flops, hours, fid, origin = known
-    return (name, config.model.name, parameters, f"{config.optim.batch_size}", steps, flops, hours, fid, origin)
+    return [name, config.model.name, parameters, f"{config.optim.batch_size}", steps, flops, hours, fid, origin]
 
 
 def details(name: str, *, gpus: int, tflops: float) -> str:
@@ -87,15 +95,12 @@ def details(name: str, *, gpus: int, tflops: float) -> str:
     chosen = ", ".join(f"{key} {values[key]}" for key in ("model", "objective"))
     lines = [name, *(f"  {key:<{width}}{text}" for key, text in words)]
     lines += ["", f"Settings that differ from the defaults of {chosen}, as a YAML file has them:"]
-    text = yaml.safe_dump(settings(config), sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
-    lines += [f"  {line}" for line in text.splitlines()]
+    lines += [f"  {key}: {json.dumps(value)}" for key, value in settings(config).items()]
     lines += ["", "To run it:", *(f"  {line}" for line in to_run(name, reported, gpus))]
     return "\n".join([*lines, *([] if reported is None else ["", assumption(gpus, tflops)])])
 
 
-def _reported(
-    config: Config, reported: Published, estimate: Estimate, gpus: int, tflops: float
-) -> Mapping[str, str]:
+def _reported(config: Config, reported: Published, estimate: Estimate, gpus: int, tflops: float) -> Mapping[str, str]:
     """What a recipe of a paper says, by key."""
     optim, parameters = config.optim, f"{_millions(estimate.parameters)} parameters in training"
     if reported.parameters is not None:
@@ -107,7 +112,7 @@ def _reported(
         "model": f"{config.model.name}, {parameters}",
         "training": f"{optim.steps:,} steps of {optim.batch_size} images, {reported.epochs} epochs",
         "cost": f"{estimate.flops / 1e9:.1f} GFLOP an image of a training step, {total:.2g} FLOP in all",
-        "hours": f"{_hours(estimate.hours(config, gpus=gpus, tflops=tflops))} on {gpus} GPUs, an estimate: see below",
+        "hours": f"{_hours(estimate.hours(config, gpus=gpus, tflops=tflops))} on {_gpus(gpus)}, an estimate: see below",
         "protocol": reported.protocol,
         "FID": f"{_fids(reported)}: {reported.table}" if reported.fid else "none is published for this network",
         "differs": reported.differs,
@@ -119,10 +124,10 @@ def settings(config: Config) -> dict[str, Any]:
     """The values of a configuration that differ from the defaults of its data, model and objective."""
     values = config.values()
     parts = {option.name: option.default for option in options_of(Config, config) if option.choice}
-    base = Config().replace(**{part: values[part] for part in GROUPS if part in parts})
+    whole = {part: parts.pop(part) for part in GROUPS if part in parts}
+    base = Config().replace(**{part: name for part, name in whole.items() if name != Config().values()[part]})
     usual = {**base.replace(**parts).values(), **{part: base.values().get(part) for part in parts}}
-    differing = {key: value for key, value in values.items() if value != usual[key]}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in differing.items()}
+    return {key: value for key, value in values.items() if value != usual[key]}
 
 
 def to_run(name: str, reported: Published | None, gpus: int) -> list[str]:
@@ -141,8 +146,8 @@ def assumption(gpus: int, tflops: float) -> str:
     """What the hours rest on."""
     share = f"{tflops / PEAK:.0%}".replace("%", " %")
     return (
-        f"Hours are an estimate, nobody measured them: the products of the training steps at {tflops:g} TFLOP/s of each "
-        f"of {gpus} GPU{'s' if gpus > 1 else ''}, sustained,\nwhich is {share} of an H100's bf16 peak ({PEAK:g}). "
+        "Hours are an estimate, nobody measured them: the products of the training steps at "
+        f"{tflops:g} TFLOP/s sustained by each of {_gpus(gpus)},\nwhich is {share} of an H100's bf16 peak ({PEAK:g}). "
         "--tflops and --gpus put in others. A VAE and the reading of data are not counted.\n"
         "FIDs are the papers', by the number of network evaluations; none has been reproduced with this library."
     )
@@ -150,7 +155,8 @@ def assumption(gpus: int, tflops: float) -> str:
 
 def measured(name: str) -> str:
     """The seconds that a recipe's docstring reports; "" where it has none."""
-    found = re.search(r"\d+ s of one core", inspect.getdoc(find("recipes", name)) or "")
+    words = " ".join((inspect.getdoc(find("recipes", name)) or "").split())
+    found = re.search(r"\d+ s of one core", words)
     return found[0] if found else ""
 
 
@@ -161,6 +167,10 @@ def source(reported: Published) -> str:
 
 def _fids(reported: Published) -> str:
     return ", ".join(f"{fid:.2f} ({count})" for count, fid in reported.fid.items())
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' if number > 1 else ''}"
 
 
 def _millions(parameters: int) -> str:

@@ -1,7 +1,7 @@
-"""What a recipe of a paper costs, before anybody runs it: parameters, products of a training step, hours by assumption.
+"""What a recipe of a paper costs, before anybody runs it: parameters, products of a step, hours by assumption.
 
-Counts of this package's recipes are in meanflow/recipes/estimates.json, which `python docs/generate.py` writes: to count
-all of them anew takes about a minute.
+Counts of this package's recipes are in meanflow/recipes/estimates.json, which `python docs/generate.py` writes: to
+count all of them anew takes about a minute.
 """
 
 from __future__ import annotations

@@ -5,15 +5,17 @@ from __future__ import annotations
 from ..config import Config
 from ..registry import find, names, register
 from . import (
+    continuous_consistency,
     digits,
     digits_family,
+    easy_consistency,
     improved_meanflow,
     meanflow,
     points,
+    shortcut,
     sit,
     tarflow,
 )
-from . import shortcut, easy_consistency, continuous_consistency
 from .published import Published, PublishedRecipe, published
 
 __all__ = [

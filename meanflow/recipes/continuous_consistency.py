@@ -1,18 +1,20 @@
 """Recipes of sCM's consistency training (sCT, arXiv 2410.11081), for other networks than the authors'.
 
-Theirs are EDM2's U-Nets (280.2, 497.8, 777.6, 1119.4 and 1523.4 million parameters), which this library does not have.
-Here the DiT of the nearest number takes their place, in patches of 4 pixels or of 2 by 2 numbers of the latents: M (308)
-for S, L (459) for M and XL (677) for L; none is near XL and XXL. **No figure is published for these networks.**
+Theirs are EDM2's U-Nets (280.2, 497.8, 777.6, 1119.4 and 1523.4 million parameters), which this library does not
+have. Here the DiT of the nearest number takes their place, in patches of 4 pixels or of 2 by 2 numbers of the
+latents: M (308) for S, L (459) for M and XL (677) for L; none is near XL and XXL. **No figure is published for these
+networks.**
 
-Everything else that there is an option for is that of tables 4 and 5 and appendix G there: batch 2048, 400,000 steps on
-64×64 pixels and 100,000 on latents of 512×512, Adam at 1e-4, 9e-5 and 8e-5 with β (0.9, 0.99), log-normal noise levels
-(−1.0, 1.6) and (−0.8, 1.6), c = 0.1, 10,000 steps of tangent warm-up, labels dropped with 0.1 on latents and not on
-pixels, images not mirrored, a second evaluation at the angle 1.1. σ_d is 0.5: latents are to be scaled to that deviation.
+Everything else that there is an option for is that of tables 4 and 5 and appendix G there: batch 2048, 400,000 steps
+on 64×64 pixels and 100,000 on latents of 512×512, Adam at 1e-4, 9e-5 and 8e-5 with β (0.9, 0.99), log-normal noise
+levels (−1.0, 1.6) and (−0.8, 1.6), c = 0.1, 10,000 steps of tangent warm-up, labels dropped with 0.1 on latents and
+not on pixels, images not mirrored, a second evaluation at the angle 1.1. σ_d is 0.5: latents are to be scaled to that
+deviation.
 
 There is no option for: the start from a diffusion model (`--init RUN` takes a flow of one's own); dropout (0.45 on
-pixels, 0.25 and 0.35 on latents, at 16 and below); Adam's ε = 1e-11 (here PyTorch's); a learning rate that falls with the
-root of the step from step 35,000 (pixels) and 70,000 (latents) on: here with half a cosine on pixels, and not on latents;
-a power-function average of length 0.05 of the run: 0.9999 is this library's.
+pixels, 0.25 and 0.35 on latents, at 16 and below); Adam's ε = 1e-11 (here PyTorch's); a learning rate that falls with
+the root of the step from step 35,000 (pixels) and 70,000 (latents) on: here with half a cosine on pixels, and not on
+latents; a power-function average of length 0.05 of the run: 0.9999 is this library's.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """Recipes of easy consistency tuning (ECT, arXiv 2406.14548) on 64×64 pixels, for other networks than the authors'.
 
-Theirs are EDM2's U-Nets S, M, L and XL (280.2, 497.8, 777.6 and 1119.4 million parameters), which this library does not
-have. Here the DiT of the nearest number takes their place, in patches of 4 pixels: M/4 (308) for S, L/4 (459) for M and
-XL/4 (677) for L; none is near XL. **No figure is published for these networks.**
+Theirs are EDM2's U-Nets S, M, L and XL (280.2, 497.8, 777.6 and 1119.4 million parameters), which this library does
+not have. Here the DiT of the nearest number takes their place, in patches of 4 pixels: M/4 (308) for S, L/4 (459) for
+M and XL/4 (677) for L; none is near XL. **No figure is published for these networks.**
 
 Everything else that there is an option for is that of `run_imgnet_ecm.sh`, and of the presets and defaults of
-`ct_train.py`, in github.com/locuslab/ect at 75aa88a (branch imgnet): batch 128, 12.8 million images, learning rates 1e-3,
-9e-4 and 8e-4 with β (0.9, 0.99), q = 4, a stage of 500 ticks of 6,400 images, k = 8, b = 1, c = 0.06, log-normal noise
-levels (−0.8, 1.6), EMA 0.9999, no dropped labels, images not mirrored, a second evaluation at the noise level 1.526.
+`ct_train.py`, in github.com/locuslab/ect at 75aa88a (branch imgnet): batch 128, 12.8 million images, learning rates
+1e-3, 9e-4 and 8e-4 with β (0.9, 0.99), q = 4, a stage of 500 ticks of 6,400 images, k = 8, b = 1, c = 0.06,
+log-normal noise levels (−0.8, 1.6), EMA 0.9999, no dropped labels, images not mirrored, a second evaluation at the
+noise level 1.526.
 
-There is no option for: the start from EDM2's weights (`--init RUN` takes a flow of one's own); dropout (0.4 and 0.5 at 16
-pixels and below); the weight (σ² + σ_d²)/(σ·σ_d)² (here 1/(σ_t − σ_s)); a learning rate that falls with the root of the
-step from step 2000 on (here with half a cosine). The learning rates are for EDM2's normalised weights, and nobody has
-tried them with a DiT.
+There is no option for: the start from EDM2's weights (`--init RUN` takes a flow of one's own); dropout (0.4 and 0.5
+at 16 pixels and below); the weight (σ² + σ_d²)/(σ·σ_d)² (here 1/(σ_t − σ_s)); a learning rate that falls with the
+root of the step from step 2000 on (here with half a cosine). The learning rates are for EDM2's normalised weights,
+and nobody has tried them with a DiT.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 640 epochs in batches of 1024, Adam (weight decay 0) at a constant 1e-4 after 10 epochs of warm-up with β₂ = 0.95, EMA
 0.9999, half of the samples with r ≠ t, times of the logit-normal (−0.4, 1): table 4 there, and
-`configs/train_config.yml` and `default.py` of github.com/Lyy-iiis/imeanflow at bf60cd7, which also have labels dropped
-with 0.1, p = 1, c = 0.01, guidance scales up to 8, mirrored images, no clipping of gradients, and v heads of 8 blocks. The
-paper draws guidance scales with β = 1 or 2 and does not say which for which size; 1 is the program's.
+`configs/train_config.yml` and `default.py` of github.com/Lyy-iiis/imeanflow at bf60cd7, which also have labels
+dropped with 0.1, p = 1, c = 0.01, guidance scales up to 8, mirrored images, no clipping of gradients, and v heads of
+8 blocks. The paper draws guidance scales with β = 1 or 2 and does not say which for which size; 1 is the program's.
 
-The guidance of the samples is the one of `configs/eval_config.yml`, for one evaluation; XL/2 in two evaluations has
-ω = 4 on [0.36, 0.64]. Parameters (without v head) and FIDs in one evaluation: table 2; in two: table 3.
+The guidance of the samples is the one of `configs/eval_config.yml`, for one evaluation; XL/2 in two evaluations has ω
+= 4 on [0.36, 0.64]. Parameters (without v head) and FIDs in one evaluation: table 2; in two: table 3.
 """
 
 from __future__ import annotations

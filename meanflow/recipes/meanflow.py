@@ -1,10 +1,10 @@
 """Recipes of MeanFlow (arXiv 2505.13447).
 
-Model, epochs, guidance and its interval: table 4 there. Batch 256, Adam (weight decay 0) at a constant 1e-4 with
-β (0.9, 0.95), EMA 0.9999, a quarter of the samples with r ≠ t, times of the logit-normal (−0.4, 1), p = 1, labels
-dropped with 0.1: table 4 and `configs/default.py` of github.com/Gsunshine/meanflow at d70cb55, which also has c = 0.01,
-4×32×32 latents of the VAE "mse", mirrored images and no clipping of gradients. FIDs: table 2, and table 1f for B/4,
-which is the model of the ablations and has no guidance of its own in table 4 (its row here is ω = 2, κ = 0).
+Model, epochs, guidance and its interval: table 4 there. Batch 256, Adam (weight decay 0) at a constant 1e-4 with β
+(0.9, 0.95), EMA 0.9999, a quarter of the samples with r ≠ t, times of the logit-normal (−0.4, 1), p = 1, labels
+dropped with 0.1: table 4 and `configs/default.py` of github.com/Gsunshine/meanflow at d70cb55, which also has c =
+0.01, 4×32×32 latents of the VAE "mse", mirrored images and no clipping of gradients. FIDs: table 2, and table 1f for
+B/4, which is the model of the ablations and has no guidance of its own in table 4 (its row here is ω = 2, κ = 0).
 
 XL/2+ is XL/2 with more epochs and another guidance; its FID is of two evaluations.
 """

@@ -2,8 +2,9 @@
 
 The commands for ImageNet in the README of github.com/kvfrans/shortcut-models at 6010043, with the defaults of its
 `train.py`: batch 256, 810,000 steps, AdamW at a constant 1e-4 with β (0.9, 0.999) and weight decay 0.1, no clipping,
-1 of 8 samples with a composed target (the paper says a quarter), steps down to 1/128, guidance scale 1.5 in the targets,
-labels dropped with 0.1, targets by an average of 0.999, mirrored images, latents of sd-vae-ft-mse. FIDs: the README's table.
+1 of 8 samples with a composed target (the paper says a quarter), steps down to 1/128, guidance scale 1.5 in the
+targets, labels dropped with 0.1, targets by an average of 0.999, mirrored images, latents of sd-vae-ft-mse. FIDs: the
+README's table.
 
 The program keeps the average of 0.999 for its targets and by default evaluates the weights themselves (`use_ema`).
 """

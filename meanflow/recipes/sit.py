@@ -5,9 +5,9 @@ images, EMA 0.9999, labels dropped with 0.1, uniform times: appendix E there, an
 github.com/willisma/SiT at 947f95b (whose VAE is "ema"). 400,000 steps, and 7,000,000 for XL/2: tables 1 and 7.
 Parameters: table 1. FIDs: table 8 without guidance, table 7 with guidance scale 1.5.
 
-Images are drawn by the paper's ODE sampler, Heun's method from noise to data in 125 steps, which is its 250 evaluations
-(appendix D). The better figures are of its SDE sampler, 250 Euler-Maruyama steps of a diffusion that it tunes to a
-bound of the divergence, w = KL,η, which there is not here; `--sampler sde` has the others of its table 6.
+Images are drawn by the paper's ODE sampler, Heun's method from noise to data in 125 steps, which is its 250
+evaluations (appendix D). The better figures are of its SDE sampler, 250 Euler-Maruyama steps of a diffusion that it
+tunes to a bound of the divergence, w = KL,η, which there is not here; `--sampler sde` has the others of its table 6.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ for name, parameters, steps, scale, fid, table in ROWS:
         paper="2401.08740",
         data=EMA,
         shape=LATENTS,
-        protocol=f"50,000 samples by Heun's method in 125 steps (or by 250 steps of an SDE), {guidance}, of the averaged "
-        "weights; FID to the training set by ADM's program",
+        protocol=f"50,000 samples by Heun's method in 125 steps (or by 250 steps of an SDE), {guidance}, of the "
+        "averaged weights; FID to the training set by ADM's program",
         fid=fid,
         table=table,
         epochs=epochs_of(steps, 256),
