@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from meanflow.commands.recipes import HEADS as RECIPE_HEADS
-from meanflow.commands.recipes import row
+from meanflow.commands.recipes import by_paper
+from meanflow.commands.recipes import row as recipe_row
 from meanflow.comparison.estimate import COUNTS, GPUS, counted
 from meanflow.comparison.table import words
 from meanflow.models.options import model_options
@@ -92,7 +93,7 @@ def _with_table(text: str, begin: str, new: str) -> str:
 def papers() -> list[str]:
     """The recipes of this package that say what their papers report."""
     own = [name for name in names("recipes") if find("recipes", name).__module__.startswith("meanflow.")]
-    return sorted((name for name in own if published(name)), key=lambda name: name.partition("DiT")[0])
+    return sorted((name for name in own if published(name)), key=by_paper)
 
 
 def recipes_table() -> str:
@@ -100,7 +101,7 @@ def recipes_table() -> str:
     heads = [f"hours on {GPUS} H100s" if head == "hours" else head for head in RECIPE_HEADS]
     lines = [heads, ["---"] * len(heads)]
     for name in papers():
-        _, *cells, origin = row(name, recipe(name))
+        _, *cells, origin = recipe_row(name, recipe(name))
         paper, _, place = origin.removeprefix("arXiv ").partition(", ")
         origin = f"[{paper}](https://arxiv.org/abs/{paper})" + (f", {place}" if place else "")
         lines.append([f"`{name}`", *cells, origin])

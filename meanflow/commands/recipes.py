@@ -56,11 +56,17 @@ def recipes(args: Sequence[str]) -> int:
 def table(*, gpus: int, tflops: float) -> str:
     """All recipes, in columns."""
     heads = [f"{head} on {_gpus(gpus)}" if head == "hours" else head for head in HEADS]
-    known = sorted(available("recipes", recipe), key=lambda pair: published(pair[0]) is not None)  # papers' last
+    known = sorted(available("recipes", recipe), key=lambda pair: by_paper(pair[0]))
     lines = [heads, *(row(name, config, gpus=gpus, tflops=tflops) for name, config in known)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADS))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([*text, "", assumption(gpus, tflops), "", "All about one: meanflow recipes NAME"])
+
+
+def by_paper(name: str) -> str:
+    """What recipes are ordered by: those of no paper, then papers by their dates, each in its own order."""
+    reported = published(name)
+    return "" if reported is None else reported.paper
 
 
 def row(name: str, config: Config, *, gpus: int = GPUS, tflops: float = TFLOPS) -> list[str]:
@@ -166,7 +172,7 @@ def source(reported: Published) -> str:
 
 
 def _fids(reported: Published) -> str:
-    return ", ".join(f"{fid:.2f} ({count})" for count, fid in reported.fid.items())
+    return ", ".join(f"{fid:g} ({count})" for count, fid in reported.fid.items())
 
 
 def _gpus(number: int) -> str:

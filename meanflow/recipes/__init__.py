@@ -5,13 +5,13 @@ from __future__ import annotations
 from ..config import Config
 from ..registry import find, names, register
 from . import (
-    continuous_consistency,
     digits,
     digits_family,
     easy_consistency,
     improved_meanflow,
     meanflow,
     points,
+    scm,
     shortcut,
     sit,
     tarflow,
@@ -21,7 +21,6 @@ from .published import Published, PublishedRecipe, published
 __all__ = [
     "Published",
     "PublishedRecipe",
-    "continuous_consistency",
     "digits",
     "digits_family",
     "easy_consistency",
@@ -31,6 +30,7 @@ __all__ = [
     "published",
     "recipe",
     "register",
+    "scm",
     "shortcut",
     "sit",
     "tarflow",

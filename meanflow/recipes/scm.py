@@ -51,31 +51,33 @@ def shared(name: str, model: str, lr: float) -> Config:
     )
 
 
-def of_pixels(name: str, model: str, lr: float) -> Config:
+def of_pixels(name: str, model: str, lr: float, steps: int) -> Config:
     """Table 4."""
     return shared(name, model, lr).replace(
-        image_size=64, time_mean=-1.0, label_dropout=0.0, steps=400_000, schedule="cosine"
+        image_size=64, time_mean=-1.0, label_dropout=0.0, steps=steps, schedule="cosine"
     )
 
 
-def of_latents(name: str, model: str, lr: float) -> Config:
+def of_latents(name: str, model: str, lr: float, steps: int) -> Config:
     """Table 5."""
-    return shared(name, model, lr).replace(time_mean=-0.8, label_dropout=0.1, steps=100_000)
+    return shared(name, model, lr).replace(time_mean=-0.8, label_dropout=0.1, steps=steps)
 
 
-for ours, size, theirs, lr in (("M", "S", 280.2, 1e-4), ("L", "M", 497.8, 9e-5), ("XL", "L", 777.6, 8e-5)):
-    for name, model, make, data, shape in (
-        (f"sCT-DiT-{ours}/4", f"DiT-{ours}/4", of_pixels, SMALL, PIXELS),
-        (f"sCT-512-DiT-{ours}/2", f"DiT-{ours}/2", of_latents, LARGE, LARGE_LATENTS),
-    ):
+for family, patch, make, data, shape, steps in (
+    ("sCT", 4, of_pixels, SMALL, PIXELS, 400_000),
+    ("sCT-512", 2, of_latents, LARGE, LARGE_LATENTS, 100_000),
+):
+    for ours, size, theirs, lr in (("M", "S", 280.2, 1e-4), ("L", "M", 497.8, 9e-5), ("XL", "L", 777.6, 8e-5)):
+        model = f"DiT-{ours}/{patch}"
+        name = f"{family}-{model}"
         reported = Published(
             paper="2410.11081",
             data=data,
             shape=shape,
-            epochs=epochs_of(400_000 if shape == PIXELS else 100_000, 2048),
+            epochs=epochs_of(steps, 2048),
             protocol="50,000 samples in 1 or 2 evaluations, the second at the angle 1.1, of averaged weights",
             differs=f"Not the authors' network: that is EDM2-{size} with {theirs:g} million parameters, and no figure "
             "is published for this one. Theirs starts from a diffusion model and has dropout, another schedule of the "
             "learning rate and another average.",
         )
-        register("recipes", name)(PublishedRecipe(partial(make, name, model, lr), reported))
+        register("recipes", name)(PublishedRecipe(partial(make, name, model, lr, steps), reported))
