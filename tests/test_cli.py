@@ -261,6 +261,7 @@ ARGUMENTS = {
     "sample": ["--steps", "--labels", "--omega", "--guidance-scale", "--trust-code", "--device"],
     "evaluate": ["--samples", "--data", "--omega", "--weights"],
     "compare": ["methods", "--preset", "--steps", "--seeds", "--out", "--teacher", "--overwrite"],
+    "recipes": ["name", "--gpus", "--tflops"],
     "convert": ["--out", "--num-heads", "--input-size", "--overwrite"],
     "info": ["--device"],
     "data check": ["--image-size", "--grey"],

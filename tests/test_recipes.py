@@ -178,9 +178,8 @@ def test_the_estimate_is_the_cost_of_a_comparison(case):
     assert flops_per_image(config, data) * 16 == pytest.approx(step, rel=1e-12)
 
 
-@pytest.mark.parametrize("heads", [2, 4])
-def test_a_network_with_two_heads_is_continued_in_both(heads):
-    config = Config.of(**{**SMALL, "model": "iMF-DiT"}, objective="imf", depth=6, aux_head_depth=heads, batch_size=2)
+def test_a_network_with_two_heads_is_continued_in_both():
+    config = Config.of(**{**SMALL, "model": "iMF-DiT"}, objective="imf", depth=5, aux_head_depth=3, batch_size=2)
     data = described((3, 8, 8), 10)
     with sdpa_kernel(SDPBackend.MATH):
         whole = Step(config, data, None, "cpu").flops() / 2
