@@ -155,6 +155,22 @@ def test_the_second_evaluation_is_at_the_published_noise_level(name, sigma):
     assert (first / (1 - first), second / (1 - second), end) == pytest.approx((80, sigma, 0), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["DiT-XL/2+", "iMF-DiT-B/2", "SiT-XL/2", "Shortcut-DiT-B/2", "ECT-DiT-M/4", "sCT-DiT-M/4"]
+)
+def test_a_small_network_learns_and_draws_as_a_recipe_says(name):
+    sizes = {**SMALL, "model": "iMF-DiT", "aux_head_depth": 1} if name.startswith("iMF") else SMALL
+    config = recipe(name).replace(**sizes, depth=1, batch_size=16)
+    step = Step(config, described((3, 8, 8), 10), None, "cpu")
+    (phase,) = step.phases
+    assert step(phase).isfinite()
+    assert all(p.grad.isfinite().all() for p in step.net.parameters() if p.grad is not None)
+    noise, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    drawn = config.objective.sampling.draw(config.objective.sampled(step.net), noise, y)
+    assert drawn.shape == noise.shape
+    assert drawn.isfinite().all()
+
+
 # ---------------------------------------------------------------------------------------------------- what they cost
 
 SMALL = {"hidden_size": 32, "num_heads": 2, "patch_size": 2, "model": "DiT"}

@@ -32,8 +32,8 @@ class Estimate(NamedTuple):
     """What a training run costs.
 
     parameters: of the network in training.
-    flops: multiplications and additions in the products of a training step, per image; without those that a backward
-        does once more instead of keeping their results, and without a VAE and the data.
+    flops: multiplications and additions in the products of a training step by plain PyTorch, per image; without those
+        that attention's backward does once more on a GPU, and without a VAE and the data.
     """
 
     parameters: int
