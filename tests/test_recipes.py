@@ -40,8 +40,8 @@ MEANFLOW = {
     "label_dropout": 0.1, "flip": True, "sampler": "jumps",
 }  # fmt: skip
 IMPROVED = {
-    "objective": "imf", "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup_steps": 12512, "steps": 800_800,
-    "ema_decay": 0.9999, "ratio": 0.5, "omega_max": 8.0, "label_dropout": 0.1, "flip": True, "aux_head_depth": 8,
+    "objective": "imf", "cfg_beta": 1.0, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup_steps": 12512,
+    "steps": 800_800, "ema_decay": 0.9999, "ratio": 0.5, "omega_max": 8.0, "label_dropout": 0.1, "flip": True, "aux_head_depth": 8,
 }  # fmt: skip
 SIT = {
     "objective": "flow_matching", "batch_size": 256, "lr": 1e-4, "beta2": 0.999, "warmup_steps": 0, "norm_p": 0.0,
@@ -118,6 +118,12 @@ def test_values_are_the_published_ones(name):
     expected = {**COMMON, **VALUES[name]}
     assert {key: values[key] for key in expected} == expected
     RunFolder.named(values["name"])  # is that of a folder
+
+
+def test_guidance_in_the_target_has_the_published_effective_scale():
+    for name, scale in {"DiT-B/2": 2.0, "DiT-M/2": 2.0, "DiT-L/2": 2.5, "DiT-XL/2": 2.5, "DiT-XL/2+": 2.0}.items():
+        objective = recipe(name).objective
+        assert objective.omega / (1 - objective.kappa) == pytest.approx(scale, rel=1e-6)
 
 
 def test_no_two_recipes_write_into_one_folder():

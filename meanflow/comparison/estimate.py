@@ -19,7 +19,6 @@ from ..data import ImageData, TensorImages
 from ..models import DiT, IMFDiT
 from ..recipes import Published, published, recipe
 from ..registry import find
-from ..training import parameter_count
 from .cost import Step
 
 COUNTS = Path(__file__).parents[1] / "recipes" / "estimates.json"
@@ -60,6 +59,8 @@ def estimate_of(name: str) -> Estimate | None:
 
 def counted(config: Config, reported: Published) -> Estimate:
     """Counted on PyTorch's meta device, where nothing is computed and nothing takes memory."""
+    from ..training import parameter_count  # with accelerate, which takes two seconds and a list has no use for
+
     data = described(reported.shape, reported.num_classes)
     with torch.device("meta"):
         parameters = parameter_count(config.network(data))
