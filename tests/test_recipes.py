@@ -41,7 +41,8 @@ MEANFLOW = {
 }  # fmt: skip
 IMPROVED = {
     "objective": "imf", "cfg_beta": 1.0, "batch_size": 1024, "lr": 1e-4, "beta2": 0.95, "warmup_steps": 12512,
-    "steps": 800_800, "ema_decay": 0.9999, "ratio": 0.5, "omega_max": 8.0, "label_dropout": 0.1, "flip": True, "aux_head_depth": 8,
+    "steps": 800_800, "ema_decay": 0.9999, "ratio": 0.5, "omega_max": 8.0, "label_dropout": 0.1, "flip": True,
+    "aux_head_depth": 8,
 }  # fmt: skip
 SIT = {
     "objective": "flow_matching", "batch_size": 256, "lr": 1e-4, "beta2": 0.999, "warmup_steps": 0, "norm_p": 0.0,
