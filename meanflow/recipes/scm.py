@@ -78,6 +78,11 @@ for family, patch, make, data, shape, steps in (
             protocol="50,000 samples in 1 or 2 evaluations, the second at the angle 1.1, of averaged weights",
             differs=f"Not the authors' network: that is EDM2-{size} with {theirs:g} million parameters, and no figure "
             "is published for this one. Theirs starts from a diffusion model and has dropout, another schedule of the "
-            "learning rate and another average.",
+            "learning rate and another average."
+            + (
+                " It wants latents of mean 0 and standard deviation 0.5 in each channel."
+                if shape == LARGE_LATENTS
+                else ""
+            ),
         )
         register("recipes", name)(PublishedRecipe(partial(make, name, model, lr, steps), reported))
