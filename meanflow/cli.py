@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, compare, encode, convert, data, info."""
+"""The command line: train, sample, evaluate, compare, recipes, encode, convert, data, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "Draw images from a trained network",
     "evaluate": "Class accuracy and Frechet distance of a run",
     "compare": "Train several methods with one budget, and draw what each reaches",
+    "recipes": "Every recipe: what it costs, and what its paper reports",
     "encode": "Latents of a folder of images, by a pretrained autoencoder",
     "convert": "Weights of other programs as a safetensors file",
     "data": "Read every image of a data set: meanflow data check FOLDER",

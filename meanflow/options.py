@@ -178,9 +178,19 @@ def help_of(cls: type[Any]) -> dict[str, str]:
     return found
 
 
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints_of(cls: type[Any]) -> dict[str, Any]:
+    """The types of a class's fields, evaluated once: that is most of the time that a configuration takes to build."""
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
+
+
 def options_of(cls: type[Any], base: Any = None, prefix: str = "") -> Iterator[Option]:
     """Every option of a class and of the groups in it, as they are by default or in the instance `base`."""
-    texts, hints = help_of(cls), get_type_hints(cls)
+    texts, hints = help_of(cls), _hints_of(cls)
     for field in dataclasses.fields(cls):
         value = default_of(field) if base is None else getattr(base, field.name)
         name = prefix + field.name
@@ -299,7 +309,7 @@ def build(
         UsageError: a value is of another type, out of its bounds, or missing.
     """
     arguments: dict[str, Any] = {}
-    hints = get_type_hints(cls)
+    hints = _hints_of(cls)
     for field in dataclasses.fields(cls):
         name = _flat_name(field, prefix)
         usual = default_of(field) if default is None else getattr(default, field.name)

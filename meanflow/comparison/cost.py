@@ -45,28 +45,30 @@ class Step:
         config: the run.
         data: what it trains on, of which shape and number of classes count.
         teacher: u(z, r, t, y) for an objective that learns from one.
-        device: of the run.
+        device: of the run; "meta": its products can be counted, at no cost in memory or computation.
     """
 
     def __init__(self, config: Config, data: ImageData, teacher: Any, device: str) -> None:
         self.objective = config.objective
-        with torch.random.fork_rng():
+        drawn_on = "cpu" if device == "meta" else device  # there are no random numbers on meta
+        with torch.random.fork_rng(), torch.device("meta" if device == "meta" else "cpu"):
             torch.manual_seed(0)
             self.net = config.network(data).to(device)
             learned = self.objective.learned_module()
         averaged = copy.deepcopy(self.net).requires_grad_(False) if self.objective.target_decay(0) is not None else None
         frozen = teacher if "frozen" in self.objective.teachers else None
         self.nets = Networks(ema=averaged, frozen=frozen, learned=None if learned is None else learned.to(device))
-        generator = torch.Generator(device).manual_seed(0)
+        generator = torch.Generator(drawn_on).manual_seed(0)
         batch = config.optim.batch_size
         shape = (batch, *config.codec.latent_shape(data.image_shape))
-        self.x = torch.randn(shape, generator=generator, device=device)  # [B, C, H, W]
-        self.y = torch.randint(data.num_classes, (batch,), generator=generator, device=device)  # [B]
+        self.x = torch.randn(shape, generator=generator, device=drawn_on).to(device)  # [B, C, H, W]
+        self.y = torch.randint(data.num_classes, (batch,), generator=generator, device=drawn_on).to(device)  # [B]
         self.phases: Counter[str] = Counter()
         self.draws: dict[str, Draws] = {}
         for moment in range(MOMENTS):
             step = int((moment + 0.5) / MOMENTS * config.optim.steps)
-            draws = self.objective.draw(shape, step=step, generator=generator, device=device, spread=True)
+            draws = self.objective.draw(shape, step=step, generator=generator, device=drawn_on, spread=True)
+            draws = draws.map(lambda a: a.to(device))
             self.phases[draws.phase] += 1
             self.draws.setdefault(draws.phase, draws)
 

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from ..config import Config
 from ..registry import find, names, register
-from . import digits, digits_family, improved_meanflow, meanflow, points, tarflow
+from . import (
+    digits,
+    digits_family,
+    easy_consistency,
+    improved_meanflow,
+    meanflow,
+    points,
+    scm,
+    shortcut,
+    sit,
+    tarflow,
+)
+from .published import Published, PublishedRecipe, published
 
 __all__ = [
+    "Published",
+    "PublishedRecipe",
     "digits",
     "digits_family",
+    "easy_consistency",
     "improved_meanflow",
     "meanflow",
     "points",
+    "published",
     "recipe",
     "register",
+    "scm",
+    "shortcut",
+    "sit",
     "tarflow",
     "variant",
 ]
