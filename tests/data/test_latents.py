@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import stand_ins
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from meanflow.cli import main
@@ -23,6 +21,10 @@ from meanflow.errors import UsageError
 from meanflow.evaluation import PixelStatistics
 from meanflow.training import RunFolder, Trainer, load_network, run_training
 from meanflow.training.accelerator import make_accelerator
+
+pytest.importorskip("diffusers")
+import stand_ins
+from stand_ins import AutoencoderKL
 
 SIZE = 16
 ENCODE = ("--image-size", str(SIZE), "--shard-size", "12", "--batch-size", "5", "--workers", "0", "--device", "cpu")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stand_ins
 from PIL import Image
 
 from meanflow.cli import main
+
+pytest.importorskip("diffusers")
+import stand_ins
 
 ENCODE = "encode pictures --codec vae --image-size 16 --shard-size 2 --batch-size 2 --device cpu --workers 1 --out"
 TRAIN = """
