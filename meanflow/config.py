@@ -91,7 +91,8 @@ class Run(Options):
         sample_every: steps between sample grids; 0: at the end only
         checkpoint_every: steps between checkpoints
         keep_checkpoints: newest checkpoints that are kept; 1 needs room for two while one is written
-        tensorboard: also log for TensorBoard, in the run folder
+        log_with: trackers to log with too, separated by commas: tensorboard, wandb, and all that accelerate knows
+        tensorboard: also log for TensorBoard, in the run folder, as --log-with tensorboard does
         evaluate: at the end, write report.json (accuracy and Frechet distance of generated images)
         evaluator: what measures the generated images
     """
@@ -113,6 +114,7 @@ class Run(Options):
     sample_every: int = option(1000, low=0)
     checkpoint_every: int = option(1000, low=1)
     keep_checkpoints: int = option(2, low=1)
+    log_with: str = ""
     tensorboard: bool = False
     evaluate: bool = True
     evaluator: Evaluator = choice("evaluators", PixelStatistics, methods=("titles", "refusal", "evaluate"))
