@@ -44,6 +44,7 @@ class Optim(Options):
         weight_decay: of AdamW
         grad_clip: largest gradient norm; 0: no clipping
         ema_decay: of the averaged weights, min(this, (1 + step) / (10 + step)); 0: no averaging
+        ema_decays: of further averages, which are kept beside it; see --weights of meanflow sample
     """
 
     steps: int = option(100_000, low=1)
@@ -57,6 +58,7 @@ class Optim(Options):
     weight_decay: float = option(0.0, low=0.0)
     grad_clip: float = option(1.0, low=0.0)
     ema_decay: float = option(0.9999, low=0.0, high=1.0, below=True)
+    ema_decays: tuple[float, ...] = option((), low=0.0, high=1.0, below=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +66,8 @@ class Optim(Options):
             raise UsageError(
                 f"expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}", field="batch_size"
             )
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise UsageError(f"expected different ones, got {self.ema_decays}", field="ema_decays")
 
 
 @dataclass(frozen=True)

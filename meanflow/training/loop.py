@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,14 @@ from .checkpoint import (
     Checkpoint,
     check_tensors,
     cure_for_damage,
+    joined,
     load_checkpoint,
     load_optimizer_tensors,
     load_weights,
     not_finite,
     optimizer_tensors,
     parameter_of,
+    parted,
     remove_partial,
     save_checkpoint,
 )
@@ -131,7 +133,8 @@ class Trainer:
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.optim.ema_decay, recordable=recordable)
-        self.averages = [self.ema]
+        self.further = {str(d): EMA(self.model, d, recordable=recordable) for d in config.optim.ema_decays}
+        self.averages = [self.ema, *self.further.values()]
         if self.target is not None:
             self.averages.append(TargetEMA(self.target, self.objective.target_decay, recordable=recordable))
         self._check_backends()
@@ -210,8 +213,15 @@ class Trainer:
                 raise UsageError(f"{path} has no {what}, and this objective {needed}", field="objective")
             if getattr(saved, part) and not getattr(held, part):
                 raise UsageError(f"{path} has {what}, for which this objective has no use", field="objective")
+        averages = parted(saved.averages)
+        if averages.keys() != self.further.keys():
+            raise UsageError(
+                f"{path} has {_listed(averages)}, and a resumed run keeps them; got {_listed(self.further)}",
+                field="ema_decays",
+            )
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
+        check_tensors(saved.averages, held.averages, path / "averages.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
         moments = {key: value for key, value in held.optimizer.items() if parameter_of(key) in moved}
         unknown = [key for key in saved.optimizer if key not in held.optimizer]
@@ -219,6 +229,8 @@ class Trainer:
             raise UsageError(f"{path / 'optimizer.safetensors'}: expected moments of this model, got {unknown[0]}")
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
+        for name, average in self.further.items():
+            average.load(averages[name])
         if self.learned is not None:
             load_weights(self.learned, saved.learned, path / "learned.safetensors")
         if self.target is not None:
@@ -238,6 +250,9 @@ class Trainer:
         """
         saved = self._held(seconds)
         averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
+        averages |= {
+            f"average {d} of {name}": value for d, a in self.further.items() for name, value in a.weights.items()
+        }
         others = {
             f"{word} {name}": p
             for word, module in (("learned", self.learned), ("target", self.target))
@@ -275,11 +290,16 @@ class Trainer:
             step=self.step,
             model=self.model.state_dict(),
             ema=self._averaged_state(),
+            averages=joined(self._further()),
             optimizer=optimizer_tensors(self.loss_of, self.optimizer.optimizer),
             learned={} if self.learned is None else self.learned.state_dict(),
             target={} if self.target is None else self.target.state_dict(),
             state=state,
         )
+
+    def _further(self) -> dict[str, dict[str, Tensor]]:
+        """The further averages, by their names."""
+        return {name: average.weights for name, average in self.further.items()}
 
     def _averaged_state(self) -> dict[str, Tensor]:
         """The model's state with the averages in the place of its parameters; buffers are as they are."""
@@ -524,6 +544,10 @@ class Trainer:
             return False
         flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def _listed(averages: Iterable[str]) -> str:
+    return f"averages of {words}" if (words := ", ".join(averages)) else "no further averages"
 
 
 def parameter_count(model: nn.Module) -> int:

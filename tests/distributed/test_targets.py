@@ -81,7 +81,7 @@ def check_same(a, b, parts):
 @needs_sharding
 def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Through", steps=5, checkpoint_every=10)
+    config = config_of("Through", steps=5, checkpoint_every=10, ema_decays=(0.1, 0.5))
     run_training(config.replace(name="one"))
     many = config.replace(name="many")
     run_training(many.replace(steps=1))
@@ -89,16 +89,19 @@ def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_b
     launch(2, many.replace(steps=3, strategy="fsdp", accumulate=2), "--resume")
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
     assert not (checkpoint / "target.safetensors").exists()  # in the shards
+    averages = load_checkpoint(checkpoint).averages
+    whole = load_file(checkpoint / "averages.safetensors")  # in the shards too
+    assert all(torch.equal(whole[name], averages[name]) for name in whole.keys() | averages.keys())
     launch(2, many.replace(steps=4), "--resume")
     assert load_file(list_checkpoints(Path("runs/many/checkpoints"))[-1] / "target.safetensors")
     run_training(many, resume=True)
-    check_same("one", "many", ["model", "ema", "target"])
+    check_same("one", "many", ["model", "ema", "averages", "target"])
 
 
 @needs_sharding
 def test_resuming_under_fsdp_gives_the_bits_of_a_run_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp")
+    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp", ema_decays=(0.1, 0.5))
     launch(2, config.replace(name="whole"))
     launch(2, config.replace(name="parts", steps=2))
     launch(2, config.replace(name="parts"), "--resume")
