@@ -35,7 +35,8 @@ class Evaluate:
         run: a run folder or its name
         samples: generated images
         seed: of the noise
-        weights: ema: averaged weights; raw: those of the last step; or one of the run's --ema-decays
+        weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
+            a run with --power-ema
         data: another folder of images to compare with; None: what the run was trained on
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one

@@ -39,7 +39,8 @@ class Sample:
         count: images per label; of 2-D points 500 where nobody says how many
         seed: of the noise
         out: where to: a picture, or an array (n, C, H, W) with the suffix .npy
-        weights: ema: averaged weights; raw: those of the last step; or one of the run's --ema-decays
+        weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
+            a run with --power-ema
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
     """

@@ -114,34 +114,44 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         PartialState().wait_for_everyone()  # for the folder
         checksums = shards.save_shards(partial / shards.FOLDER, checkpoint.tensors)
     for name in _WHOLE if checkpoint.sharded else _PARTS:
-        if not getattr(checkpoint, name):
-            continue
-        tensors: dict[str, Tensor] = {}
-        places = set()
-        for key, value in getattr(checkpoint, name).items():
-            value = full_tensor(value.detach())
+        if getattr(checkpoint, name):
+            save_whole(partial / f"{name}.safetensors", getattr(checkpoint, name))
             if main:
-                value = value.cpu().contiguous()
-                # safetensors takes no memory twice, and tied parameters have two names
-                tensors[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
-                places.add(value.untyped_storage().data_ptr())
-        if main:
-            try:
-                save_file(tensors, partial / f"{name}.safetensors")
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"cannot write {partial / name}.safetensors: {error}") from error
-            checksums[f"{name}.safetensors"] = checksum(partial / f"{name}.safetensors")
+                checksums[f"{name}.safetensors"] = checksum(partial / f"{name}.safetensors")
     if not main:
         return final
     save_state(partial, {"step": checkpoint.step, **checkpoint.state}, checksums)
     for path in partial.rglob("*"):
-        _sync(path)
+        sync(path)
     if final.exists():  # the same step again
         remove_folder(final)
     os.replace(partial, final)
-    _sync(folder)
+    sync(folder)
     _remove_older(folder, final, keep=keep - 1)
     return final
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file by the main process, of tensors that may be sharded; then every process takes part.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    main = PartialState().is_main_process
+    whole: dict[str, Tensor] = {}
+    places = set()
+    for key, value in tensors.items():
+        value = full_tensor(value.detach())
+        if main:
+            value = value.cpu().contiguous()
+            # safetensors takes no memory twice, and tied parameters have two names
+            whole[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
+            places.add(value.untyped_storage().data_ptr())
+    if main:
+        try:
+            save_file(whole, path)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _remove_older(folder: Path, final: Path, *, keep: int) -> None:
@@ -157,7 +167,8 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -64,6 +64,10 @@ class RunFolder:
         return self.path / "wandb_id.txt"
 
     @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -112,6 +116,7 @@ class RunFolder:
         shutil.rmtree(self.path.with_name(f".{self.path.name}.removed.partial"), ignore_errors=True)  # of `remove`
         written = (self.config, self.log, self.curve, self.samples, self.report, self.wandb_id)
         remove_partials(self.path, *(path.name for path in written))
+        remove_partials(self.averages, "step_*.safetensors")
         remove_partial(self.checkpoints)
 
     def read_report(self, figures: Iterable[str] = ()) -> dict[str, Any]:

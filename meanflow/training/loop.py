@@ -44,8 +44,10 @@ from .log import RunLog
 from .network import load_initial_weights, source_of
 from .networks import checksums_of_teachers, networks_beside
 from .parallel import check_parts, checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
+from .power_ema import PowerEMA, power_name
 from .schedule import learning_rate
 from .signals import StopSignals
+from .snapshots import save_snapshot
 from .state import check_scaler, load_state
 
 # words in the errors of gloo and NCCL where another process is gone
@@ -134,6 +136,9 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.optim.ema_decay, recordable=recordable)
         self.further = {str(d): EMA(self.model, d, recordable=recordable) for d in config.optim.ema_decays}
+        for sigma_rel in config.optim.power_ema:
+            self.further[power_name(sigma_rel)] = PowerEMA(self.model, sigma_rel, recordable=recordable)
+        self.snapshots: dict[str, str] = {}  # checksums of those up to here, in the main process
         self.averages = [self.ema, *self.further.values()]
         if self.target is not None:
             self.averages.append(TargetEMA(self.target, self.objective.target_decay, recordable=recordable))
@@ -217,7 +222,7 @@ class Trainer:
         if averages.keys() != self.further.keys():
             raise UsageError(
                 f"{path} has {_listed(averages)}, and a resumed run keeps them; got {_listed(self.further)}",
-                field="ema_decays",
+                field="ema_decays, power_ema",
             )
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
@@ -239,6 +244,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state.get("scaler"):
             check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.snapshots = dict(state.get("snapshots", {}))
         self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
@@ -275,6 +281,24 @@ class Trainer:
                 ) from error
         self.accelerator.wait_for_everyone()
 
+    def _snapshot(self) -> None:
+        """Write the power averages of the current step; every process takes part.
+
+        Raises:
+            TrainingError: they are not finite, or the disk does not take them.
+        """
+        averages = joined({name: a.weights for name, a in self.further.items() if isinstance(a, PowerEMA)})
+        bad = not_finite(averages)
+        if bad:
+            raise self._stopped(f"the average {bad[0]} is not finite after step {self.step}")
+        try:
+            self.snapshots |= save_snapshot(self.folder.averages, self.step, averages)
+        except OSError as error:  # a full disk
+            raise TrainingError(
+                f"the averages of step {self.step} could not be written: {error}. Mend that, and continue with "
+                f"--resume --name {self.config.run.name}"
+            ) from error
+
     def _held(self, seconds: float = 0.0) -> Checkpoint:
         """What a checkpoint of this moment holds; the tensors are the run's own."""
         scaler = self.accelerator.scaler
@@ -285,6 +309,7 @@ class Trainer:
             **{name: part for name, part in self.config.to_dict().items() if name in ("objective", "codec")},
             "scaler": scaler.state_dict() if scaler is not None else None,
             **({"teachers": self.teachers} if self.teachers else {}),
+            **({"snapshots": dict(self.snapshots)} if self.config.optim.power_ema else {}),
         }
         return Checkpoint(
             step=self.step,
@@ -375,6 +400,8 @@ class Trainer:
                     log.tick()
                     if self.step % config.run.log_every == 0:
                         flush()
+                    if config.optim.power_ema and self.step % config.run.power_ema_every == 0:
+                        self._snapshot()
                     if self.step % config.run.checkpoint_every == 0:
                         checkpoint()
                     if self.on_samples is not None and self._samples_due():

@@ -34,6 +34,8 @@ from .checkpoint import (
     load_weights,
     parted,
 )
+from .power_ema import PREFIX
+from .snapshots import post_hoc
 from .state import STATE, check_files, check_model, has_file, load_state, objective_for, saved_codec, saved_objective
 
 CHUNK = 500  # images per network evaluation
@@ -119,7 +121,8 @@ def load_network(
 
     Args:
         source: the folder or file.
-        weights: "ema", averaged ones; "raw", those of the last step; or a decay of `ema_decays`, such as "0.999".
+        weights: "ema", averaged ones; "raw", those of the last step; a decay of `ema_decays`, such as "0.999"; or
+            an average of any length, such as "power:0.07", of the snapshots of a run with `power_ema`.
         device: where to put it.
         trust_code: whether a function "package.module:function" that the file names as its network's may be imported
             and called; or the name of the one that may, or names of those that may. It runs as any code of yours.
@@ -170,6 +173,8 @@ def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: Trust) -
         raise UsageError(f"{error}{cure}") from error
     check_code(words_in(state), source, trust_code)
     if weights not in ("ema", "raw"):
+        if weights.startswith(PREFIX):
+            averages = {weights: post_hoc(path, state, averages, weights)}
         decay = _decay(weights)
         if decay not in averages:
             raise UsageError(

@@ -32,6 +32,7 @@ from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import save_loss_curve
 from .report import evaluate_network, figures_by_sweep, save_samples
+from .snapshots import remove_snapshots_after
 from .trackers import log_picture, log_report
 
 
@@ -221,6 +222,7 @@ def _begin(
         folder.remove()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers()
+    remove_snapshots_after(folder.averages, trainer.step)
     if trainer.step >= config.optim.steps:  # config.yaml keeps the values that the run was trained with
         return None
     before = folder.config.read_text() if resumed else None

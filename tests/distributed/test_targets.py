@@ -81,7 +81,9 @@ def check_same(a, b, parts):
 @needs_sharding
 def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Through", steps=5, checkpoint_every=10, ema_decays=(0.1, 0.5))
+    config = config_of(
+        "Through", steps=5, checkpoint_every=10, ema_decays=(0.5,), power_ema=(0.1, 0.2), power_ema_every=1
+    )
     run_training(config.replace(name="one"))
     many = config.replace(name="many")
     run_training(many.replace(steps=1))
@@ -96,12 +98,17 @@ def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_b
     assert load_file(list_checkpoints(Path("runs/many/checkpoints"))[-1] / "target.safetensors")
     run_training(many, resume=True)
     check_same("one", "many", ["model", "ema", "averages", "target"])
+    assert len(list(Path("runs/many/averages").iterdir())) == 5
+    for path in Path("runs/many/averages").iterdir():
+        several, one = load_file(path), load_file(Path("runs/one/averages") / path.name)
+        assert several.keys() == one.keys()
+        assert all(relative_error(several[name], one[name]) <= 2e-5 for name in one)  # one tensor at a time
 
 
 @needs_sharding
 def test_resuming_under_fsdp_gives_the_bits_of_a_run_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp", ema_decays=(0.1, 0.5))
+    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp", power_ema=(0.1, 0.2))
     launch(2, config.replace(name="whole"))
     launch(2, config.replace(name="parts", steps=2))
     launch(2, config.replace(name="parts"), "--resume")

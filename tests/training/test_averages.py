@@ -66,7 +66,9 @@ def test_averages_are_resumed_to_the_bit_and_a_resumed_run_keeps_them(monkeypatc
         run_training(SEVERAL)
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     for others, words in (((0.15,), "averages of 0.15"), ((), "no further averages"), ((0.15, 0.31), "0.15, 0.31")):
-        with pytest.raises(UsageError, match=rf"ema_decays: .* has averages of 0\.15, 0\.3, .*; got .*{words}"):
+        with pytest.raises(
+            UsageError, match=rf"ema_decays, power_ema: .* has averages of 0\.15, 0\.3, .*; got .*{words}"
+        ):
             run_training(SEVERAL.replace(ema_decays=others), resume=True)
     assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
     run_training(SEVERAL.replace(ema_decays=(0.3, 0.15)), resume=True)  # in any order
@@ -74,7 +76,9 @@ def test_averages_are_resumed_to_the_bit_and_a_resumed_run_keeps_them(monkeypatc
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     run_training(TINY.replace(name="without", steps=3))
-    with pytest.raises(UsageError, match=r"ema_decays: .* has no further averages, .*; got averages of 0\.9$"):
+    with pytest.raises(
+        UsageError, match=r"ema_decays, power_ema: .* has no further averages, .*; got averages of 0\.9$"
+    ):
         run_training(TINY.replace(name="without", ema_decays=(0.9,)), resume=True)
 
 
