@@ -45,6 +45,9 @@ class Optim(Options):
         weight_decay: of AdamW
         grad_clip: largest gradient norm; 0: no clipping
         ema_decay: of the averaged weights, min(this, (1 + step) / (10 + step)); 0: no averaging
+        ema_decays: of further averages, which are kept beside it; see --weights of meanflow sample
+        power_ema: lengths (sigma_rel) of averages with power-function profiles, two or more; of their snapshots one of
+            any length is made afterwards, by --weights power:LENGTH
     """
 
     steps: int = option(100_000, low=1)
@@ -58,6 +61,8 @@ class Optim(Options):
     weight_decay: float = option(0.0, low=0.0)
     grad_clip: float = option(1.0, low=0.0)
     ema_decay: float = option(0.9999, low=0.0, high=1.0, below=True)
+    ema_decays: tuple[float, ...] = option((), low=0.0, high=1.0, below=True)
+    power_ema: tuple[float, ...] = option((), low=0.0, high=12**-0.5, above=True, below=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,6 +70,10 @@ class Optim(Options):
             raise UsageError(
                 f"expected a multiple of accumulate = {self.accumulate}, got {self.batch_size}", field="batch_size"
             )
+        if len(set(self.ema_decays)) < len(self.ema_decays):
+            raise UsageError(f"expected different ones, got {self.ema_decays}", field="ema_decays")
+        if self.power_ema and len(set(self.power_ema)) < max(2, len(self.power_ema)):
+            raise UsageError(f"expected two different lengths or more, got {self.power_ema}", field="power_ema")
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,10 @@ class Run(Options):
         log_every: steps between lines of log.jsonl
         sample_every: steps between sample grids; 0: at the end only
         checkpoint_every: steps between checkpoints
+        power_ema_every: steps between snapshots of --power-ema, all of which are kept
         keep_checkpoints: newest checkpoints that are kept; 1 needs room for two while one is written
-        tensorboard: also log for TensorBoard, in the run folder
+        log_with: trackers to log with too, separated by commas: tensorboard, wandb, and all that accelerate knows
+        tensorboard: also log for TensorBoard, in the run folder, as --log-with tensorboard does
         evaluate: at the end, write report.json (accuracy and Frechet distance of generated images)
         evaluator: what measures the generated images
     """
@@ -113,7 +124,9 @@ class Run(Options):
     log_every: int = option(20, low=1)
     sample_every: int = option(1000, low=0)
     checkpoint_every: int = option(1000, low=1)
+    power_ema_every: int = option(1000, low=1)
     keep_checkpoints: int = option(2, low=1)
+    log_with: str = ""
     tensorboard: bool = False
     evaluate: bool = True
     evaluator: Evaluator = choice("evaluators", PixelStatistics, methods=("titles", "refusal", "evaluate"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 from tyro.conf import Positional
 
@@ -37,7 +36,8 @@ class Evaluate:
         run: a run folder or its name
         samples: generated images
         seed: of the noise
-        weights: averaged weights, or those of the last step
+        weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
+            a run with --power-ema
         data: other images to compare with: a folder, wds:PATTERN or hf:NAME; None: what the run was trained on
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
@@ -46,7 +46,7 @@ class Evaluate:
     run: Positional[str]
     samples: int = SAMPLES
     seed: int = 0
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     data: str | None = None
     trust_code: Flag = False
     device: Device = "auto"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +39,8 @@ class Sample:
         count: images per label; of 2-D points 500 where nobody says how many
         seed: of the noise
         out: where to: a picture, or an array (n, C, H, W) with the suffix .npy
-        weights: averaged weights, or those of the last step
+        weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
+            a run with --power-ema
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
     """
@@ -50,7 +50,7 @@ class Sample:
     count: int | None = None
     seed: int = 0
     out: Path = Path("grid.png")
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     trust_code: Flag = False
     device: Device = "auto"
 

@@ -6,7 +6,6 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import is_tensorboard_available
 
 from ..checks import check_device
 from ..config import Config
@@ -15,17 +14,17 @@ from ..processes import world_size
 from .folder import RunFolder
 from .graphs import is_recorded
 from .parallel import AUTOCAST, is_sharded, settled
+from .trackers import trackers_of
 
 
 def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
-    """Device, precision, gradient accumulation and trackers as the configuration says.
+    """Device, precision and gradient accumulation as the configuration says.
 
     Raises:
         UsageError: this machine or installation cannot do that.
     """
     check_device(config.run.device)
-    if config.run.tensorboard and not is_tensorboard_available():
-        raise UsageError('tensorboard: it is not installed: pip install "meanflow[tensorboard]"')
+    trackers_of(config.run)  # raises where one is not there
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise UsageError(
@@ -46,7 +45,6 @@ def make_accelerator(config: Config, folder: RunFolder) -> Accelerator:
             cpu=cpu,
             mixed_precision=config.run.precision if config.run.precision in AUTOCAST else "no",
             gradient_accumulation_steps=config.optim.accumulate,
-            log_with="tensorboard" if config.run.tensorboard else None,
             project_dir=str(folder.path),
         )
     except ValueError as error:  # a second run of this process with another precision

@@ -3,11 +3,13 @@
     checkpoints/step_00001000/model.safetensors       weights
                               ema.safetensors         averaged weights, float32
                               optimizer.safetensors   AdamW's moments, one tensor per parameter and moment
+                              averages.safetensors    further averages of the parameters, "DECAY|name", if there are any
                               learned.safetensors     parameters of the objective, if it has any
                               target.safetensors      averaged copy of the network that makes targets, if there is one
-                              shards/                 under FSDP2, instead of the last three: all of these tensors,
-                                                      written by torch.distributed.checkpoint, each process's shards in
-                                                      a file of its own
+                              shards/                 under FSDP2, instead of optimizer, learned and target: all of
+                                                      these tensors, written by
+                                                      torch.distributed.checkpoint, each process's shards in a
+                                                      file of its own
                               state.json              step, model, timing, checksums of the others; written last
 
 Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and all draws are functions of (seed,
@@ -44,9 +46,13 @@ from .state import check_files, checksum, has_file, load_state, save_state
 _NAME = re.compile(r"^step_(\d{8,})$")
 _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name contains it
 T = TypeVar("T")
-_PARTS = ("model", "ema", "optimizer", "learned", "target")  # of a checkpoint
-_OF_OBJECTIVE = ("learned", "target")  # those that some objectives have
-_WHOLE = ("model", "ema")  # those that are written as whole tensors in any case, so that a network can be loaded
+_PARTS = ("model", "ema", "averages", "optimizer", "learned", "target")  # of a checkpoint
+_OF_SOME = ("averages", "learned", "target")  # those that some runs have
+_WHOLE = (
+    "model",
+    "ema",
+    "averages",
+)  # those that are written as whole tensors in any case, so that a network can be loaded
 _NETWORK, _LEARNED = "net.", "learned."  # where parameters are in a `TrainingLoss`
 
 
@@ -58,6 +64,7 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     target: Mapping[str, Tensor] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +77,21 @@ class Checkpoint:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by "part|name"."""
-        return {f"{part}{_SEPARATOR}{name}": value for part in _PARTS for name, value in getattr(self, part).items()}
+        return joined({part: getattr(self, part) for part in _PARTS})
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of several parts by "part|name"."""
+    return {f"{part}{_SEPARATOR}{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+
+
+def parted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors that are `joined` by part and name."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition(_SEPARATOR)
+        parts.setdefault(part, {})[name] = value
+    return parts
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -93,34 +114,44 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         PartialState().wait_for_everyone()  # for the folder
         checksums = shards.save_shards(partial / shards.FOLDER, checkpoint.tensors)
     for name in _WHOLE if checkpoint.sharded else _PARTS:
-        if not getattr(checkpoint, name):
-            continue
-        tensors: dict[str, Tensor] = {}
-        places = set()
-        for key, value in getattr(checkpoint, name).items():
-            value = full_tensor(value.detach())
+        if getattr(checkpoint, name):
+            save_whole(partial / f"{name}.safetensors", getattr(checkpoint, name))
             if main:
-                value = value.cpu().contiguous()
-                # safetensors takes no memory twice, and tied parameters have two names
-                tensors[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
-                places.add(value.untyped_storage().data_ptr())
-        if main:
-            try:
-                save_file(tensors, partial / f"{name}.safetensors")
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"cannot write {partial / name}.safetensors: {error}") from error
-            checksums[f"{name}.safetensors"] = checksum(partial / f"{name}.safetensors")
+                checksums[f"{name}.safetensors"] = checksum(partial / f"{name}.safetensors")
     if not main:
         return final
     save_state(partial, {"step": checkpoint.step, **checkpoint.state}, checksums)
     for path in partial.rglob("*"):
-        _sync(path)
+        sync(path)
     if final.exists():  # the same step again
         remove_folder(final)
     os.replace(partial, final)
-    _sync(folder)
+    sync(folder)
     _remove_older(folder, final, keep=keep - 1)
     return final
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file by the main process, of tensors that may be sharded; then every process takes part.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    main = PartialState().is_main_process
+    whole: dict[str, Tensor] = {}
+    places = set()
+    for key, value in tensors.items():
+        value = full_tensor(value.detach())
+        if main:
+            value = value.cpu().contiguous()
+            # safetensors takes no memory twice, and tied parameters have two names
+            whole[key] = value.clone() if value.untyped_storage().data_ptr() in places else value
+            places.add(value.untyped_storage().data_ptr())
+    if main:
+        try:
+            save_file(whole, path)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _remove_older(folder: Path, final: Path, *, keep: int) -> None:
@@ -136,7 +167,8 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -209,28 +241,21 @@ def load_checkpoint(path: Path, like: Checkpoint | None = None) -> Checkpoint:
     else:
         written = _written(path, state)
         check_files(path, state, [f"{part}.safetensors" for part in written])
-        tensors = {
-            f"{part}{_SEPARATOR}{name}": value
-            for part in written
-            for name, value in load_tensors(path / f"{part}.safetensors").items()
-        }
+        tensors = joined({part: load_tensors(path / f"{part}.safetensors") for part in written})
         for key, value in tensors.items():
             if key in held and held[key].shape == value.shape:
                 tensors[key] = distribute_like(value, held[key])
-    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    for key, value in tensors.items():
-        part, _, name = key.partition(_SEPARATOR)
-        if part not in parts:
-            raise UsageError(f"{path}: expected tensors of {', '.join(_PARTS)}, got {key}")
-        parts[part][name] = value
-    return Checkpoint(step=int(state["step"]), state=state, **parts)
+    parts = parted(tensors)
+    for part in parts:
+        if part not in _PARTS:
+            raise UsageError(f"{path}: expected tensors of {', '.join(_PARTS)}, got {part}")
+    return Checkpoint(step=int(state["step"]), state=state, **{part: parts.get(part, {}) for part in _PARTS})
 
 
 def _written(path: Path, state: Mapping[str, Any]) -> list[str]:
     """The parts of a checkpoint that are files of their own."""
-    if shards.folder_of(path) is not None:
-        return list(_WHOLE)
-    return [part for part in _PARTS if part not in _OF_OBJECTIVE or has_file(path, state, f"{part}.safetensors")]
+    parts = _PARTS if shards.folder_of(path) is None else _WHOLE
+    return [part for part in parts if part not in _OF_SOME or has_file(path, state, f"{part}.safetensors")]
 
 
 def cure_for_damage(folder: Path, path: Path) -> str:

@@ -60,6 +60,14 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id.txt"
+
+    @property
+    def averages(self) -> Path:
+        return self.path / "averages"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -106,8 +114,9 @@ class RunFolder:
     def remove_leftovers(self) -> None:
         """Remove what killed processes of this run had begun to write. Only its owner may do this."""
         shutil.rmtree(self.path.with_name(f".{self.path.name}.removed.partial"), ignore_errors=True)  # of `remove`
-        written = (self.config, self.log, self.curve, self.samples, self.report)
+        written = (self.config, self.log, self.curve, self.samples, self.report, self.wandb_id)
         remove_partials(self.path, *(path.name for path in written))
+        remove_partials(self.averages, "step_*.safetensors")
         remove_partial(self.checkpoints)
 
     def read_report(self, figures: Iterable[str] = ()) -> dict[str, Any]:

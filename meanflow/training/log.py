@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl, TensorBoard and a progress bar. Only the main process writes."""
+"""The log of a run: log.jsonl, its trackers and a progress bar. Only the main process writes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import check_regular, naming, parse_json, write_text
 from .folder import RunFolder
 from .state import is_number
+from .trackers import start_trackers
 
 REQUIRED = {"step", "loss"}  # of every row
 SECONDS = 60.0  # between progress lines at most
@@ -61,14 +62,12 @@ class RunLog:
     def __init__(self, folder: RunFolder, config: Config, accelerator: Accelerator, step: int) -> None:
         self.accelerator = accelerator
         self.name, self.steps, self.batch_size = config.run.name, config.optim.steps, config.optim.batch_size
-        self.tensorboard = config.run.tensorboard
         self.path = folder.log
         self.main = accelerator.is_main_process
         if self.main:
             kept = [row for row in read_log(self.path) if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        if self.tensorboard:
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        start_trackers(accelerator, config, folder, step)
         # On a terminal a bar; elsewhere (a pipe, a file) about ten lines a run, and one a minute.
         self.bar = tqdm(
             total=self.steps, initial=step, unit="step", desc=self.name, disable=None if self.main else True
@@ -87,9 +86,7 @@ class RunLog:
         if self.main:
             with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        if self.tensorboard:
-            values = {key: value for key, value in row.items() if key != "step"}
-            self.accelerator.log(values, step=int(row["step"]))
+        self.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
         error = f", error {row['squared_error']:.4g}" if "squared_error" in row else ""
         summary = f"loss {row['loss']:.4f}{error}, {row['images_per_second']:.0f} images/s"
         self.bar.set_postfix_str(summary, refresh=False)

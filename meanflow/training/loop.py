@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,14 @@ from .checkpoint import (
     Checkpoint,
     check_tensors,
     cure_for_damage,
+    joined,
     load_checkpoint,
     load_optimizer_tensors,
     load_weights,
     not_finite,
     optimizer_tensors,
     parameter_of,
+    parted,
     remove_partial,
     save_checkpoint,
 )
@@ -43,8 +45,10 @@ from .log import RunLog
 from .network import load_initial_weights, source_of
 from .networks import checksums_of_teachers, networks_beside
 from .parallel import check_parts, checkpoint_blocks, full_tensor, in_bfloat16, is_sharded, settled, training_loss
+from .power_ema import PowerEMA, power_name
 from .schedule import learning_rate
 from .signals import StopSignals
+from .snapshots import save_snapshot
 from .state import check_scaler, load_state
 
 # words in the errors of gloo and NCCL where another process is gone
@@ -134,7 +138,11 @@ class Trainer:
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.ema = EMA(self.model, config.optim.ema_decay, recordable=recordable)
-        self.averages = [self.ema]
+        self.further = {str(d): EMA(self.model, d, recordable=recordable) for d in config.optim.ema_decays}
+        for sigma_rel in config.optim.power_ema:
+            self.further[power_name(sigma_rel)] = PowerEMA(self.model, sigma_rel, recordable=recordable)
+        self.snapshots: dict[str, str] = {}  # checksums of those up to here, in the main process
+        self.averages = [self.ema, *self.further.values()]
         if self.target is not None:
             self.averages.append(TargetEMA(self.target, self.objective.target_decay, recordable=recordable))
         self._check_backends()
@@ -213,8 +221,15 @@ class Trainer:
                 raise UsageError(f"{path} has no {what}, and this objective {needed}", field="objective")
             if getattr(saved, part) and not getattr(held, part):
                 raise UsageError(f"{path} has {what}, for which this objective has no use", field="objective")
+        averages = parted(saved.averages)
+        if averages.keys() != self.further.keys():
+            raise UsageError(
+                f"{path} has {_listed(averages)}, and a resumed run keeps them; got {_listed(self.further)}",
+                field="ema_decays, power_ema",
+            )
         load_weights(self.model, saved.model, path)
         check_tensors(saved.ema, self.ema.weights, path / "ema.safetensors")
+        check_tensors(saved.averages, held.averages, path / "averages.safetensors")
         moved = {parameter_of(key) for key in saved.optimizer}  # a parameter that never had a gradient has no moments
         moments = {key: value for key, value in held.optimizer.items() if parameter_of(key) in moved}
         unknown = [key for key in saved.optimizer if key not in held.optimizer]
@@ -222,6 +237,8 @@ class Trainer:
             raise UsageError(f"{path / 'optimizer.safetensors'}: expected moments of this model, got {unknown[0]}")
         check_tensors(saved.optimizer, moments, path / "optimizer.safetensors")
         self.ema.load(saved.ema)
+        for name, average in self.further.items():
+            average.load(averages[name])
         if self.learned is not None:
             load_weights(self.learned, saved.learned, path / "learned.safetensors")
         if self.target is not None:
@@ -230,6 +247,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state.get("scaler"):
             check_scaler(state["scaler"], self.accelerator.scaler.state_dict(), path)
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.snapshots = dict(state.get("snapshots", {}))
         self.step, self.seconds = saved.step, float(state["seconds"])
 
     def save(self, seconds: float) -> None:
@@ -241,6 +259,9 @@ class Trainer:
         """
         saved = self._held(seconds)
         averages = {f"average of {name}": value for name, value in self.ema.weights.items()}
+        averages |= {
+            f"average {d} of {name}": value for d, a in self.further.items() for name, value in a.weights.items()
+        }
         others = {
             f"{word} {name}": p
             for word, module in (("learned", self.learned), ("target", self.target))
@@ -263,6 +284,24 @@ class Trainer:
                 ) from error
         self.accelerator.wait_for_everyone()
 
+    def _snapshot(self) -> None:
+        """Write the power averages of the current step; every process takes part.
+
+        Raises:
+            TrainingError: they are not finite, or the disk does not take them.
+        """
+        averages = joined({name: a.weights for name, a in self.further.items() if isinstance(a, PowerEMA)})
+        bad = not_finite(averages)
+        if bad:
+            raise self._stopped(f"the average {bad[0]} is not finite after step {self.step}")
+        try:
+            self.snapshots |= save_snapshot(self.folder.averages, self.step, averages)
+        except OSError as error:  # a full disk
+            raise TrainingError(
+                f"the averages of step {self.step} could not be written: {error}. Mend that, and continue with "
+                f"--resume --name {self.config.run.name}"
+            ) from error
+
     def _held(self, seconds: float = 0.0) -> Checkpoint:
         """What a checkpoint of this moment holds; the tensors are the run's own."""
         scaler = self.accelerator.scaler
@@ -273,16 +312,22 @@ class Trainer:
             **{name: part for name, part in self.config.to_dict().items() if name in ("objective", "codec")},
             "scaler": scaler.state_dict() if scaler is not None else None,
             **({"teachers": self.teachers} if self.teachers else {}),
+            **({"snapshots": dict(self.snapshots)} if self.config.optim.power_ema else {}),
         }
         return Checkpoint(
             step=self.step,
             model=self.model.state_dict(),
             ema=self._averaged_state(),
+            averages=joined(self._further()),
             optimizer=optimizer_tensors(self.loss_of, self.optimizer.optimizer),
             learned={} if self.learned is None else self.learned.state_dict(),
             target={} if self.target is None else self.target.state_dict(),
             state=state,
         )
+
+    def _further(self) -> dict[str, dict[str, Tensor]]:
+        """The further averages, by their names."""
+        return {name: average.weights for name, average in self.further.items()}
 
     def _averaged_state(self) -> dict[str, Tensor]:
         """The model's state with the averages in the place of its parameters; buffers are as they are."""
@@ -359,6 +404,8 @@ class Trainer:
                     log.tick()
                     if self.step % config.run.log_every == 0:
                         flush()
+                    if config.optim.power_ema and self.step % config.run.power_ema_every == 0:
+                        self._snapshot()
                     if self.step % config.run.checkpoint_every == 0:
                         checkpoint()
                     if self.on_samples is not None and self._samples_due():
@@ -540,6 +587,10 @@ class Trainer:
             return False
         flag = torch.tensor(float(signals.received is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def _listed(averages: Iterable[str]) -> str:
+    return f"averages of {words}" if (words := ", ".join(averages)) else "no further averages"
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,11 @@ from .checkpoint import (
     load_shapes,
     load_tensors,
     load_weights,
+    parted,
 )
-from .state import STATE, check_files, check_model, load_state, objective_for, saved_codec, saved_objective
+from .power_ema import PREFIX
+from .snapshots import post_hoc
+from .state import STATE, check_files, check_model, has_file, load_state, objective_for, saved_codec, saved_objective
 
 CHUNK = 500  # images per network evaluation
 _log = logging.getLogger("meanflow")
@@ -114,13 +117,14 @@ class LoadedNetwork:
 
 
 def load_network(
-    source: Path, weights: Literal["ema", "raw"] = "ema", device: str = "cpu", *, trust_code: Trust = False
+    source: Path, weights: str = "ema", device: str = "cpu", *, trust_code: Trust = False
 ) -> LoadedNetwork:
     """The network of a run folder (its newest checkpoint), of one checkpoint folder, or of a safetensors file.
 
     Args:
         source: the folder or file.
-        weights: averaged ones, or those of the last step.
+        weights: "ema", averaged ones; "raw", those of the last step; a decay of `ema_decays`, such as "0.999"; or
+            an average of any length, such as "power:0.07", of the snapshots of a run with `power_ema`.
         device: where to put it.
         trust_code: whether a function "package.module:function" that the file names as its network's may be imported
             and called; or the name of the one that may, or names of those that may. It runs as any code of yours.
@@ -130,7 +134,7 @@ def load_network(
     """
     if not source.is_file():
         return _of_checkpoint(source, weights, device, trust_code)
-    if weights == "raw":
+    if weights != "ema":
         raise UsageError(
             f"{source} holds one set of weights; a run or a checkpoint has ema and raw ones", field="weights"
         )
@@ -156,15 +160,30 @@ def load_network(
 
 def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: Trust) -> LoadedNetwork:
     path = find_checkpoint(folder)
-    source = path / f"{'ema' if weights == 'ema' else 'model'}.safetensors"
+    source = path / f"{'model' if weights == 'raw' else 'ema'}.safetensors"
+    further = path / "averages.safetensors"
+    averages: dict[str, dict[str, Tensor]] = {}
     try:
         state = load_state(path, "model", "objective", "class_names")
         check_files(path, state, [source.name])
         tensors = load_tensors(source)
+        if weights not in ("ema", "raw") and has_file(path, state, further.name):
+            check_files(path, state, [further.name])
+            averages = parted(load_tensors(further))
     except UsageError as error:
         cure = "" if path == folder else cure_for_damage(path.parent, path)
         raise UsageError(f"{error}{cure}") from error
     check_code(words_in(state), source, trust_code)
+    if weights not in ("ema", "raw"):
+        if weights.startswith(PREFIX):
+            averages = {weights: post_hoc(path, state, averages, weights)}
+        decay = _decay(weights)
+        if decay not in averages:
+            raise UsageError(
+                f"{path} has {', '.join(('ema', 'raw', *averages))}; expected one of them, got {weights}",
+                field="weights",
+            )
+        source, tensors = further, tensors | averages[decay]  # buffers are not averaged
     return LoadedNetwork(
         _network(state["model"], tensors, source, trust_code).to(device).eval(),
         saved_objective(state),
@@ -173,6 +192,14 @@ def _of_checkpoint(folder: Path, weights: str, device: str, trust_code: Trust) -
         source,
         saved_codec(state),
     )
+
+
+def _decay(text: str) -> str:
+    """A decay as the averages of a checkpoint are named."""
+    try:
+        return str(float(text))
+    except ValueError:
+        return text
 
 
 def _network(model: Mapping[str, Any], weights: Mapping[str, Tensor], source: Path, trust_code: Trust) -> nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..data import ImageData
 from ..errors import UsageError
@@ -17,10 +18,13 @@ SAMPLES = 2000  # images of a standard evaluation
 ROWS, COLUMNS = 10, 10  # of a grid
 
 
-def save_samples(loaded: LoadedNetwork, path: Path, *, seed: int, device: torch.device | str) -> None:
+def save_samples(loaded: LoadedNetwork, path: Path, *, seed: int, device: torch.device | str) -> Image.Image:
     """A grid of generated images, one row per class (the first ten classes); of points a scatter plot of all classes.
 
     Where the sampling has a sweep: one row per value and one column per class, the noise of a column the same.
+
+    Returns:
+        What it wrote to `path`.
     """
     if loaded.image_shape == POINTS:
         labels = torch.arange(SAMPLES) % len(loaded.class_names)  # [n]
@@ -33,7 +37,9 @@ def save_samples(loaded: LoadedNetwork, path: Path, *, seed: int, device: torch.
     else:
         labels = torch.arange(min(ROWS, len(loaded.class_names))).repeat_interleave(COLUMNS)  # [rows·columns]
         images = loaded.generate(labels, seed=seed, device=device)  # [rows·columns, C, H, W]
-    save_picture(samples_picture(images, COLUMNS, labels, loaded.class_names), path)
+    picture = samples_picture(images, COLUMNS, labels, loaded.class_names)
+    save_picture(picture, path)
+    return picture
 
 
 def evaluate_network(

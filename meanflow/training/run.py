@@ -32,6 +32,8 @@ from .owner import owned
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import save_loss_curve
 from .report import evaluate_network, figures_by_sweep, save_samples
+from .snapshots import remove_snapshots_after
+from .trackers import log_picture, log_report
 
 
 def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
@@ -128,7 +130,7 @@ def _run_training(
             )
     finally:
         _keep_process_group()
-        accelerator.end_training()  # closes TensorBoard and the process group
+        accelerator.end_training()  # closes the trackers and the process group
 
 
 @contextmanager
@@ -172,7 +174,8 @@ def _run_owned(
 
     def on_samples(net: nn.Module, step: int) -> None:
         drawn = LoadedNetwork(net, config.objective, classes, step, folder.path, config.codec)
-        save_samples(drawn, folder.samples, seed=config.run.seed, device=accelerator.device)
+        picture = save_samples(drawn, folder.samples, seed=config.run.seed, device=accelerator.device)
+        log_picture(accelerator, folder.samples.stem, picture, step)
 
     fresh = config if checkpoint is None else config.replace(init=None)  # a checkpoint has all weights
     trainer = Trainer(fresh, data, folder, accelerator, on_samples, _trusted(config, trust_code))
@@ -219,6 +222,7 @@ def _begin(
         folder.remove()
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers()
+    remove_snapshots_after(folder.averages, trainer.step)
     if trainer.step >= config.optim.steps:  # config.yaml keeps the values that the run was trained with
         return None
     before = folder.config.read_text() if resumed else None
@@ -289,7 +293,8 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
     """samples.png and report.json, from the last checkpoint: just what `meanflow sample` and `evaluate` would give."""
     config, data, folder, device = trainer.config, trainer.data, trainer.folder, trainer.accelerator.device
     loaded = load_network(folder.path, device=str(device), trust_code=set(words_in(config.to_dict())))
-    save_samples(loaded, folder.samples, seed=config.run.seed, device=device)
+    picture = save_samples(loaded, folder.samples, seed=config.run.seed, device=device)
+    log_picture(trainer.accelerator, folder.samples.stem, picture, result.step)
     if not config.run.evaluate:
         return
     evaluator = config.run.evaluator
@@ -316,3 +321,4 @@ def _finish(trainer: Trainer, result: TrainResult, started: float) -> None:
         **(data.left_out.figures() if data.left_out is not None else {}),
     }
     folder.write_report(report)
+    log_report(trainer.accelerator, report, result.step)

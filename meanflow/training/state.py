@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -141,6 +142,13 @@ def _check_texts(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected checksums by name, got {shown(value)}")
 
 
+def _check_snapshots(name: str, value: Any) -> None:
+    _check_texts(name, value)
+    for file in value:
+        if not re.fullmatch(r"step_\d{8,18}\.safetensors", file):
+            raise ValueError(f"{name}: expected names such as step_00001000.safetensors, got {shown(file)}")
+
+
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value < high:
         raise ValueError(f"{name}: expected an integer from {low} to {high - 1}, got {shown(value)}")
@@ -197,6 +205,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "codec": _check_component,
     "scaler": _check_scaler,
     "teachers": _check_texts,
+    "snapshots": _check_snapshots,
 }
 
 

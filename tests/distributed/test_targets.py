@@ -72,16 +72,21 @@ def check_same(a, b, parts):
         assert other == pytest.approx(one, rel=4e-7)
     one, other = (load_checkpoint(list_checkpoints(Path("runs") / name / "checkpoints")[-1]) for name in (a, b))
     for part in parts:
-        found, expected = getattr(other, part), getattr(one, part)
-        assert found.keys() == expected.keys()
-        found, expected = (torch.cat([tensors[key].flatten() for key in expected]) for tensors in (found, expected))
-        assert relative_error(found, expected) <= 6e-6  # AdamW's first steps amplify a rounding; measured 3.0e-6
+        check_near(getattr(other, part), getattr(one, part))
+
+
+def check_near(found, expected):
+    assert found.keys() == expected.keys()
+    found, expected = (torch.cat([tensors[key].flatten() for key in expected]) for tensors in (found, expected))
+    assert relative_error(found, expected) <= 6e-6  # AdamW's first steps amplify a rounding; measured 3.0e-6
 
 
 @needs_sharding
 def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Through", steps=5, checkpoint_every=10)
+    config = config_of(
+        "Through", steps=5, checkpoint_every=10, ema_decays=(0.5,), power_ema=(0.1, 0.2), power_ema_every=1
+    )
     run_training(config.replace(name="one"))
     many = config.replace(name="many")
     run_training(many.replace(steps=1))
@@ -89,16 +94,22 @@ def test_a_run_with_an_averaged_copy_goes_from_one_process_to_ddp_and_fsdp_and_b
     launch(2, many.replace(steps=3, strategy="fsdp", accumulate=2), "--resume")
     checkpoint = list_checkpoints(Path("runs/many/checkpoints"))[-1]
     assert not (checkpoint / "target.safetensors").exists()  # in the shards
+    averages = load_checkpoint(checkpoint).averages
+    whole = load_file(checkpoint / "averages.safetensors")  # in the shards too
+    assert all(torch.equal(whole[name], averages[name]) for name in whole.keys() | averages.keys())
     launch(2, many.replace(steps=4), "--resume")
     assert load_file(list_checkpoints(Path("runs/many/checkpoints"))[-1] / "target.safetensors")
     run_training(many, resume=True)
-    check_same("one", "many", ["model", "ema", "target"])
+    check_same("one", "many", ["model", "ema", "averages", "target"])
+    assert len(list(Path("runs/many/averages").iterdir())) == 5
+    for path in Path("runs/many/averages").iterdir():
+        check_near(load_file(path), load_file(Path("runs/one/averages") / path.name))
 
 
 @needs_sharding
 def test_resuming_under_fsdp_gives_the_bits_of_a_run_that_was_not_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp")
+    config = config_of("Averaged", steps=4, checkpoint_every=10, strategy="fsdp", power_ema=(0.1, 0.2))
     launch(2, config.replace(name="whole"))
     launch(2, config.replace(name="parts", steps=2))
     launch(2, config.replace(name="parts"), "--resume")

@@ -39,7 +39,10 @@ from meanflow.training import list_checkpoints, load_checkpoint, load_network, r
 from meanflow.training.shards import save_shards
 from meanflow.training.state import checksum, save_state
 
-TINY = tiny_runs.TINY.replace(name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1)
+TINY = tiny_runs.TINY.replace(
+    name="plain", hidden_size=8, steps=2, batch_size=4, warmup_steps=0, checkpoint_every=1, ema_decays=(0.9,)
+)
+PARTS = ("model", "ema", "averages", "optimizer")
 CANARY = Path("CANARY")  # what only code that must not run writes
 HOSTILE = f"open({str(CANARY)!r}, 'w').close()\ndef fire(**sizes):\n    raise ValueError('fired')\n"
 ODD: list[Any] = [
@@ -377,7 +380,7 @@ def contents(loaded: Any) -> Any:
         others = (loaded.class_names, loaded.objective, loaded.step, config_of(loaded.net))
         return loaded.net.state_dict(), others
     state = {key: value for key, value in loaded.state.items() if key != "checksums"}
-    return {f"{part}|{k}": v for part in ("model", "ema", "optimizer") for k, v in getattr(loaded, part).items()}, state
+    return {f"{part}|{k}": v for part in PARTS for k, v in getattr(loaded, part).items()}, state
 
 
 def same(a: Any, b: Any) -> bool:
@@ -394,6 +397,7 @@ def same(a: Any, b: Any) -> bool:
 LOADS: dict[str, Callable[[str], Any]] = {
     "load_network": lambda run: load_network(Path("runs") / run),
     "load_network raw": lambda run: load_network(Path("runs") / run, "raw"),
+    "load_network 0.9": lambda run: load_network(Path("runs") / run, "0.9"),
     "load_checkpoint": lambda run: load_checkpoint(Path("runs") / run / "checkpoints/step_00000002"),
 }
 COMMANDS = [

@@ -22,7 +22,7 @@ from meanflow.data import load_digits_data
 from meanflow.training import list_checkpoints, load_checkpoint, run_training
 from meanflow.training.log import read_log
 
-CONFIG = TINY.replace(steps=40, checkpoint_every=3, norm_p=0.5, threads=1, keep_checkpoints=2)
+CONFIG = TINY.replace(steps=40, checkpoint_every=3, norm_p=0.5, threads=1, keep_checkpoints=2, ema_decays=(0.9,))
 WAYS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
 PATIENCE = 120.0  # seconds for a session, and for what is left of a group to end
 
@@ -86,7 +86,9 @@ def rows(name):
 def weights(name):
     saved = load_checkpoint(list_checkpoints(Path("runs") / name / "checkpoints")[-1])
     return {
-        f"{part}|{key}": value for part in ("model", "ema", "optimizer") for key, value in getattr(saved, part).items()
+        f"{part}|{key}": value
+        for part in ("model", "ema", "averages", "optimizer")
+        for key, value in getattr(saved, part).items()
     }
 
 

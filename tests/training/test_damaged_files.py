@@ -23,12 +23,17 @@ from meanflow.training import list_checkpoints, load_checkpoint, load_network, r
 def test_a_flipped_bit_anywhere_is_told_and_an_older_checkpoint_is_named(here, capsys, run):
     path = newest(run)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    assert len(files) == 5 if run == SHARDS else 4
+    assert len(files) == (6 if run == SHARDS else 5)
     for file in files:
         before = file.read_bytes()
         middle = len(before) * 3 // 4
         file.write_bytes(before[:middle] + bytes([before[middle] ^ 4]) + before[middle + 1 :])
-        loaded = {"ema.safetensors": "ema", "model.safetensors": "raw", "state.json": "ema"}.get(file.name)
+        loaded = {
+            "ema.safetensors": "ema",
+            "model.safetensors": "raw",
+            "averages.safetensors": "0.9",
+            "state.json": "ema",
+        }.get(file.name)
         if loaded:
             with pytest.raises(UsageError, match=rf"{file.name}.*step_00000001 is intact: remove .*step_00000002"):
                 load_network(run, loaded)
@@ -72,7 +77,7 @@ def test_a_newest_checkpoint_without_its_state_is_not_passed_over(here, capsys):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, None])
-@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
+@pytest.mark.parametrize("part", ["model", "ema", "averages", "optimizer"])
 def test_tensors_that_are_no_finite_numbers_are_refused(here, capsys, part, value):
     file = newest(PLAIN) / f"{part}.safetensors"
     tensors = load_file(file)
@@ -83,9 +88,11 @@ def test_tensors_that_are_no_finite_numbers_are_refused(here, capsys, part, valu
         tensors[name].view(-1)[0] = value
     save_file(tensors, file)
     forge(PLAIN)
-    if part != "optimizer":
+    name = name.rpartition("|")[2]
+    weights = {"model": "raw", "ema": "ema", "averages": "0.9"}
+    if part in weights:
         with pytest.raises(UsageError, match=name):
-            load_network(PLAIN, "ema" if part == "ema" else "raw")
+            load_network(PLAIN, weights[part])
     fails("train --resume --name plain --steps 3", capsys, name, "step_00000002")
 
 
@@ -156,7 +163,7 @@ def test_the_fuzzer_sees_other_values_and_code_that_runs(fuzzer, tmp_path, monke
         model = json.loads(path.read_text())["model"]
         seal(path.parent, {**json.loads(path.read_text()), "model": {**model, "name": "canary:fire"}})
 
-    assert found("ema.safetensors", flip) == ["refused", "same", "refused"]
+    assert found("ema.safetensors", flip) == ["refused", "same", "refused", "refused"]
     assert found("state.json", name_a_function)[:2] == ["refused", "refused"]
     monkeypatch.setattr("meanflow.training.network.check_files", lambda *args: None)
     monkeypatch.setattr("meanflow.training.network.check_code", lambda *args: None)

@@ -37,6 +37,7 @@ OBJECTIVES = {
     "meanflow, guided without labels": {"kappa": 0.0, "omega": 2.0, "label_dropout": 0.0},
     "imf": IMF,
     "flow_matching": {"objective": "flow_matching"},
+    "averaged five times": {"ema_decays": (0.5, 0.2), "power_ema": (0.05, 0.1)},
     "nothing clipped or averaged": {"grad_clip": 0.0, "ema_decay": 0.0},
 }
 every_objective = pytest.mark.parametrize("values", OBJECTIVES.values(), ids=OBJECTIVES)

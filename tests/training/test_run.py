@@ -374,19 +374,6 @@ def test_training_starts_from_given_weights():
         trainer(TINY.replace(init=str(weights), hidden_size=24, name="third"))
 
 
-def test_tensorboard_logs_beside_the_run():
-    pytest.importorskip("tensorboard")
-    run_training(TINY.replace(tensorboard=True, steps=2))
-    assert list(Path("runs/tiny").rglob("events.out.tfevents*"))
-
-
-def test_tensorboard_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("meanflow.training.accelerator.is_tensorboard_available", lambda: False)
-    with pytest.raises(UsageError, match=r"meanflow\[tensorboard\]"):
-        run_training(TINY.replace(tensorboard=True))
-    assert not Path("runs").exists()
-
-
 def test_averages_are_what_a_run_is_sampled_with():
     run_training(TINY)
     newest = list_checkpoints(Path("runs/tiny/checkpoints"))[-1]
