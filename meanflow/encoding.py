@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from .codecs import Codec
 from .data import ImageData, LatentIndex, batches
-from .data.latents import INDEX, LABELS, MIRRORED, PLAN, POSTERIOR, Shard
+from .data.latents import DTYPES, INDEX, LABELS, MIRRORED, PLAN, POSTERIOR, Shard
 from .errors import UsageError
 from .files import checksum, parse_json, read_text, remove_partials, replaced, shown, write_text
 from .registry import name_of
 
 SECONDS = 60.0  # between lines of progress where there is no bar
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ index.json                    what they are of, and the checksum of each file
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..codecs import Codec, draw_latents
@@ -31,7 +32,9 @@ INDEX = "index.json"
 PLAN = "encoding.json"  # what an unfinished folder is to hold
 FORMAT = 1
 POSTERIOR, MIRRORED, LABELS = "posterior", "mirrored", "labels"  # tensors of a file
-MAPPED_BYTES = 2**29  # read from files before they are opened anew: mapped pages count as a process's memory
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+OPEN_FILES = 256  # of each process
+ANEW = "Remove it, and the same `meanflow encode` makes it anew"
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,8 @@ class LatentIndex:
             shape = getattr(self, name)
             if len(shape) != 3 or not all(type(n) is int and 0 < n < 2**20 for n in shape):
                 raise ValueError(f"{name}: expected three sizes, got {shown(shape)}")
-        if self.dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype: expected float32 or float16, got {shown(self.dtype)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {shown(self.dtype)}")
         if not isinstance(self.codec, dict) or not isinstance(self.codec.get("name"), str):
             raise ValueError(f"codec: expected a name and its options, got {shown(self.codec)}")
         if is_code(self.codec["name"]):  # a file is not to say what code runs
@@ -174,14 +177,10 @@ class LatentImages:
         self.mirrored = index.mirrored
         self._rows = rows
         self._first = [0, *accumulate(shard.count for shard in index.shards)]  # row of each file's first image
-        self._forget()
-
-    def _forget(self) -> None:
-        self._open: dict[int, dict[str, Any]] = {}  # slices of each file
-        self._read = 0
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the last used one at the end
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": {}, "_read": 0}  # for a worker process; a file's mapping cannot be sent
+        return {**vars(self), "_open": OrderedDict()}  # for a worker process; an open file cannot be sent
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,19 +196,21 @@ class LatentImages:
         Raises:
             UsageError: a file cannot be read.
         """
-        n = len(self)
-        posteriors = [self._posterior(int(self._rows[i % n]), MIRRORED if i >= n else POSTERIOR) for i in indices]
-        x = torch.stack(posteriors).float()
-        self._read += 2 * x.nbytes
-        if self._read > MAPPED_BYTES:
-            self._forget()
-        return x, self.labels[[i % n for i in indices]]
+        n, (C, h, w) = len(self), self.index.latent_shape
+        x = torch.empty(len(indices), 2 * C, h, w, dtype=DTYPES[self.index.dtype])
+        for place, i in zip(x, indices, strict=True):
+            row = int(self._rows[i % n])
+            k = bisect_right(self._first, row) - 1
+            self._shard(k).read(MIRRORED if i >= n else POSTERIOR, row - self._first[k], place)
+        return x.float(), self.labels[[i % n for i in indices]]
 
-    def _posterior(self, row: int, name: str) -> Tensor:
-        k = bisect_right(self._first, row) - 1
+    def _shard(self, k: int) -> _OpenShard:
         if k not in self._open:
-            self._open[k] = open_shard(self.folder, self.index, k)
-        return self._open[k][name][row - self._first[k]]
+            self._open[k] = _OpenShard(self.folder, self.index, k)
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(k)
+        return self._open[k]
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
         """(n, C, H, W) float32: the means decoded, on a GPU where there is one."""
@@ -223,31 +224,51 @@ class LatentImages:
         return torch.cat(images)
 
 
-def open_shard(folder: Path, index: LatentIndex, k: int) -> dict[str, Any]:
-    """The tensors of file `k`, of which rows are read as they are asked for.
+class _OpenShard:
+    """A file of latents that is open, as far as the index says what is in it.
+
+    Rows are read by their place in the file. A mapping would do as well, but the kernel maps the pages around each row
+    with it, up to 2 MiB, so that soon the whole data set counts as memory of each process that reads it.
 
     Raises:
         UsageError: it is missing, or not what the index says.
     """
-    shard = index.shards[k]
-    path = folder / shard.file
-    channels, *sides = index.latent_shape
-    shape = [shard.count, 2 * channels, *sides]
-    expected = {LABELS: [shard.count], POSTERIOR: shape, **({MIRRORED: shape} if index.mirrored else {})}
-    try:
-        size = path.stat().st_size
-        if size != shard.size:
-            raise ValueError(f"expected {shard.size} bytes, found {size}")
-        file = safe_open(path, "pt")
-        slices = {name: file.get_slice(name) for name in expected}
-        found = {name: one.get_shape() for name, one in slices.items()}
-        if found != expected:
-            raise ValueError(f"expected tensors of shapes {expected}, got {found}")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(
-            f"data: cannot read {path}: {reason(error)}. Remove it, and `meanflow encode` makes it anew"
-        ) from error
-    return slices
+
+    def __init__(self, folder: Path, index: LatentIndex, k: int) -> None:
+        shard = index.shards[k]
+        self.path = folder / shard.file
+        channels, *sides = index.latent_shape
+        shape = [shard.count, 2 * channels, *sides]
+        expected = {LABELS: [shard.count], POSTERIOR: shape, **({MIRRORED: shape} if index.mirrored else {})}
+        dtypes = {name: "I64" if name == LABELS else index.dtype.replace("float", "F") for name in expected}
+        try:
+            self._file = self.path.open("rb", buffering=0)
+            size = os.fstat(self._file.fileno()).st_size
+            if size != shard.size:
+                raise ValueError(f"expected {shard.size} bytes, found {size}")
+            length = int.from_bytes(self._file.read(8), "little")  # of safetensors' header
+            if not 0 < length < size:
+                raise ValueError("it is no safetensors file")
+            header = parse_json(self._file.read(length))
+            for name, wanted in expected.items():
+                found = header[name]
+                if found["shape"] != wanted or found["dtype"] != dtypes[name]:
+                    raise ValueError(f"expected {name} of shape {wanted} and {dtypes[name]}, got {shown(found)}")
+            self._first = {name: 8 + length + header[name]["data_offsets"][0] for name in expected}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UsageError(f"data: cannot read {self.path}: {reason(error)}. {ANEW}") from error
+
+    def read(self, name: str, row: int, into: Tensor) -> None:
+        """Fill a contiguous tensor of the file's dtype from row `row` on."""
+        place = memoryview(into.numpy()).cast("B")
+        if os.preadv(self._file.fileno(), [place], self._first[name] + row * len(place)) != len(place):
+            raise UsageError(f"data: cannot read {self.path}: it has become shorter. {ANEW}")
+
+    def labels(self, count: int) -> Tensor:
+        """(count,) int64."""
+        labels = torch.empty(count, dtype=torch.int64)
+        self.read(LABELS, 0, labels)
+        return labels
 
 
 def read_labels(folder: Path, index: LatentIndex) -> Tensor:
@@ -256,7 +277,7 @@ def read_labels(folder: Path, index: LatentIndex) -> Tensor:
     Raises:
         UsageError: a file is missing or damaged.
     """
-    return torch.cat([open_shard(folder, index, k)[LABELS][:] for k in range(len(index.shards))])
+    return torch.cat([_OpenShard(folder, index, k).labels(shard.count) for k, shard in enumerate(index.shards)])
 
 
 @register("data", "latents")

@@ -186,8 +186,8 @@ def test_evaluators_get_decoded_images(here):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_do_not_depend_on_workers_or_on_what_is_mapped(here, expected, monkeypatch, workers):
-    monkeypatch.setattr(latents_module, "MAPPED_BYTES", 3 * 2 * 8 * 64 * 4)  # files are opened anew all the time
+def test_batches_do_not_depend_on_workers_or_on_what_is_open(here, expected, monkeypatch, workers):
+    monkeypatch.setattr(latents_module, "OPEN_FILES", 2)  # of four
     train = tiny(held_out=0.25).data.load().train
     order = StepOrder(len(train), 6, seed=1)
     found = list(micro_batches(train, order, start=0, stop=12, workers=workers, mirrored=True))
