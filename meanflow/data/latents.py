@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -242,14 +243,15 @@ class _OpenShard:
         expected = {LABELS: [shard.count], POSTERIOR: shape, **({MIRRORED: shape} if index.mirrored else {})}
         dtypes = {name: "I64" if name == LABELS else index.dtype.replace("float", "F") for name in expected}
         try:
-            self._file = self.path.open("rb", buffering=0)
-            size = os.fstat(self._file.fileno()).st_size
+            self._handle = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._handle)
+            size = os.fstat(self._handle).st_size
             if size != shard.size:
                 raise ValueError(f"expected {shard.size} bytes, found {size}")
-            length = int.from_bytes(self._file.read(8), "little")  # of safetensors' header
+            length = int.from_bytes(os.pread(self._handle, 8, 0), "little")  # of safetensors' header
             if not 0 < length < size:
                 raise ValueError("it is no safetensors file")
-            header = parse_json(self._file.read(length))
+            header = parse_json(os.pread(self._handle, length, 8))
             for name, wanted in expected.items():
                 found = header[name]
                 if found["shape"] != wanted or found["dtype"] != dtypes[name]:
@@ -260,8 +262,8 @@ class _OpenShard:
 
     def read(self, name: str, row: int, into: Tensor) -> None:
         """Fill a contiguous tensor of the file's dtype from row `row` on."""
-        place = memoryview(into.numpy()).cast("B")
-        if os.preadv(self._file.fileno(), [place], self._first[name] + row * len(place)) != len(place):
+        place = into.numpy().data.cast("B")
+        if os.preadv(self._handle, [place], self._first[name] + row * len(place)) != len(place):
             raise UsageError(f"data: cannot read {self.path}: it has become shorter. {ANEW}")
 
     def labels(self, count: int) -> Tensor:
