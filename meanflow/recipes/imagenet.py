@@ -26,7 +26,7 @@ def on_imagenet(name: str, **values: Any) -> Config:
     shared = {
         "flip": True,
         "grad_clip": 0.0,
-        "ema_decay": 0.9999,  # where a paper keeps several averages, they belong here too
+        "ema_decay": 0.9999,
         "checkpoint_every": 5000,
         "sample_every": 5000,
     }
