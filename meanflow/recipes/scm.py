@@ -76,7 +76,8 @@ for family, patch, make, data, shape, steps in (
             data=data,
             shape=shape,
             epochs=epochs_of(steps, 2048),
-            protocol="50,000 samples in 1 or 2 evaluations, the second at the angle 1.1, of weights averaged with length 0.05 (power:0.05)",
+            protocol="50,000 samples in 1 or 2 evaluations, the second at the angle 1.1, of weights averaged with "
+            "length 0.05 (--weights power:0.05)",
             differs=f"Not the authors' network: that is EDM2-{size} with {theirs:g} million parameters, and no figure "
             "is published for this one. Theirs starts from a diffusion model and has dropout, another schedule of the "
             "learning rate."
