@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import registry
-from .codecs import Codec, Pixels, absolute_if_there
+from .codecs import Codec, Pixels, absolute_if_there, identity_of
 from .data import DataSource, ImageData, ImageFolder, LatentIndex, is_latents
 from .errors import UsageError
 from .evaluation import Evaluator, PixelStatistics
@@ -194,7 +194,7 @@ class Config:
 
     def check_codec(self, data: ImageData) -> None:
         """Raise a UsageError where the data are encoded by another codec than this one."""
-        if data.codec is not None and data.codec != self.codec:
+        if data.codec is not None and identity_of(data.codec) != identity_of(self.codec):
             raise UsageError(f"expected that of {data.name}, {data.codec}, got {self.codec}", field="codec")
 
     def check_fit(self) -> None:
@@ -235,7 +235,9 @@ def spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(out.get("codec"), str) and out["codec"] not in registry.names("codecs"):
         word = out["codec"]
         if not registry.is_code(word) or Path(word).is_dir():
-            out |= {"codec": "autoencoder", "pretrained": absolute_if_there(word)}
+            out |= {"codec": "autoencoder", "pretrained": word}
+    if isinstance(out.get("pretrained"), str):
+        out["pretrained"] = absolute_if_there(out["pretrained"])
     return out
 
 

@@ -30,6 +30,8 @@ from .data.latents import DTYPES, INDEX, LABELS, MIRRORED, PLAN, POSTERIOR, Shar
 from .errors import UsageError
 from .files import checksum, parse_json, read_text, remove_partials, replaced, shown, write_text
 from .registry import name_of
+from .tf32 import tensor_float32
+from .training.owner import owned_by_all
 
 SECONDS = 60.0  # between lines of progress where there is no bar
 
@@ -69,7 +71,7 @@ def encode_images(
     dtype: Literal["float32", "float16"] = "float32",
     precision: Literal["float32", "tf32", "bf16"] = "float32",
     shard_size: int = 1024,
-    batch_size: int = 64,
+    batch_size: int = 16,
     workers: int = 2,
     device: torch.device | str = "cpu",
 ) -> Encoded:
@@ -92,33 +94,7 @@ def encode_images(
     """
     state = PartialState()
     begun = time.perf_counter()
-    index = _planned(data, codec, mirrored=mirrored, dtype=dtype)
-    labels = f"{zlib.crc32(data.train.labels.numpy().tobytes()):08x}"
-    plan = {**asdict(index), "labels": labels, "shard_size": shard_size, "precision": precision}
-    files = [f"latents-{k:05d}.safetensors" for k in range(-(-len(data.train) // shard_size))]
-    todo = _told_all(lambda: _begin(out, plan, files))
-    mine = todo[state.process_index :: state.num_processes]
-    parts = {k: list(range(k * shard_size, min((k + 1) * shard_size, len(data.train)))) for k in mine}
-    chosen = [rows[i : i + batch_size] for rows in parts.values() for i in range(0, len(rows), batch_size)]
-    loaded = batches(data.train, chosen, workers=workers)
-    with _progress(sum(map(len, chosen)), state) as advance, _products(precision, torch.device(device)):
-        for k, rows in parts.items():
-            pieces = []
-            for _ in range(0, len(rows), batch_size):
-                x, y = next(loaded)
-                pieces.append(_encoded(codec, x.to(device, non_blocking=True), y, mirrored=mirrored))
-                advance(len(y))
-            whole = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            _write(out / files[k], whole, codec, DTYPES[dtype])
-    state.wait_for_everyone()
-    index = _told_all(lambda: _finished(out, index, files))
-    rows_done = sum(min(shard_size, len(data.train) - k * shard_size) for k in todo)
-    return Encoded(index, rows_done, time.perf_counter() - begun)
-
-
-def _planned(data: ImageData, codec: Codec, *, mirrored: bool, dtype: str) -> LatentIndex:
-    """The index without what is known at the end."""
-    return LatentIndex(
+    index = LatentIndex(
         source=data.name,
         codec={"name": name_of("codecs", type(codec)), **asdict(codec)},  # type: ignore[call-overload]
         image_shape=data.image_shape,
@@ -126,17 +102,41 @@ def _planned(data: ImageData, codec: Codec, *, mirrored: bool, dtype: str) -> La
         dtype=dtype,
         mirrored=mirrored,
         class_names=data.class_names,
+        labels=f"{zlib.crc32(data.train.labels.numpy().tobytes()):08x}",
+        shard_size=shard_size,
+        precision=precision,
         shards=(),
     )
+    files = [f"latents-{k:05d}.safetensors" for k in range(-(-len(data.train) // shard_size))]
+    with owned_by_all(out, state, does="is encoding to it", other="another folder"):
+        todo = _told_all(lambda: _begin(out, index, files))
+        mine = todo[state.process_index :: state.num_processes]
+        parts = {k: list(range(k * shard_size, min((k + 1) * shard_size, len(data.train)))) for k in mine}
+        chosen = [rows[i : i + batch_size] for rows in parts.values() for i in range(0, len(rows), batch_size)]
+        loaded = batches(data.train, chosen, workers=workers)
+        autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+        with _progress(sum(map(len, chosen)), state) as advance, tensor_float32(precision == "tf32"), autocast:
+            for k, rows in parts.items():
+                pieces = []
+                for _ in range(0, len(rows), batch_size):
+                    x, y = next(loaded)
+                    pieces.append(_encoded(codec, x.to(device, non_blocking=True), y, mirrored=mirrored))
+                    advance(len(y))
+                whole = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                _write(out / files[k], whole, codec, DTYPES[dtype])
+        state.wait_for_everyone()
+        index = _told_all(lambda: _finished(out, index, files))
+    rows_done = sum(min(shard_size, len(data.train) - k * shard_size) for k in todo)
+    return Encoded(index, rows_done, time.perf_counter() - begun)
 
 
 def _told_all(make: Any) -> Any:
-    """What the first process makes, in every process; so is its UsageError."""
+    """What the first process makes, in every process; so is what it refuses, or its disk."""
     told: list[Any] = [None, ""]
     if PartialState().is_main_process:
         try:
             told = [make(), ""]
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             told = [None, str(error)]
     broadcast_object_list(told)
     if told[1]:
@@ -144,15 +144,14 @@ def _told_all(make: Any) -> Any:
     return told[0]
 
 
-def _begin(out: Path, plan: Mapping[str, Any], files: list[str]) -> list[int]:
+def _begin(out: Path, index: LatentIndex, files: list[str]) -> list[int]:
     """Make the folder ready; returns the numbers of the files that are to be made."""
-    wanted = json.loads(json.dumps(plan))  # as it is read back
+    wanted = _plan(index)
     if out.exists() and not out.is_dir():
         raise UsageError(f"expected a folder, got the file {out}", field="out")
     path = out / PLAN
     if (out / INDEX).is_file():
-        found = json.loads(json.dumps(asdict(LatentIndex.read(out))))
-        _refuse_others(out, found, {name: wanted[name] for name in found if name != "shards"})
+        _refuse_others(out, _plan(LatentIndex.read(out)), wanted)
     elif path.is_file():
         try:
             found = parse_json(read_text(path))
@@ -167,6 +166,12 @@ def _begin(out: Path, plan: Mapping[str, Any], files: list[str]) -> list[int]:
     remove_partials(out, *files, *(_beside(name) for name in files))
     known = _known(out)
     return [k for k, name in enumerate(files) if name not in known]
+
+
+def _plan(index: LatentIndex) -> dict[str, Any]:
+    """What a folder is to hold, as JSON reads it back."""
+    plan: dict[str, Any] = json.loads(json.dumps(asdict(replace(index, shards=()))))
+    return plan
 
 
 def _refuse_others(out: Path, found: Any, wanted: Mapping[str, Any]) -> None:
@@ -246,18 +251,6 @@ def _finished(out: Path, index: LatentIndex, files: list[str]) -> LatentIndex:
     for name in (PLAN, *(_beside(name) for name in files)):
         (out / name).unlink(missing_ok=True)
     return whole
-
-
-@contextmanager
-def _products(precision: str, device: torch.device) -> Iterator[None]:
-    """The encoder's precision; PyTorch's own convolutions on a GPU are in TF32 unless they are told otherwise."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -121,8 +121,15 @@ class Autoencoder(Options):
         raw = latents.float() / self._scale + self.mean  # [B, C, H, W]
         return torch.cat([net.decode(some).sample for some in raw.split(CHUNK)]).contiguous()
 
+    @property
+    def identity(self) -> Any:
+        """Of its latents: checksum and factors, wherever it is; all of it where the checksum is not known."""
+        return (self.weights_checksum, self.scaling_factor, self.shift_factor) if self.weights_checksum else self
+
     def identified(self) -> Autoencoder:
         """The same with every value of its own filled in, and the checksum of its weights."""
+        if self.weights_checksum:
+            return self
         return replace(
             self,
             scaling_factor=float(self._scale),

@@ -36,6 +36,16 @@ def is_drawn(codec: Any) -> bool:
     return hasattr(codec, "draw")
 
 
+def identity_of(codec: Any) -> Any:
+    """What two codecs have in common that give the same latents, wherever their weights are."""
+    return getattr(codec, "identity", codec)
+
+
+def identified(codec: Any) -> Any:
+    """A codec with the checksum of its weights, where it has weights."""
+    return codec.identified() if hasattr(codec, "identified") else codec
+
+
 def draw_latents(codec: Any, encoded: Tensor, noise: Tensor | None) -> Tensor:
     """Latents (B, C, H, W) of what `codec.encode` gave, with standard normal `noise` of their shape where they are
     drawn."""

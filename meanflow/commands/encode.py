@@ -20,7 +20,7 @@ class Encode:
     torchrun the processes share the images. What was stopped goes on where it was with the same command.
 
     Args:
-        images: a folder with one sub-folder per class, or another source, as `meanflow train --data` takes it
+        images: a folder with one sub-folder per class, wds:PATTERN or hf:NAME_OR_PATH
         codec: a repository of an AutoencoderKL on the Hugging Face hub, or a folder with one
         out: folder of the latents
         image_size: side in pixels: images are scaled to it on their shorter side and cut to the centre
@@ -31,7 +31,7 @@ class Encode:
         precision: of the encoder's products; tf32 and bf16 are faster on a GPU
         skip_unreadable: an image that cannot be read: another one of its class in its place
         shard_size: images of a file
-        batch_size: images that are encoded at a time
+        batch_size: images that are encoded at a time; of more than 16 the autoencoder takes 16 at a time
         workers: processes that decode images, of each process
         device: auto: a GPU if there is one
     """
@@ -47,7 +47,7 @@ class Encode:
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     skip_unreadable: Flag = False
     shard_size: int = 1024
-    batch_size: int = 64
+    batch_size: int = 16
     workers: int = 2
     device: Device = "auto"
 

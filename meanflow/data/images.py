@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -105,6 +105,13 @@ class ImageData:
     def image_shape(self) -> tuple[int, int, int]:
         return self.channels, self.image_size, self.image_size
 
+    def decoding_with(self, codec: Codec, device: torch.device | str) -> ImageData:
+        """The same data, whose `images` are decoded by `codec` on `device`; pixels and points as they are."""
+        if self.codec is None:
+            return self
+        held_out = self.held_out if self.held_out is None else _decoding_with(self.held_out, codec, device)
+        return replace(self, train=_decoding_with(self.train, codec, device), held_out=held_out, codec=codec)
+
     def check_classes(self, names: Sequence[str], source: object) -> None:
         """Raise a UsageError unless the classes are `names`, those of `source`, in their order."""
         if tuple(names) == self.class_names:
@@ -118,6 +125,12 @@ class ImageData:
             if some
         )
         raise UsageError(f"data: {self.name} has other classes than {source}: {words or 'they are in another order'}")
+
+
+def _decoding_with(source: Any, codec: Codec, device: torch.device | str) -> ImageSource:
+    """A source of one's own decodes as it likes."""
+    decoding: ImageSource = source.decoding_with(codec, device) if hasattr(source, "decoding_with") else source
+    return decoding
 
 
 def stratified_split(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:

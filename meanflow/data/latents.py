@@ -8,6 +8,7 @@ index.json                    what they are of, and the checksum of each file
 from __future__ import annotations
 
 import json
+import math
 import os
 import weakref
 from bisect import bisect_right
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ..codecs import Codec, draw_latents
 from ..errors import UsageError
-from ..files import is_number, parse_json, read_text, reason, shown, write_text
+from ..files import check_regular, is_number, parse_json, read_text, reason, shown, write_text
 from ..options import option
 from ..registry import find, is_code, names, register
 from .images import ImageData, stratified_split
@@ -79,6 +80,9 @@ class LatentIndex:
     source: what was encoded, in words.
     codec: the options of what encoded it, by name.
     image_shape, latent_shape: (C, H, W).
+    labels: checksum of the labels.
+    shard_size: images of a file.
+    precision: that they were encoded in.
     """
 
     source: str
@@ -88,6 +92,9 @@ class LatentIndex:
     dtype: str
     mirrored: bool
     class_names: tuple[str, ...]
+    labels: str
+    shard_size: int
+    precision: str
     shards: tuple[Shard, ...]
 
     @property
@@ -147,8 +154,16 @@ class LatentIndex:
     def _check(self, count: Any) -> None:
         for name in ("image_shape", "latent_shape"):
             shape = getattr(self, name)
-            if len(shape) != 3 or not all(type(n) is int and 0 < n < 2**20 for n in shape):
+            if (
+                not isinstance(shape, tuple)
+                or len(shape) != 3
+                or not all(type(n) is int and 0 < n < 2**20 for n in shape)
+            ):
                 raise ValueError(f"{name}: expected three sizes, got {shown(shape)}")
+            if shape[1] != shape[2]:
+                raise ValueError(f"{name}: expected a square, got {shown(shape)}")
+        if type(self.mirrored) is not bool:
+            raise ValueError(f"mirrored: expected true or false, got {shown(self.mirrored)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected {' or '.join(DTYPES)}, got {shown(self.dtype)}")
         if not isinstance(self.codec, dict) or not isinstance(self.codec.get("name"), str):
@@ -156,8 +171,14 @@ class LatentIndex:
         if is_code(self.codec["name"]):  # a file is not to say what code runs
             raise ValueError(f"codec: expected one of {', '.join(names('codecs'))}, got {shown(self.codec['name'])}")
         classes = self.class_names
-        if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        is_names = isinstance(classes, tuple) and all(isinstance(name, str) for name in classes)
+        if not is_names or len(set(classes)) < len(classes) or not classes:
             raise ValueError(f"class_names: expected different names, got {shown(classes)}")
+        files = [shard.file for shard in self.shards]
+        if not files or len(set(files)) < len(files):
+            raise ValueError(f"shards: expected different files, got {shown(files)}")
+        if any(len(sums) != self.latent_shape[0] for shard in self.shards for sums in (shard.total, shard.squares)):
+            raise ValueError(f"shards: expected sums of {self.latent_shape[0]} channels")
         if count != self.count:
             raise ValueError(f"count: expected {self.count}, the sum over its files, got {shown(count)}")
 
@@ -179,6 +200,13 @@ class LatentImages:
         self._rows = rows
         self._first = [0, *accumulate(shard.count for shard in index.shards)]  # row of each file's first image
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # the last used one at the end
+        self._device = torch.device("cpu")
+
+    def decoding_with(self, codec: Codec, device: torch.device | str) -> LatentImages:
+        """The same, whose `images` are decoded by `codec`, which has the same latents, on `device`."""
+        images = LatentImages(self.folder, self.index, codec, self._rows, self.labels)
+        images._device = torch.device(device)
+        return images
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}  # for a worker process; an open file cannot be sent
@@ -214,12 +242,11 @@ class LatentImages:
         return self._open[k]
 
     def images(self, indices: Sequence[int] | None = None) -> Tensor:
-        """(n, C, H, W) float32: the means decoded, on a GPU where there is one."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """(n, C, H, W) float32 on the CPU: the means decoded."""
         chosen = range(len(self)) if indices is None else indices
         images = []
         for i in range(0, len(chosen), 64):
-            x = self.batch(chosen[i : i + 64])[0].to(device)  # [64, 2C, h, w]
+            x = self.batch(chosen[i : i + 64])[0].to(self._device)  # [64, 2C, h, w]
             latents = draw_latents(self.codec, x, x.new_zeros(len(x), *self.index.latent_shape))
             images.append(self.codec.decode(latents).cpu())
         return torch.cat(images)
@@ -243,6 +270,7 @@ class _OpenShard:
         expected = {LABELS: [shard.count], POSTERIOR: shape, **({MIRRORED: shape} if index.mirrored else {})}
         dtypes = {name: "I64" if name == LABELS else index.dtype.replace("float", "F") for name in expected}
         try:
+            check_regular(self.path)
             self._handle = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._handle)
             size = os.fstat(self._handle).st_size
@@ -252,11 +280,14 @@ class _OpenShard:
             if not 0 < length < size:
                 raise ValueError("it is no safetensors file")
             header = parse_json(os.pread(self._handle, length, 8))
+            self._first = {}
             for name, wanted in expected.items():
-                found = header[name]
-                if found["shape"] != wanted or found["dtype"] != dtypes[name]:
-                    raise ValueError(f"expected {name} of shape {wanted} and {dtypes[name]}, got {shown(found)}")
-            self._first = {name: 8 + length + header[name]["data_offsets"][0] for name in expected}
+                first, end = (8 + length + offset for offset in header[name]["data_offsets"])
+                n = math.prod(wanted) * (8 if name == LABELS else DTYPES[index.dtype].itemsize)
+                fits = type(first) is int and first >= 8 + length and end == first + n and end <= size
+                if header[name]["shape"] != wanted or header[name]["dtype"] != dtypes[name] or not fits:
+                    raise ValueError(f"expected {name} of shape {wanted} and {dtypes[name]}, got {shown(header[name])}")
+                self._first[name] = first
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(f"data: cannot read {self.path}: {reason(error)}. {ANEW}") from error
 
@@ -305,6 +336,12 @@ class Latents(DataSource):
             )
         codec = codec_of(index)
         labels = read_labels(folder, index)
+        low, high = (int(a) for a in labels.aminmax())
+        if low < 0 or high >= len(index.class_names):
+            raise UsageError(
+                f"data: {folder}: expected labels from 0 to {len(index.class_names) - 1}, one for each class name, got "
+                f"{low} to {high}"
+            )
         train, kept = stratified_split(labels, self.held_out)
         channels, side, _ = index.image_shape
         return ImageData(

@@ -111,7 +111,7 @@ class Trainer:
         self.model = config.network(data)
         if config.run.init is not None:
             try:
-                load_initial_weights(self.model, source_of(config.run.init), trust_code=trust_code)
+                load_initial_weights(self.model, source_of(config.run.init), codec=config.codec, trust_code=trust_code)
             except UsageError as error:
                 raise UsageError(str(error), field="init") from error
         if config.run.precision == "bf16-weights":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, Pixels
+from ..codecs import Codec, Pixels, identity_of
 from ..config import RUNS, Trust, check_code, words_in
 from ..data import Stream, generator_for
 from ..errors import UsageError
@@ -252,11 +252,16 @@ def check_resumed(path: Path, sizes: Mapping[str, Any]) -> None:
             raise UsageError(f"{path} holds another model's weights: expected {before}, got {value}", field=name)
 
 
-def load_initial_weights(net: nn.Module, source: Path, *, trust_code: Trust = False) -> None:
+def load_initial_weights(
+    net: nn.Module, source: Path, *, codec: Codec | None = None, trust_code: Trust = False
+) -> None:
     """Start `net` from the weights of a run folder (averages of its newest checkpoint), of a checkpoint, or of a file.
 
     Where they were trained at r = t alone, by flow matching for instance, and `net` is told both times, it is the same
     network at every r to begin with (see `told_both_times`).
+
+    Args:
+        codec: what `net` is to train on; that the weights were trained on what another one makes is said.
 
     Raises:
         UsageError: there are none, they are damaged or of another network, or were trained with code that is not
@@ -270,6 +275,8 @@ def load_initial_weights(net: nn.Module, source: Path, *, trust_code: Trust = Fa
         check_files(folder, state, [path.name])
         check_code(words_in({"objective": state["objective"]}), folder, trust_code)
         one_time = one_time or not saved_objective(state).two_times
+        if codec is not None and identity_of(saved_codec(state)) != identity_of(codec):
+            _log.warning("init: %s was trained on what %s makes of images, not %s", path, saved_codec(state), codec)
     if one_time and not is_told_gap(net) and not is_told_gap(weights):
         _log.warning(
             "init: %s was trained at r = t alone, and %s has no r_embedder that could start silent: at r < t it is as "

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import registry
 from ..checks import check_takes
+from ..codecs import identity_of
 from ..config import Config, Trust
 from ..data import ImageData
 from ..errors import NetworkError, UsageError
@@ -113,6 +114,10 @@ def _teacher(config: Config, data: ImageData, field: str, trust_code: Trust) -> 
             raise UsageError(
                 f"{loaded.source} was trained on another path, {type(loaded.objective.path).__name__}; expected the "
                 "linear one, without a bridge"
+            )
+        if loaded.step is not None and identity_of(loaded.codec) != identity_of(config.codec):
+            raise UsageError(
+                f"{loaded.source} was trained on what {loaded.codec} makes of images; expected {config.codec}"
             )
         check_takes(loaded.net, "y")
     except (UsageError, NetworkError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..codecs import identity_of
 from ..data import ImageData
 from ..errors import UsageError
 from ..evaluation import Evaluator, evaluation_labels
@@ -66,6 +67,9 @@ def evaluate_network(
             field="data",
         )
     data.check_classes(loaded.class_names, loaded.source)
+    if data.codec is not None:
+        same = identity_of(data.codec) == identity_of(loaded.codec)
+        data = data.decoding_with(loaded.codec if same else data.codec, device)
     sampler = {"sampler": str(loaded.sampling(**options))}
     refusal = evaluator.refusal(loaded.image_shape)
     if refusal is not None:

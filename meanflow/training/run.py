@@ -6,8 +6,8 @@ import ctypes
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,22 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 
+from ..codecs import identified, identity_of
 from ..config import Config, Trust, words_in
 from ..config_file import PRESET, read_config, read_values
 from ..errors import UsageError
 from ..files import write_text
+from ..tf32 import tensor_float32
 from .accelerator import make_accelerator
 from .folder import RunFolder
 from .graphs import described
 from .log import read_log
 from .loop import Trainer, TrainResult, parameter_count
 from .network import LoadedNetwork, check_resumed, load_network
-from .owner import owned
+from .owner import owned_by_all
 from .parallel import BLOCKS, is_sharded, transformer_blocks
 from .pictures import save_loss_curve
 from .report import evaluate_network, figures_by_sweep, save_samples
@@ -48,7 +50,12 @@ def changed_values(config: Config, saved: Config) -> dict[str, tuple[Any, Any]]:
         for name, value in after.items()
         if name != "name" and name in before and value != before[name]
     }
-    for name in ("data", *config.data.located(), "codec", "objective", "init", "teacher", "weak_teacher"):
+    if identity_of(config.codec) != identity_of(saved.codec):
+        raise UsageError(
+            f"expected the resumed run's own, {saved.codec}, got {config.codec}; start another run with --name",
+            field="codec",
+        )
+    for name in ("data", *config.data.located(), "objective", "init", "teacher", "weak_teacher"):
         if name in changes:
             now, then = changes[name]
             of_data = name == "data" or name in config.data.located()
@@ -91,27 +98,6 @@ def run_training(
         torch.set_num_threads(threads)
 
 
-@contextmanager
-def tensor_float32(allowed: bool) -> Iterator[None]:
-    """Whether float32 products and convolutions on a GPU are rounded to TF32; PyTorch by itself rounds convolutions."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    newer = getattr(matmul, "fp32_precision", None)  # torch 2.9; where it alone was set, the older question is an error
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        older = "highest"
-    convolutions = cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(older)
-        if newer is not None:
-            matmul.fp32_precision = newer
-        cudnn.allow_tf32 = convolutions
-
-
 def _run_training(
     config: Config, trust_code: Trust, *, preset: str | None, resume: bool, overwrite: bool
 ) -> TrainResult:
@@ -122,6 +108,7 @@ def _run_training(
         saved = read_values(folder.config, code)
         config = config.replace(precision=saved.get("precision", "auto"))
     accelerator = make_accelerator(config, folder)
+    config = replace(config, codec=identified(config.codec))
     try:
         with owned_by_all(folder.path, accelerator):
             checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
@@ -131,22 +118,6 @@ def _run_training(
     finally:
         _keep_process_group()
         accelerator.end_training()  # closes the trackers and the process group
-
-
-@contextmanager
-def owned_by_all(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Own the run for all its processes; where the first one cannot, each raises its UsageError."""
-    with ExitStack() as stack:
-        refusal = [""]
-        if accelerator.is_main_process:
-            try:
-                stack.enter_context(owned(folder))
-            except UsageError as error:
-                refusal = [str(error)]
-        broadcast_object_list(refusal)
-        if refusal[0]:
-            raise UsageError(refusal[0])
-        yield
 
 
 def _run_owned(

@@ -24,6 +24,7 @@ from meanflow.config import Config
 from meanflow.data import ImageData, TensorImages, load_digits_data
 from meanflow.errors import UsageError
 from meanflow.models import DiT
+from meanflow.tf32 import tensor_float32
 from meanflow.training import (
     EMA,
     RunFolder,
@@ -37,7 +38,6 @@ from meanflow.training import (
     run_training,
 )
 from meanflow.training.log import read_log
-from meanflow.training.run import tensor_float32
 
 HALF_LOSS = 4e-4  # relative, against float32; measured 1.9e-4
 
