@@ -189,8 +189,11 @@ def samples_of(path: str, bar: tqdm[Any]) -> Iterator[tuple[str, Members]]:
                 members[extension] = member
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes what is no header for the end
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)  # tarfile takes what is no header, and the file's end, for it
+            if any(block):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"unexpected end of data at byte {tar.offset}, without an end-of-archive block")
     except (OSError, tarfile.TarError) as error:
         if isinstance(error, tarfile.TarError) and _OpenFile(path).read(8, 0).startswith(MAGIC):
             raise _compressed(path) from error
