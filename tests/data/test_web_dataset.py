@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -286,6 +287,18 @@ def test_a_tar_that_is_cut_short_later_is_a_damaged_image(tmp_path, monkeypatch)
     assert data.train[0][0].shape == (3, 8, 8)
     with pytest.raises(UsageError, match=r"a\.tar, byte 2048: the tar file ends within it|a\.tar/1\.png: the tar file"):
         data.train[1]
+
+
+def test_a_pipe_is_no_tar(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
+    path = write_tar(tmp_path / "a.tar", sample("0", 0))
+    data = WebDataset(tars=str(path), image_size=8).load()
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it: to open it would take forever
+    with pytest.raises(UsageError, match=r"cannot read the image .*a\.tar, byte 0: .*expected a file, got a device"):
+        data.train[0]
+    with pytest.raises(UsageError, match=r"cannot read the tar file .*a\.tar: .*expected a file, got a device"):
+        WebDataset(tars=str(path), image_size=8).load()
 
 
 def test_damaged_tars_are_refused(tmp_path):
