@@ -335,6 +335,12 @@ def test_a_recipe_of_encoded_pixels_says_its_codec(monkeypatch):
     assert Config.of(**yaml.safe_load(block("encoded"))) == config.replace(data="FOLDER")
 
 
+@pytest.mark.parametrize("name", ["Shortcut-DiT-B/2", "Shortcut-DiT-XL/2"])
+def test_shortcut_says_that_its_figures_are_of_weights_without_averaging(name, capsys):
+    assert run(f"recipes {name}") == 0
+    assert "evaluates the weights without averaging" in capsys.readouterr().out
+
+
 def test_a_name_that_is_none(capsys):
     assert run("recipes DiT-B/3") == 2
     assert "meanflow recipes: name: expected one of digits" in capsys.readouterr().err
