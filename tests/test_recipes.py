@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meanflow import cli, registry
-from meanflow.commands.recipes import details, settings
+from meanflow.commands.recipes import details
 from meanflow.comparison.cost import Step
 from meanflow.comparison.estimate import (
     COUNTS,
@@ -24,7 +25,7 @@ from meanflow.comparison.estimate import (
     flops_per_image,
     rows_of,
 )
-from meanflow.config import Config
+from meanflow.config import Config, merged
 from meanflow.config_file import read_values
 from meanflow.recipes import Published, PublishedRecipe, published, recipe
 from meanflow.registry import names
@@ -309,16 +310,35 @@ def test_all_about_one(capsys):
     assert "nobody measured" not in text
 
 
+def block(name: str) -> str:
+    """The YAML that `meanflow recipes NAME` prints, as it is indented there."""
+    _, _, rest = details(name, gpus=8, tflops=300.0).partition("`meanflow train --config FILE`")
+    return rest.partition(":\n")[2].partition("\n\n")[0]
+
+
 @pytest.mark.parametrize("name", names("recipes"))
-def test_the_settings_that_are_shown_make_the_recipe(name, tmp_path):
-    config = recipe(name)
-    values = config.values()
-    shown = {key: json.loads(json.dumps(value)) for key, value in settings(config).items()}
-    parts = {key: values[key] for key in ("model", "objective")}
-    parts |= {"data": values["data"]} if values["data"] != "folder" else {}
-    lines = [f"{key}: {json.dumps(value)}" for key, value in {**parts, **shown}.items()]
-    (tmp_path / "a.yaml").write_text("\n".join(lines))
+def test_the_file_that_is_shown_is_the_recipe(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values, config = yaml.safe_load(block(name)), recipe(name)
+    assert list(values)[:3] == ["data", "model", "objective"]
+    if values["data"] in ("FOLDER", "LATENTS"):  # the user's: put in by hand or by --data
+        assert merged(Config(), values, {"data": "mine"}) == config.replace(data="mine")
+        config = config.replace(data=values["data"])
+    assert Config.of(**values) == config
+    (tmp_path / "a.yaml").write_text(block(name))
     assert Config.of(**read_values(tmp_path / "a.yaml")) == config
+
+
+def test_a_recipe_of_encoded_pixels_says_its_codec(monkeypatch):
+    config = Config.of(codec="autoencoder", pretrained="somebody/vae", image_size=64)
+    monkeypatch.setitem(registry._known["recipes"], "encoded", lambda: config)
+    assert Config.of(**yaml.safe_load(block("encoded"))) == config.replace(data="FOLDER")
+
+
+@pytest.mark.parametrize("name", ["Shortcut-DiT-B/2", "Shortcut-DiT-XL/2"])
+def test_shortcut_says_that_its_figures_are_of_weights_without_averaging(name, capsys):
+    assert run(f"recipes {name}") == 0
+    assert "evaluates the weights without averaging" in capsys.readouterr().out
 
 
 def test_a_name_that_is_none(capsys):

@@ -12,7 +12,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from ..comparison.estimate import GPUS, PEAK, TFLOPS, Estimate, estimate_of
-from ..config import GROUPS, Config
+from ..config import FOLDERS, GROUPS, Config
 from ..errors import UsageError
 from ..options import options_of
 from ..recipes import Published, published, recipe
@@ -97,11 +97,9 @@ def details(name: str, *, gpus: int, tflops: float) -> str:
     elif measured(name):
         words.append(("measured", measured(name)))
     width = max(len(key) for key, _ in words) + 2
-    values = config.values()
-    chosen = ", ".join(f"{key} {values[key]}" for key in ("model", "objective"))
     lines = [name, *(f"  {key:<{width}}{text}" for key, text in words)]
-    lines += ["", f"Settings that differ from the defaults of {chosen}, as a YAML file has them:"]
-    lines += [f"  {key}: {json.dumps(value)}" for key, value in settings(config).items()]
+    lines += ["", "As a file for `meanflow train --config FILE`, in which what is at its default is left out:"]
+    lines += [f"  {key}: {json.dumps(value)}" for key, value in written(config, _place(reported)).items()]
     lines += ["", "To run it:", *(f"  {line}" for line in to_run(name, reported, gpus))]
     return "\n".join([*lines, *([] if reported is None else ["", assumption(gpus, tflops)])])
 
@@ -126,6 +124,17 @@ def _reported(config: Config, reported: Published, estimate: Estimate, gpus: int
     return {key: text for key, text in found.items() if text}
 
 
+def written(config: Config, place: str) -> dict[str, Any]:
+    """The values of a file that is this configuration, its components first; `place` stands for data of the user's."""
+    values, usual = config.values(), Config().values()
+    parts = {part: values[part] for part in GROUPS if part in values}
+    if parts["data"] in FOLDERS and not values["folder"]:
+        parts["data"] = place
+    if parts["codec"] == usual["codec"]:
+        del parts["codec"]  # a folder of latents has its own
+    return {**parts, **settings(config)}
+
+
 def settings(config: Config) -> dict[str, Any]:
     """The values of a configuration that differ from the defaults of its data, model and objective."""
     values = config.values()
@@ -141,11 +150,16 @@ def to_run(name: str, reported: Published | None, gpus: int) -> list[str]:
     run = recipe(name).run.name
     train = f"train {name}"
     if reported is not None:
-        train += f" --data {'FOLDER' if reported.shape[0] == 3 else 'LATENTS'}"
+        train += f" --data {_place(reported)}"
     lines = [f"meanflow {train}"]
     if reported is not None and gpus > 1:
         lines.append(f"torchrun --nproc-per-node {gpus} -m meanflow {train}")
     return [*lines, f"meanflow sample runs/{run}"]
+
+
+def _place(reported: Published | None) -> str:
+    """The word for the user's data."""
+    return "FOLDER" if reported is None or reported.shape[0] == 3 else "LATENTS"
 
 
 def assumption(gpus: int, tflops: float) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import check_regular
 from ..options import option
 from ..registry import register
 from .encoded import EncodedImage, FoundImages
@@ -51,7 +52,11 @@ class TableImage(EncodedImage):
         if image is None:
             raise OSError("there is none")
         data: bytes | None = image["bytes"]
-        return Path(image["path"]).read_bytes() if data is None else data
+        if data is not None:
+            return data
+        path = Path(image["path"])
+        check_regular(path)
+        return path.read_bytes()
 
     def __str__(self) -> str:
         return f"{self.images.name}, row {self.row}"

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..files import read_text, shown
+from ..files import check_regular, read_text, shown
 from ..options import option
 from ..registry import register
 from .encoded import SUFFIXES, EncodedImage, FoundImages
@@ -39,6 +39,7 @@ class _OpenFile:
     """A file that is open for as long as somebody has it: no thread closes it while another one reads."""
 
     def __init__(self, path: str) -> None:
+        check_regular(Path(path))
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -91,6 +92,7 @@ class TarImage(EncodedImage):
     def __str__(self) -> str:
         path = self.images.tars[self.tar]
         try:
+            check_regular(Path(path))
             with open(path, "rb") as file:
                 file.seek(self.header)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -168,6 +170,7 @@ def samples_of(path: str, bar: tqdm[Any]) -> Iterator[tuple[str, Members]]:
     key, members = "", Members()
     start = bar.n
     try:
+        check_regular(Path(path))
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
@@ -189,8 +192,11 @@ def samples_of(path: str, bar: tqdm[Any]) -> Iterator[tuple[str, Members]]:
                 members[extension] = member
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes what is no header for the end
+            block = tar.fileobj.read(tarfile.BLOCKSIZE)  # tarfile takes what is no header, and the file's end, for it
+            if any(block):
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            if len(block) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"unexpected end of data at byte {tar.offset}, without an end-of-archive block")
     except (OSError, tarfile.TarError) as error:
         if isinstance(error, tarfile.TarError) and _OpenFile(path).read(8, 0).startswith(MAGIC):
             raise _compressed(path) from error

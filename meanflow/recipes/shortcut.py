@@ -51,6 +51,8 @@ for name, fid in (
         fid=fid,
         epochs=epochs_of(810_000, 256),
         table="README of kvfrans/shortcut-models",
-        differs="The authors take the images of the composed samples twice and others not at all; here each once.",
+        differs="The authors take the images of the composed samples twice and others not at all; here each once. "
+        "Their program by default evaluates the weights without averaging; here samples are of the average, unless one "
+        "says --weights raw.",
     )
     register("recipes", name)(PublishedRecipe(partial(authors, name), reported))

@@ -1,5 +1,6 @@
 """Hugging Face tables: the bits of a folder, labels of every kind, and every refusal."""
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import meanflow.data.encoded as encoded_module
 from meanflow import cli
 from meanflow.config import Config
 from meanflow.data import HuggingFace, StepOrder, load_folder, micro_batches
+from meanflow.data.encoded import read_image
+from meanflow.data.hugging_face import TableImages
+from meanflow.data.left_out import UnreadableImage
 from meanflow.errors import UsageError
 from meanflow.registry import is_code
 
@@ -136,6 +140,16 @@ def test_damaged_rows_are_named_and_left_out_as_files_are(tmp_path, kept, capsys
         "  all  22",
         f"hf:{place}, row 2: it is no image of a known format",
     ]
+
+
+def test_a_pipe_that_a_table_names_is_no_image(tmp_path):
+    paths = [*make_pictures(tmp_path / "pets", {"a": 1}), tmp_path / "pipe"]
+    os.mkfifo(paths[1])  # nobody writes to it: to open it would take forever
+    features = datasets.Features({"picture": datasets.Image(decode=False)})
+    images = TableImages(datasets.Dataset.from_dict({"picture": list(map(str, paths))}, features), "picture", "hf:two")
+    assert read_image(images[0], 8, grey=False).shape == (3, 8, 8)
+    with pytest.raises(UnreadableImage, match=r"hf:two, row 1: .*pipe: expected a file, got a device"):
+        read_image(images[1], 8, grey=False)
 
 
 @pytest.mark.parametrize(

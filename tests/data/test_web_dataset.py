@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -288,6 +289,18 @@ def test_a_tar_that_is_cut_short_later_is_a_damaged_image(tmp_path, monkeypatch)
         data.train[1]
 
 
+def test_a_pipe_is_no_tar(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_module, "CACHE_BYTES", 0)
+    path = write_tar(tmp_path / "a.tar", sample("0", 0))
+    data = WebDataset(tars=str(path), image_size=8).load()
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it: to open it would take forever
+    with pytest.raises(UsageError, match=r"cannot read the image .*a\.tar, byte 0: .*expected a file, got a device"):
+        data.train[0]
+    with pytest.raises(UsageError, match=r"cannot read the tar file .*a\.tar: .*expected a file, got a device"):
+        WebDataset(tars=str(path), image_size=8).load()
+
+
 def test_damaged_tars_are_refused(tmp_path):
     whole = write_tar(tmp_path / "a.tar", sample("0", 0) + sample("1", 0)).read_bytes()
 
@@ -299,6 +312,8 @@ def test_damaged_tars_are_refused(tmp_path):
     refused(whole[:600], ": unexpected end of data")
     refused(whole[:1024] + b"?" * 512 + whole[1536:], ": no header at byte 1024")  # tarfile takes it for the end
     refused(whole[:1100], ": no header at byte 1024")
+    for end in (1024, 2048, 3072, 4096, 4096 + 511):  # between members: as many images as are left would be accepted
+        refused(whole[:end], f": unexpected end of data at byte {end // 512 * 512}, without an end-of-archive block")
     refused(b"", ": empty file")
     refused(picture(), ": ")
     refused(gzip.compress(whole), " is compressed.*decompress it once")  # by its content
@@ -307,6 +322,15 @@ def test_damaged_tars_are_refused(tmp_path):
     header = bytes(sparse[:148]) + b" " * 8 + bytes(sparse[156:512])
     sparse[148:156] = b"%06o\0 " % sum(header)
     refused(bytes(sparse), "/0.png is a sparse file")
+
+
+def test_one_zero_block_ends_a_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar", sample("0", 0) + sample("1", 0))
+    path.write_bytes(path.read_bytes()[: 4096 + 512])
+    assert len(find_tar_images([str(path)], name="a").images) == 2
+    write_tar(tmp_path / "none.tar", [])
+    with pytest.raises(UsageError, match="no images in b"):  # whole, of no members
+        find_tar_images([str(tmp_path / "none.tar")], name="b")
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst"])
