@@ -7,9 +7,8 @@
                               learned.safetensors     parameters of the objective, if it has any
                               target.safetensors      averaged copy of the network that makes targets, if there is one
                               shards/                 under FSDP2, instead of optimizer, learned and target: all of
-                                                      these tensors, written by
-                                                      torch.distributed.checkpoint, each process's shards in a
-                                                      file of its own
+                                                      these tensors, written by torch.distributed.checkpoint, each
+                                                      process's shards in a file of its own
                               state.json              step, model, timing, checksums of the others; written last
 
 Either kind is resumed by any number of processes, with DDP or FSDP2. Batches and all draws are functions of (seed,
@@ -48,11 +47,7 @@ _SEPARATOR = "|"  # between a parameter's name and a moment's: no module name co
 T = TypeVar("T")
 _PARTS = ("model", "ema", "averages", "optimizer", "learned", "target")  # of a checkpoint
 _OF_SOME = ("averages", "learned", "target")  # those that some runs have
-_WHOLE = (
-    "model",
-    "ema",
-    "averages",
-)  # those that are written as whole tensors in any case, so that a network can be loaded
+_WHOLE = ("model", "ema", "averages")  # those that are whole tensors in any case, so that a network can be loaded
 _NETWORK, _LEARNED = "net.", "learned."  # where parameters are in a `TrainingLoss`
 
 

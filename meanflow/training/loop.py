@@ -554,10 +554,8 @@ class Trainer:
             at = self.step - len(pending) + 1 + int(bad[0])
             value = table[int(bad[0])]
             what = f"the loss is {value[0]:g} and the gradient norm {value[-1]:g} at step {at}"
-            batch = (
-                self.data.train[i][0] for i in self.order.batch(at - 1).tolist()
-            )  # read anew: no step waits for this
-            if not all(x.isfinite().all() for x in batch):
+            indices = self.order.batch(at - 1).tolist()
+            if not all(self.data.train[i][0].isfinite().all() for i in indices):  # read anew: no step waits for this
                 raise TrainingError(
                     f"training stopped because {what}: its batch has images with values that are not finite; mend those"
                 )

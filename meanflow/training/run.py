@@ -108,8 +108,8 @@ def _run_training(
         saved = read_values(folder.config, code)
         config = config.replace(precision=saved.get("precision", "auto"))
     accelerator = make_accelerator(config, folder)
-    config = replace(config, codec=identified(config.codec))
     try:
+        config = replace(config, codec=identified(config.codec))
         with owned_by_all(folder.path, accelerator):
             checkpoint = folder.prepare(resume=resume, overwrite=overwrite)
             return _run_owned(
