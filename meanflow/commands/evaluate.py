@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -39,6 +40,7 @@ class Evaluate:
         weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
             a run with --power-ema
         data: other images to compare with: a folder, wds:PATTERN or hf:NAME; None: what the run was trained on
+        codec: where its autoencoder is now, of a run on latents; None: where it was
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
     """
@@ -48,6 +50,7 @@ class Evaluate:
     seed: int = 0
     weights: str = "ema"
     data: str | None = None
+    codec: str | None = None
     trust_code: Flag = False
     device: Device = "auto"
 
@@ -62,6 +65,8 @@ def evaluate(args: Sequence[str]) -> int:
         raise UsageError(f"expected a run folder such as runs/digits, got {folder.path}", field="run")
     device = device_of(options.device)
     loaded = load_network(folder.path, options.weights, device, trust_code=options.trust_code)
+    if options.codec is not None:
+        loaded = loaded.with_autoencoder(options.codec)
     sampling = check_sampling(options.sampling, loaded)
     standard = loaded.sampling(**sampling) == loaded.objective.sampling
     config, _ = read_config(folder.config, options.trust_code)
@@ -79,7 +84,7 @@ def evaluate(args: Sequence[str]) -> int:
         report |= data.left_out.figures()
         say(data.left_out.summary())
     say_report(report, evaluator)
-    usual = {"run": "", "sampling": {}, "reading": {}}
+    usual: dict[str, Any] = {"run": "", "sampling": {}, "reading": {}, "codec": None}
     others = dataclasses.replace(options, device="auto", trust_code=False, **usual) == type(options)(**usual)
     if standard and others:
         folder.read_report(evaluator.titles)

@@ -41,6 +41,7 @@ class Sample:
         out: where to: a picture, or an array (n, C, H, W) with the suffix .npy
         weights: ema: averaged weights; raw: those of the last step; one of the run's --ema-decays; or power:LENGTH, of
             a run with --power-ema
+        codec: where its autoencoder is now, of a run on latents; None: where it was
         trust_code: run the function "package.module:function" that the run names as its model
         device: auto: a GPU if there is one
     """
@@ -51,6 +52,7 @@ class Sample:
     seed: int = 0
     out: Path = Path("grid.png")
     weights: str = "ema"
+    codec: str | None = None
     trust_code: Flag = False
     device: Device = "auto"
 
@@ -64,6 +66,8 @@ def sample(args: Sequence[str]) -> int:
     check_backend()
     device = device_of(options.device)
     loaded = load_network(source_of(options.run), options.weights, device, trust_code=options.trust_code)
+    if options.codec is not None:
+        loaded = loaded.with_autoencoder(options.codec)
     sampling = check_sampling(options.sampling, loaded)
     labels = labels_of(options.labels, loaded.class_names)
     if options.out.suffix != ".npy" and not makes_picture(loaded.image_shape):

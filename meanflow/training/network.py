@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..codecs import Codec, Pixels, identity_of
+from ..codecs import Autoencoder, Codec, Pixels, absolute_if_there, identity_of
 from ..config import RUNS, Trust, check_code, words_in
 from ..data import Stream, generator_for
 from ..errors import UsageError
@@ -84,6 +84,16 @@ class LoadedNetwork:
         sampling: Sampling = chosen(self.objective.sampling, **options)
         check_sampler(self.objective, sampling)
         return sampling
+
+    def with_autoencoder(self, pretrained: str) -> LoadedNetwork:
+        """The same with its autoencoder loaded from another place; other weights than it was trained with are refused.
+
+        Raises:
+            UsageError: it was trained without one.
+        """
+        if not isinstance(self.codec, Autoencoder):
+            raise UsageError(f"expected only with a network of latents; {self.source} makes pixels", field="codec")
+        return replace(self, codec=replace(self.codec, pretrained=absolute_if_there(pretrained), subfolder=""))
 
     @torch.no_grad()
     def generate(self, labels: Tensor, *, seed: int = 0, device: torch.device | str = "cpu", **options: Any) -> Tensor:

@@ -20,7 +20,7 @@ from meanflow.data import latents as latents_module
 from meanflow.encoding import encode_images
 from meanflow.errors import UsageError
 from meanflow.evaluation import PixelStatistics
-from meanflow.training import RunFolder, Trainer, load_network, run_training
+from meanflow.training import LoadedNetwork, RunFolder, Trainer, load_network, run_training
 from meanflow.training.accelerator import make_accelerator
 from meanflow.training.owner import owned
 
@@ -266,6 +266,16 @@ def test_an_autoencoder_may_be_moved(here):
     assert load_network(Path("runs/found")).codec.pretrained == str(here / "moved")
     assert main(["evaluate", "found", "--samples", "20"]) == 0  # real images are decoded by it too
     run_training(tiny(name="again", data="ours", pretrained="moved"))
+    Path("moved").rename("once-more")
+    for loaded in (autoencoder_module._config, autoencoder_module._network, autoencoder_module._checksum):
+        loaded.cache_clear()
+    assert main(["sample", "found", "--out", "grid.png"]) == 2
+    assert main(["sample", "found", "--codec", "once-more", "--out", "grid.png"]) == 0
+    assert main(["evaluate", "found", "--codec", "once-more", "--samples", "20"]) == 0
+    stand_ins.autoencoder(Path("other"), seed=1)
+    assert main(["sample", "found", "--codec", "other", "--out", "grid.png"]) == 2
+    with pytest.raises(UsageError, match="codec: expected only with a network of latents"):
+        LoadedNetwork(torch.nn.Identity(), Config().objective, (), 0, Path("run")).with_autoencoder("other")
 
 
 def test_networks_of_other_latents_are_refused(here, caplog):
