@@ -108,7 +108,7 @@ def test_a_resumed_run_is_named_by_its_own_preset_only(configured, capsys):
         ),
         ("digits", {"time_sampler": "uniform", "time_std": 2.0}, "time_std: expected only with time_sampler logit"),
         ("digits", {"model": "DiT-S/8", "aux_head_depth": 2}, "aux_head_depth: expected only with model iMF-DiT"),
-        ("digits", {"image_size": 16}, "image_size: expected only with data folder, got data digits"),
+        ("digits", {"image_size": 16}, "image_size: expected only with data folder or hf or wds, got data digits"),
         ("digits", {"compile_mode": "reduce-overhead"}, "compile_mode: expected only with compile"),
         ("digits", {"warmup_steps": 9, "steps": 9}, "warmup_steps: expected less than steps = 9, got 9"),
     ],
