@@ -194,6 +194,8 @@ def _class() -> Any:
             'an autoencoder is loaded by diffusers, which is not installed: pip install "meanflow[latents]"',
             field="codec",
         ) from error
+    except (ImportError, RuntimeError) as error:  # of what it imports, such as a torchvision of another PyTorch
+        raise UsageError(f"diffusers cannot be imported: {' '.join(str(error).split())}", field="codec") from error
     return AutoencoderKL
 
 
