@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import registry
-from .codecs import Codec, Pixels, absolute_if_there, identity_of
+from .codecs import Codec, Pixels, absolute_if_there, identity_of, is_drawn
 from .data import DataSource, ImageData, ImageFolder, LatentIndex, is_latents
 from .errors import UsageError
 from .evaluation import Evaluator, PixelStatistics
@@ -193,9 +193,20 @@ class Config:
         return self.model.build(input_size=side, in_channels=channels, num_classes=data.num_classes, source=data.name)
 
     def check_codec(self, data: ImageData) -> None:
-        """Raise a UsageError where the data are encoded by another codec than this one."""
-        if data.codec is not None and identity_of(data.codec) != identity_of(self.codec):
+        """Raise a UsageError where the data are encoded, and not by this codec."""
+        if data.codec is None:
+            return
+        if identity_of(data.codec) != identity_of(self.codec):
             raise UsageError(f"expected that of {data.name}, {data.codec}, got {self.codec}", field="codec")
+        channels, *sides = self.codec.latent_shape(data.image_shape)
+        expected = [channels * (2 if is_drawn(self.codec) else 1), *sides]  # means and standard deviations
+        found = list(data.train[0][0].shape)
+        if found != expected:
+            raise UsageError(
+                f"{data.name} says that it is of images of shape {data.image_shape}, of which its codec makes "
+                f"{expected}, and holds {found}; encode the images anew",
+                field="data",
+            )
 
     def check_fit(self) -> None:
         """Raise a UsageError where the network is known not to return what the objective needs."""

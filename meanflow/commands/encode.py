@@ -28,7 +28,7 @@ class Encode:
         revision: of the repository: a branch, a tag or a commit; None: its newest
         mirrored: encode the mirrored images too, which training with --flip takes for half of them
         dtype: of the files; float16 takes half the space, with three digits
-        precision: of the encoder's products; tf32 and bf16 are faster on a GPU
+        precision: of the encoder's products; tf32 and bf16 are less exact, for GPUs that have them
         skip_unreadable: an image that cannot be read: another one of its class in its place
         shard_size: images of a file
         batch_size: images that are encoded at a time; of more than 16 the autoencoder takes 16 at a time
@@ -59,6 +59,7 @@ def encode(args: Sequence[str]) -> int:
     check_at_least(0, options, "workers")
     import torch
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from ..checks import check_device
     from ..codecs import Autoencoder, absolute_if_there
@@ -73,8 +74,11 @@ def encode(args: Sequence[str]) -> int:
     source = Config.of(**given, **options.reading).data
     where = {"revision": options.revision, "subfolder": options.subfolder}
     codec = Autoencoder(pretrained=absolute_if_there(options.codec), **where).identified()
+    data = source.load()
+    if data.left_out is not None:
+        data.left_out.name_new()
     done = encode_images(
-        source.load(),
+        data,
         codec,
         options.out,
         mirrored=options.mirrored,
@@ -87,5 +91,9 @@ def encode(args: Sequence[str]) -> int:
     )
     for line in done.lines():
         say(line)
+    if data.left_out is not None:
+        data.left_out.add_named(gather_object(list(data.left_out.reasons.items())))  # each process has met its own
+        if data.left_out.reasons:
+            say(data.left_out.summary())
     say(f"Train on them: meanflow train DiT-B/4 --data {options.out}")
     return 0

@@ -331,7 +331,7 @@ class Latents(DataSource):
         if self.flip and not index.mirrored:
             raise UsageError(
                 f"{folder} has no mirrored versions, and the latent of a mirrored image is not a mirrored latent; "
-                "encode the images with --mirrored",
+                "encode the images to another folder, without --no-mirrored",
                 field="flip",
             )
         codec = codec_of(index)

@@ -293,6 +293,27 @@ def test_networks_of_other_latents_are_refused(here, caplog):
         run_training(tiny(name="started", init="theirs", steps=6), resume=True)
 
 
+def test_latents_of_another_shape_than_the_index_says_are_refused(here):
+    edited("image_shape", [3, 24, 24])()
+    with pytest.raises(
+        UsageError, match=r"data: .*latents says .*\(3, 24, 24\), .* makes \[8, 6, 6\], and holds \[8, 4, 4\]"
+    ):
+        run_training(tiny())
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_images_that_are_left_out_are_named(here, capsys, monkeypatch, in_memory):
+    monkeypatch.setattr("meanflow.data.encoded.CACHE_BYTES", 2**30 if in_memory else 0)
+    Path("pictures/china/0003.png").write_bytes(b"no picture")
+    words = ["encode", "pictures", "--codec", "vae", "--out", "ours", *ENCODE]
+    assert main(words) == 2
+    assert "cannot read the image" in capsys.readouterr().err
+    assert main([*words, "--skip-unreadable"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"left out: .*china/0003.png: it is no image", told.err)
+    assert "1 image that cannot be read was left out" in told.out
+
+
 def test_an_encoding_has_one_owner(here, capsys):
     with owned(Path("new")):
         assert main(["encode", "pictures", "--codec", "vae", "--out", "new", *ENCODE]) == 2
